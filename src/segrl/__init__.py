@@ -1,0 +1,16 @@
+"""segrl teaches multimodal language models to segment, by reinforcement learning.
+
+A policy reads an image and writes a mask prompt; a frozen SAM2 turns the prompt into a mask; the mask's
+agreement with ground truth is the reward. Each room is one clause of that sentence, and imports only
+rooms below it:
+
+    6  train, evaluate, export     the front door: Hydra
+    5  tracking                    what is remembered: MLflow, figures, sweeps
+    4  stages                      ways of training: Lightning
+    3  rollout, segmenter          sampling and scoring, joined through protocols
+    2  rewards, metrics, data, models
+    1  prompts, objectives, metrics.functional
+    0  types, protocols
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Text to mask prompts and back; pure."""

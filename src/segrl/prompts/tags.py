@@ -1,0 +1,173 @@
+"""Seg-R1's grammars: `<think> <bbox> <points> <labels>`, and its pre-RL subset of points and labels.
+
+Parsing is `str.find`, `str.split` and patterns without nested repetition, so it is linear in the text
+(the released parser is exponential on an unterminated run of digits), and never evaluates anything.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from segrl.prompts import instructions
+from segrl.prompts.frames import from_unit, to_unit
+from segrl.protocols import Message
+from segrl.types import Frame, MaskPrompt, Parsed, ParseFault
+
+_NUMBER = r"(-?\d{1,6}(?:\.\d{1,6})?)"
+_BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
+_PAIR = re.compile(rf"{_NUMBER},{_NUMBER}")
+
+
+class _Fault(Exception):
+    """Carries a fault from the scanners to `parse`; never leaves this module."""
+
+    def __init__(self, kind: ParseFault) -> None:
+        self.kind = kind
+
+
+def _fields(text: str, tag: str) -> list[str]:
+    """Contents of every closed `<tag>...</tag>`, in order."""
+    opening, closing, found, at = f"<{tag}>", f"</{tag}>", [], 0
+    while (start := text.find(opening, at)) >= 0 and (end := text.find(closing, start)) >= 0:
+        found.append(text[start + len(opening) : end])
+        at = end + len(closing)
+    return found
+
+
+def _only(text: str, tag: str, missing: ParseFault) -> str:
+    """The content of the one `<tag>`."""
+    match _fields(text, tag):
+        case []:
+            raise _Fault(missing)
+        case [content]:
+            return content
+        case _:
+            raise _Fault(ParseFault.DUPLICATE_FIELD)
+
+
+def _squeeze(content: str) -> str:
+    """Without white space."""
+    return "".join(content.split())
+
+
+def _read_box(content: str, frame: Frame) -> np.ndarray:
+    """`[x1,y1,x2,y2]` to unit float32 `[4]`."""
+    match = _BOX.fullmatch(_squeeze(content))
+    if match is None:
+        raise _Fault(ParseFault.BAD_NUMBERS)
+    box = to_unit(np.array([float(v) for v in match.groups()]), frame)
+    if box[2] <= box[0] or box[3] <= box[1]:
+        raise _Fault(ParseFault.DEGENERATE_BOX)
+    return box
+
+
+def _read_points(text: str, frame: Frame, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """The points field and its labels to unit float32 `[Q, 2]` and int64 `[Q]`."""
+    points = _squeeze(_only(text, "points", ParseFault.NO_POINTS))
+    labels = _squeeze(_only(text, "labels", ParseFault.NO_LABELS))
+    if not (points.startswith("[[") and points.endswith("]]") and labels.startswith("[") and labels.endswith("]")):
+        raise _Fault(ParseFault.BAD_NUMBERS)
+    if points.count("[") > limit + 1:
+        raise _Fault(ParseFault.TOO_MANY)
+    pairs = [_PAIR.fullmatch(pair) for pair in points[2:-2].split("],[")]
+    if any(pair is None for pair in pairs):
+        raise _Fault(ParseFault.BAD_NUMBERS)
+    values = labels[1:-1].split(",")
+    if any(value not in ("0", "1") for value in values):
+        raise _Fault(ParseFault.BAD_LABEL)
+    if len(values) != len(pairs):
+        raise _Fault(ParseFault.LABEL_COUNT)
+    xy = np.array([[float(v) for v in pair.groups()] for pair in pairs if pair is not None])
+    return to_unit(xy, frame), np.array([int(v) for v in values], np.int64)
+
+
+def _write_points(prompt: MaskPrompt, frame: Frame, between: str) -> str:
+    """The points field and its labels."""
+    pairs = ",".join(f"[{x},{y}]" for x, y in from_unit(prompt.points, frame).tolist())
+    labels = ",".join(str(v) for v in prompt.labels.tolist())
+    return f"<points>[{pairs}]</points>{between}<labels>[{labels}]</labels>"
+
+
+class SegR1Tags:
+    """`<think> ... </think> <bbox>[x1,y1,x2,y2]</bbox>, <points>[[x,y],...]</points>, <labels>[1,0,...]</labels>`.
+
+    Several objects are several `<bbox>` fields; points are one list for all of them. Coordinates outside the
+    image are clamped to its border. Source: Seg-R1 (arXiv 2506.22624), released `grpo.py`.
+
+    Args:
+        max_boxes: more are a fault (each box is one more mask to decode).
+        max_points: more are a fault.
+    """
+
+    def __init__(self, max_boxes: int, max_points: int) -> None:
+        self.max_boxes = max_boxes
+        self.max_points = max_points
+
+    def messages(self, query: str | None) -> list[Message]:
+        """System, then image before text, as in the RL stage; the same order in SFT and evaluation."""
+        ask = instructions.SEG_R1_USER if query is None else instructions.SEG_R1_REFER.format(query=query)
+        return [
+            {"role": "system", "content": [{"type": "text", "text": instructions.SEG_R1_SYSTEM}]},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ask}]},
+        ]
+
+    def render(self, parsed: Parsed, frame: Frame) -> str:
+        """Raises ValueError if `parsed` holds no mask prompt."""
+        if parsed.prompt is None:
+            raise ValueError(f"a mask prompt is needed to write a completion; got the fault {parsed.fault}")
+        boxes = ", ".join(
+            "<bbox>[{},{},{},{}]</bbox>".format(*box) for box in from_unit(parsed.prompt.boxes, frame).tolist()
+        )
+        return f"<think> {parsed.thought} </think> {boxes}, {_write_points(parsed.prompt, frame, ', ')}"
+
+    def parse(self, text: str, frame: Frame) -> Parsed:
+        """Read thought, boxes, points and labels; all four are needed."""
+        thoughts = _fields(text, "think")
+        try:
+            if not thoughts:
+                raise _Fault(ParseFault.NO_THOUGHT)
+            if len(thoughts) > 1:
+                raise _Fault(ParseFault.DUPLICATE_FIELD)
+            answer = text[text.find("</think>") :]
+            boxes = _fields(answer, "bbox")
+            if not boxes:
+                raise _Fault(ParseFault.NO_BOX)
+            if len(boxes) > self.max_boxes:
+                raise _Fault(ParseFault.TOO_MANY)
+            corners = [_read_box(box, frame) for box in boxes]
+            points, labels = _read_points(answer, frame, self.max_points)
+        except _Fault as fault:
+            return Parsed(thought=thoughts[0].strip() if thoughts else "", fault=fault.kind)
+        return Parsed(thought=thoughts[0].strip(), prompt=MaskPrompt.of(corners, points, labels))
+
+
+class SegR1Points:
+    """`<points>[[x,y],...]</points> <labels>[1,0,...]</labels>`: the grammar of Seg-R1's pre-RL stage.
+
+    Args:
+        max_points: more are a fault.
+    """
+
+    def __init__(self, max_points: int) -> None:
+        self.max_points = max_points
+
+    def messages(self, query: str | None) -> list[Message]:
+        """Image, then text; no system message."""
+        ask = instructions.SEG_R1_POINTS_USER if query is None else instructions.SEG_R1_REFER.format(query=query)
+        return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ask}]}]
+
+    def render(self, parsed: Parsed, frame: Frame) -> str:
+        """Points and labels; boxes and thought have no words here. Raises ValueError without a mask prompt."""
+        if parsed.prompt is None:
+            raise ValueError(f"a mask prompt is needed to write a completion; got the fault {parsed.fault}")
+        return _write_points(parsed.prompt, frame, " ")
+
+    def parse(self, text: str, frame: Frame) -> Parsed:
+        """Read points and labels."""
+        try:
+            points, labels = _read_points(text, frame, self.max_points)
+        except _Fault as fault:
+            return Parsed(fault=fault.kind)
+        return Parsed(prompt=MaskPrompt.of((), points, labels))

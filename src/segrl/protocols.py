@@ -1,0 +1,87 @@
+"""The seams: what one room asks of another, without importing it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from segrl.types import Completions, Frame, MaskPrompt, Parsed, Prefix, Sample
+
+Message = Mapping[str, object]
+
+
+@runtime_checkable
+class Grammar(Protocol):
+    """The language of completions: it asks, it writes, it reads."""
+
+    def messages(self, query: str | None) -> list[Message]:
+        """The chat that asks for a mask prompt; the image stands as `{"type": "image"}`."""
+        ...
+
+    def render(self, parsed: Parsed, frame: Frame) -> str:
+        """The completion that says `parsed`, with integer coordinates of `frame`."""
+        ...
+
+    def parse(self, text: str, frame: Frame) -> Parsed:
+        """Read a completion in linear time. Raises nothing, whatever the text: faults are values."""
+        ...
+
+
+class Encoder(Protocol):
+    """The policy's eyes and vocabulary without its weights: cheap to copy into loader workers."""
+
+    def encode(self, messages: Sequence[Message], image: np.ndarray) -> Prefix:
+        """Chat and image uint8 `[H, W, 3]` to the prefix that a group shares."""
+        ...
+
+    def answer(self, text: str) -> Tensor:
+        """Text to int64 `[T]`, ending in the stop token."""
+        ...
+
+    def decode(self, tokens: Tensor, mask: Tensor) -> list[str]:
+        """int64 `[N, T]` and bool `[N, T]` to N texts."""
+        ...
+
+
+class Policy(Protocol):
+    """The MLLM being trained."""
+
+    encoder: Encoder
+
+    def logprobs(self, prefixes: Sequence[Prefix], completions: Completions) -> Tensor:
+        """Log-probability of each completion token, float32 `[N, T]`; each prefix is read once."""
+        ...
+
+
+class RolloutEngine(Protocol):
+    """Samples completions."""
+
+    def generate(self, prefixes: Sequence[Prefix], group_size: int, generator: torch.Generator) -> Completions:
+        """`group_size` completions of each prefix, groups contiguous."""
+        ...
+
+    def greedy(self, prefixes: Sequence[Prefix]) -> Completions:
+        """The most likely completion of each prefix."""
+        ...
+
+
+class MaskHead(Protocol):
+    """A frozen promptable segmenter."""
+
+    def segment(
+        self, images: Sequence[np.ndarray], prompts: Sequence[Sequence[MaskPrompt | None]]
+    ) -> list[list[np.ndarray]]:
+        """Masks bool `[H, W]` of each image's prompts; each image is encoded once. None gives an empty mask."""
+        ...
+
+
+class RewardTerm(Protocol):
+    """One named number per completion."""
+
+    def __call__(self, parsed: Parsed, text: str, mask: np.ndarray, sample: Sample) -> float:
+        """Reward of one completion, whose mask is bool `[H, W]` like the sample's; a fault's mask is empty."""
+        ...

@@ -1,0 +1,198 @@
+"""The nouns of the house: frozen carriers that rooms hand to each other.
+
+Axes: B samples, G group, N = B*G (groups contiguous), P prompt tokens, T completion tokens, K boxes,
+Q points, H W pixels. Coordinates are unit xy: (0, 0) is the image's top left corner, (1, 1) its bottom right.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One image with its ground truth and its question."""
+
+    id: str
+    image: np.ndarray
+    """uint8 `[H, W, 3]`, RGB."""
+    mask: np.ndarray
+    """bool `[H, W]`, true on the object."""
+    query: str | None = None
+    """What to segment; none where the task's constant instruction says it all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskPrompt:
+    """What a promptable segmenter is told, in unit coordinates.
+
+    Example: one box over the left half with one foreground point at its centre is
+    `MaskPrompt(boxes=[[0, 0, .5, 1]], points=[[.25, .5]], labels=[1])`.
+    """
+
+    boxes: np.ndarray
+    """float32 `[K, 4]`, x1 y1 x2 y2 with x1 < x2 and y1 < y2."""
+    points: np.ndarray
+    """float32 `[Q, 2]`, x y."""
+    labels: np.ndarray
+    """int64 `[Q]`, 1 foreground, 0 background."""
+
+    @classmethod
+    def of(cls, boxes: object = (), points: object = (), labels: object = ()) -> MaskPrompt:
+        """Build from nested sequences; shapes are fixed even when empty."""
+        return cls(
+            boxes=np.asarray(boxes, np.float32).reshape(-1, 4),
+            points=np.asarray(points, np.float32).reshape(-1, 2),
+            labels=np.asarray(labels, np.int64).reshape(-1),
+        )
+
+
+class ParseFault(enum.Enum):
+    """Why a completion is not a sentence of its grammar. A fault is data: rewards price it, figures count it."""
+
+    NO_THOUGHT = "no closed <think>"
+    NO_BOX = "no closed <bbox>"
+    NO_POINTS = "no closed <points>"
+    NO_LABELS = "no closed <labels>"
+    DUPLICATE_FIELD = "a field that may stand once stands twice"
+    BAD_NUMBERS = "not a list of numbers of the right shape"
+    BAD_LABEL = "a label that is neither 0 nor 1"
+    LABEL_COUNT = "as many labels as points are needed"
+    DEGENERATE_BOX = "a box without area inside the image"
+    TOO_MANY = "more boxes or points than the grammar allows"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parsed:
+    """A completion, understood: a mask prompt, or the fault that stands in its place."""
+
+    thought: str = ""
+    prompt: MaskPrompt | None = None
+    fault: ParseFault | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The coordinate frame in which a policy writes about one image: x runs 0..width, y 0..height."""
+
+    width: float
+    height: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefix:
+    """One sample as the policy reads it: made once, in a loader worker, and shared by the whole group."""
+
+    token_ids: Tensor
+    """int64 `[P]`, image placeholders expanded, no padding."""
+    token_types: Tensor
+    """int64 `[P]`, 1 on image tokens: without it the rotary positions are silently one-dimensional."""
+    pixels: Tensor
+    """float `[patches, patch values]`, the image processor's output."""
+    grid: Tensor
+    """int64 `[1, 3]`, patches along time, height, width."""
+    frame: Frame
+
+    def to(self, device: torch.device | str) -> Prefix:
+        """The same prefix with its tensors on `device`."""
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device, non_blocking=True),
+            token_types=self.token_types.to(device, non_blocking=True),
+            pixels=self.pixels.to(device, non_blocking=True),
+            grid=self.grid.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """B samples and their prefixes. Images stay a list: sizes differ."""
+
+    samples: list[Sample]
+    prefixes: list[Prefix]
+    answers: list[Tensor] | None = None
+    """int64 `[T_i]` each: the completion to imitate, where the stage imitates."""
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.samples)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+        """Move what the policy reads; pixels of the samples stay on the host until the mask head wants them."""
+        answers = None if self.answers is None else [a.to(device, non_blocking=non_blocking) for a in self.answers]
+        return replace(self, prefixes=[p.to(device) for p in self.prefixes], answers=answers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completions:
+    """What the policy wrote: N = B*G token rows, groups contiguous, right-padded."""
+
+    tokens: Tensor
+    """int64 `[N, T]`."""
+    mask: Tensor
+    """bool `[N, T]`, true up to and including the stop token."""
+    texts: list[str]
+    """N strings, special tokens left out."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 `[N]`, tokens each completion spent."""
+        return self.mask.sum(1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """The reward of every completion, whole and by term."""
+
+    total: Tensor
+    """float32 `[B, G]`."""
+    terms: dict[str, Tensor]
+    """Each float32 `[B, G]`, unweighted, keyed by the term's name in the config."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experience:
+    """Every frozen tensor that the update needs."""
+
+    prefixes: list[Prefix]
+    """B of them."""
+    completions: Completions
+    advantages: Tensor
+    """float32 `[N]`."""
+    weights: Tensor
+    """float32 `[N, T]`: the share of each token in the loss of the whole update; zero off the mask."""
+    old_logprobs: Tensor | None
+    """float32 `[N, T]`, or none with one update per rollout: then old is new, detached."""
+    reference_logprobs: Tensor | None
+    """float32 `[N, T]`, or none where the KL weight is zero."""
+
+    def parts(self, size: int) -> Iterator[Experience]:
+        """Split into runs of at most `size` samples. Groups stay whole; the parts' losses sum to the whole's."""
+        group = len(self.advantages) // len(self.prefixes)
+        for start in range(0, len(self.prefixes), size):
+            rows = slice(start * group, (start + size) * group)
+            c = self.completions
+            yield Experience(
+                prefixes=self.prefixes[start : start + size],
+                completions=Completions(tokens=c.tokens[rows], mask=c.mask[rows], texts=c.texts[rows]),
+                advantages=self.advantages[rows],
+                weights=self.weights[rows],
+                old_logprobs=None if self.old_logprobs is None else self.old_logprobs[rows],
+                reference_logprobs=None if self.reference_logprobs is None else self.reference_logprobs[rows],
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossOutput:
+    """An objective's value and what it saw on the way."""
+
+    loss: Tensor
+    """Scalar, differentiable."""
+    stats: dict[str, Tensor]
+    """Scalars, detached; summed over the parts of one update."""
