@@ -60,11 +60,13 @@ class Policy(Protocol):
 class RolloutEngine(Protocol):
     """Samples completions."""
 
-    def generate(self, prefixes: Sequence[Prefix], group_size: int, generator: torch.Generator) -> Completions:
+    def sample(
+        self, policy: Policy, prefixes: Sequence[Prefix], group_size: int, generator: torch.Generator
+    ) -> Completions:
         """`group_size` completions of each prefix, groups contiguous."""
         ...
 
-    def greedy(self, prefixes: Sequence[Prefix]) -> Completions:
+    def greedy(self, policy: Policy, prefixes: Sequence[Prefix]) -> Completions:
         """The most likely completion of each prefix."""
         ...
 

@@ -1,0 +1,1 @@
+"""Files, or a seed, to samples and batches."""

@@ -1,0 +1,88 @@
+"""One datamodule for all datasets: which are for training, which for validation, which for the final test."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import lightning
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from segrl.data.batching import Collate, Share, Shuffled
+from segrl.types import Sample
+
+
+class SegDataModule(lightning.LightningDataModule):
+    """Loaders over datasets of samples.
+
+    Args:
+        train: what the stage learns from.
+        val: by name, watched during training; `val/<name>/<metric>`.
+        test: by name, scored before and after training.
+        batch_size: samples (not completions) of one update, per rank.
+        eval_batch_size: samples of one evaluation step, per rank.
+        workers: loader processes per loader; 0 loads in the training process.
+        seed: of the order.
+    """
+
+    def __init__(
+        self,
+        train: Dataset[Sample],
+        val: dict[str, Dataset[Sample]],
+        test: dict[str, Dataset[Sample]],
+        batch_size: int,
+        eval_batch_size: int,
+        workers: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.train, self.val, self.test = train, dict(val), dict(test)
+        self.batch_size, self.eval_batch_size, self.workers, self.seed = batch_size, eval_batch_size, workers, seed
+        self.collate: Collate | None = None
+        self.eval_collate: Collate | None = None
+
+    def connect(self, collate: Collate, eval_collate: Collate) -> None:
+        """Say how samples become batches; the stage knows, because its policy and grammar do."""
+        self.collate, self.eval_collate = collate, eval_collate
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    def train_dataloader(self) -> StatefulDataLoader[Sample]:
+        """Shuffled, whole batches only, resumable in the middle of an epoch."""
+        length = len(cast("list[Sample]", self.train))
+        rank, ranks = self._ranks()
+        if length < self.batch_size * ranks:
+            raise ValueError(
+                f"data.batch_size: at most {length // ranks} fit the {length} training samples on {ranks} rank(s); "
+                f"got {self.batch_size}"
+            )
+        return StatefulDataLoader(
+            self.train,
+            batch_size=self.batch_size,
+            sampler=Shuffled(length, self.seed, rank, ranks),
+            num_workers=self.workers,
+            collate_fn=self.collate,
+            drop_last=True,
+            persistent_workers=self.workers > 0,
+        )
+
+    def _eval_loaders(self, datasets: dict[str, Dataset[Sample]]) -> list[StatefulDataLoader[Sample]]:
+        return [
+            StatefulDataLoader(
+                dataset,
+                batch_size=self.eval_batch_size,
+                sampler=Share(len(cast("list[Sample]", dataset)), *self._ranks()),
+                num_workers=self.workers,
+                collate_fn=self.eval_collate,
+            )
+            for dataset in datasets.values()
+        ]
+
+    def val_dataloader(self) -> list[StatefulDataLoader[Sample]]:
+        """One loader per validation set, in order of their names' appearance."""
+        return self._eval_loaders(self.val)
+
+    def test_dataloader(self) -> list[StatefulDataLoader[Sample]]:
+        """One loader per test set."""
+        return self._eval_loaders(self.test)

@@ -1,0 +1,82 @@
+"""Masks to chat traces: the answer an annotator would have written, for a cold start."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.ndimage import distance_transform_edt, label
+
+from segrl.types import MaskPrompt, Parsed
+
+_ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+_SIZES = ((0.04, "tiny"), (0.10, "small"), (0.20, "medium"), (1.01, "large"))
+
+
+def tight_box(mask: np.ndarray) -> np.ndarray:
+    """Unit box float32 `[4]` around the true pixels of bool `[H, W]`; raises ValueError on an empty mask."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if len(rows) == 0:
+        raise ValueError("an object is needed to draw a box around; the mask is empty")
+    height, width = mask.shape
+    corners = (columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height)
+    return np.array(corners, np.float32)
+
+
+def inner_point(mask: np.ndarray) -> np.ndarray:
+    """Unit centre float32 `[2]` of the largest circle inside the true pixels of bool `[H, W]`."""
+    depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    row, column = np.unravel_index(int(depth.argmax()), mask.shape)
+    return np.array(((column + 0.5) / mask.shape[1], (row + 0.5) / mask.shape[0]), np.float32)
+
+
+def components(mask: np.ndarray, least: float, most: int) -> list[np.ndarray]:
+    """The largest connected parts, at most `most`, each covering at least the share `least` of the image."""
+    labelled, count = label(mask)
+    parts = sorted((labelled == i for i in range(1, count + 1)), key=lambda part: -int(part.sum()))
+    return [part for part in parts[:most] if part.mean() >= least] or parts[:1]
+
+
+class Annotator:
+    """Writes the trace of a mask: template thought, a box and an inner point per part.
+
+    Human boxes are loose. `looseness` draws each side outwards by up to that share of the box's extent, so a
+    policy that only imitates stays loose, and a reward that sees masks has something to teach.
+
+    Args:
+        looseness: in [0, 1); 0 draws tight boxes.
+        grid: coordinates are rounded to 1/grid of the image's side.
+        most_parts: largest parts described.
+    """
+
+    def __init__(self, looseness: float, grid: int, most_parts: int) -> None:
+        self.looseness, self.grid, self.most_parts = looseness, grid, most_parts
+
+    def __call__(self, mask: np.ndarray, rng: np.random.Generator) -> Parsed:
+        """The trace of bool `[H, W]`; `rng` moves the box's sides. Raises ValueError on an empty mask."""
+        parts = components(mask, least=0.005, most=self.most_parts)
+        if not parts:
+            raise ValueError("an object is needed to write a trace of; the mask is empty")
+        boxes = [self._loosen(tight_box(part), rng) for part in parts]
+        points = [self._snap(inner_point(part)) for part in parts]
+        return Parsed(thought=self._thought(parts, points), prompt=MaskPrompt.of(boxes, points, [1] * len(points)))
+
+    def _snap(self, values: np.ndarray) -> np.ndarray:
+        """To the grid."""
+        return np.rint(values * self.grid) / self.grid
+
+    def _loosen(self, box: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Each side outwards, then to the grid, never closed."""
+        extent = np.tile(box[2:] - box[:2], 2)
+        outwards = np.array([-1, -1, 1, 1]) * extent * rng.uniform(0, self.looseness, 4)
+        moved = self._snap(np.clip(box + outwards, 0, 1))
+        moved[2:] = np.maximum(moved[2:], moved[:2] + 1 / self.grid)
+        moved[:2] = np.minimum(moved[:2], 1 - 1 / self.grid)
+        return np.clip(moved, 0, 1)
+
+    def _thought(self, parts: list[np.ndarray], points: list[np.ndarray]) -> str:
+        """`A small object, top left.` for each part."""
+        sentences = []
+        for part, (x, y) in zip(parts, points, strict=True):
+            size = next(name for bound, name in _SIZES if part.mean() < bound)
+            row, column = _ROWS[min(int(y * 3), 2)], _COLUMNS[min(int(x * 3), 2)]
+            sentences.append(f"A {size} object, {row} {column}.")
+        return " ".join(sentences)

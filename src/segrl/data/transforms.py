@@ -1,0 +1,90 @@
+"""Image and mask files to arrays, resized together. Whatever is ambiguous in a mask is refused, not guessed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from segrl.types import Sample
+
+
+def _open(path: Path) -> Image.Image:
+    """The decoded file; ValueError naming it if it is no image or is cut off."""
+    try:
+        image = Image.open(path)
+        image.load()
+    except FileNotFoundError:
+        raise ValueError(f"{path}: an image is needed; there is no such file") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path}: an image is needed; the file cannot be decoded ({error})") from None
+    return image
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """A ground-truth file to bool `[H, W]`.
+
+    Grey 8-bit: above 128 is object, or above 0 where the largest value is 1. 16-bit scales to 8; 1-bit is as it is.
+
+    Raises:
+        ValueError: for a file that cannot be decoded, a palette file (its indices name instances: which is the
+            object?) and a colour file whose channels differ.
+    """
+    image = _open(path)
+    if image.mode == "P":
+        raise ValueError(f"{path}: a grey mask is needed; this is a palette PNG, whose indices do not say which is the object")
+    values = np.asarray(image)
+    if values.ndim == 3:
+        channels = values[..., :3] if values.shape[-1] >= 3 else values[..., :1]
+        if (channels != channels[..., :1]).any():
+            raise ValueError(f"{path}: a grey mask is needed; this one is {image.mode} and its channels differ")
+        values = channels[..., 0]
+    if values.dtype == bool:
+        return values
+    if values.dtype != np.uint8:  # 16-bit PNG, decoded to uint16 or int32
+        values = values // 257
+    return values > (0 if values.max() == 1 else 128)
+
+
+def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """A photograph to uint8 RGB `[H, W, 3]`; grey, palette and transparent files are converted.
+
+    Args:
+        path: the file.
+        size: height and width of its mask: the EXIF rotation is applied only if that gives this size.
+
+    Raises:
+        ValueError: for a file that cannot be decoded.
+    """
+    image = _open(path)
+    upright = ImageOps.exif_transpose(image)
+    if size is not None and upright.size == (size[1], size[0]):
+        image = upright
+    return np.asarray(image.convert("RGB"))
+
+
+def read_pair(image_path: Path, mask_path: Path, query: str | None = None) -> Sample:
+    """An image and its mask as a sample named by the image's stem.
+
+    Raises:
+        ValueError: if either cannot be decoded, or their sizes differ.
+    """
+    mask = read_mask(mask_path)
+    image = read_image(image_path, (mask.shape[0], mask.shape[1]))
+    if image.shape[:2] != mask.shape:
+        raise ValueError(
+            f"{mask_path}: a mask of its image's size is needed; the mask is {mask.shape[1]}x{mask.shape[0]}, "
+            f"{image_path.name} is {image.shape[1]}x{image.shape[0]}"
+        )
+    return Sample(id=image_path.stem, image=image, mask=mask, query=query)
+
+
+def squash(sample: Sample, side: int) -> Sample:
+    """Resize to a square, as Seg-R1 trains: the image bicubic, the mask by its share of each new pixel, above half."""
+    if sample.mask.shape == (side, side):
+        return sample
+    image = Image.fromarray(sample.image).resize((side, side), Image.Resampling.BICUBIC)
+    share = Image.fromarray(sample.mask.astype(np.uint8) * 255).resize((side, side), Image.Resampling.BOX)
+    return replace(sample, image=np.asarray(image), mask=np.asarray(share) > 127)

@@ -1,0 +1,160 @@
+"""Policies over transformers: Qwen2.5-VL and Qwen3-VL, told apart by the checkpoint's own configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from segrl.models.shared_prefix import PrefixCache, pad_left
+from segrl.prompts.frames import absolute_pixels, permille
+from segrl.protocols import Message
+from segrl.types import Completions, Frame, Prefix
+
+_FRAMES: dict[str, Callable[[int, int], Frame]] = {"qwen2_5_vl": absolute_pixels, "qwen3_vl": permille}
+
+
+class HFEncoder:
+    """Processor and coordinate frame of one model family; holds no weights.
+
+    Args:
+        weights: folder with the processor's files.
+        image_side: images are squashed to this square first, as Seg-R1 does; none keeps their shape.
+        pixel_budget: fewest and most pixels the processor may resize to; none keeps the folder's own.
+    """
+
+    def __init__(self, weights: str, image_side: int | None, pixel_budget: tuple[int, int] | None) -> None:
+        from transformers import AutoConfig, AutoProcessor
+
+        budget = {} if pixel_budget is None else {
+            "size": {"shortest_edge": pixel_budget[0], "longest_edge": pixel_budget[1]}
+        }  # fmt: skip
+        self.processor = AutoProcessor.from_pretrained(weights, local_files_only=True, **budget)
+        self.image_side = image_side
+        family = AutoConfig.from_pretrained(weights, local_files_only=True).model_type
+        if family not in _FRAMES:
+            raise ValueError(f"policy.weights: a model of {sorted(_FRAMES)} is needed; {weights} is a {family}")
+        self.frame_of = _FRAMES[family]
+
+    def encode(self, messages: Sequence[Message], image: np.ndarray) -> Prefix:
+        """Chat and RGB image to a prefix; see `protocols.Encoder`."""
+        picture = Image.fromarray(image)
+        if self.image_side is not None and picture.size != (self.image_side, self.image_side):
+            picture = picture.resize((self.image_side, self.image_side), Image.Resampling.BICUBIC)
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        out = self.processor(text=[text], images=[picture], return_tensors="pt")
+        grid, patch = out["image_grid_thw"], self.processor.image_processor.patch_size
+        return Prefix(
+            token_ids=out["input_ids"][0], token_types=out["mm_token_type_ids"][0].long(),
+            pixels=out["pixel_values"], grid=grid,
+            frame=self.frame_of(int(grid[0, 1]) * patch, int(grid[0, 2]) * patch),
+        )  # fmt: skip
+
+    def answer(self, text: str) -> Tensor:
+        """Text to int64 `[T]` with the stop token."""
+        tokenizer = self.processor.tokenizer
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor([*ids, tokenizer.eos_token_id])
+
+    def decode(self, tokens: Tensor, mask: Tensor) -> list[str]:
+        """N token rows to N texts, special tokens left out."""
+        rows = [row[keep].tolist() for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)]
+        texts: list[str] = self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return texts
+
+
+class HFPolicy(nn.Module):
+    """The MLLM being trained, over a Hugging Face folder.
+
+    One temperature serves sampling and training, and image or video placeholders have no probability in either,
+    so the first update's ratio is exactly 1.
+
+    Args:
+        weights: folder of a Qwen2.5-VL or Qwen3-VL checkpoint.
+        image_side, pixel_budget: see `HFEncoder`.
+        temperature: divides the logits, in sampling and in every log-probability.
+        dtype: of the weights, a torch name such as "bfloat16".
+        attention: transformers' name of the attention implementation.
+    """
+
+    def __init__(
+        self,
+        weights: str,
+        image_side: int | None,
+        pixel_budget: tuple[int, int] | None,
+        temperature: float,
+        dtype: str,
+        attention: str,
+    ) -> None:
+        super().__init__()
+        from transformers import AutoModelForImageTextToText
+
+        if not (Path(weights) / "config.json").is_file():
+            raise ValueError(f"policy.weights: a Hugging Face folder is needed; {weights} has no config.json")
+        self.encoder = HFEncoder(weights, image_side, None if pixel_budget is None else (pixel_budget[0], pixel_budget[1]))
+        self.model = AutoModelForImageTextToText.from_pretrained(
+            weights, dtype=getattr(torch, dtype), attn_implementation=attention, local_files_only=True
+        )
+        self.temperature = temperature
+        tokenizer, config = self.encoder.processor.tokenizer, self.model.config
+        self.stop_id, self.pad_id = int(tokenizer.eos_token_id), int(tokenizer.pad_token_id)
+        placeholders = [
+            config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id,
+            *range(len(tokenizer), self.model.get_input_embeddings().num_embeddings),
+        ]  # fmt: skip
+        self.register_buffer("never_sampled", torch.tensor(placeholders), persistent=False)
+
+    def prefill(self, prefixes: Sequence[Prefix]) -> PrefixCache:
+        """Read every prefix once: pixels through the tower, tokens through the language model."""
+        ids = pad_left([p.token_ids for p in prefixes], self.pad_id)
+        kinds = pad_left([p.token_types for p in prefixes], 0)
+        seen = pad_left([torch.ones_like(p.token_ids) for p in prefixes], 0)
+        grid = torch.cat([p.grid for p in prefixes])
+        positions, _ = self.model.model.get_rope_index(
+            ids, mm_token_type_ids=kinds, image_grid_thw=grid, attention_mask=seen
+        )
+        out = self.model.model(
+            input_ids=ids, attention_mask=seen, position_ids=positions, mm_token_type_ids=kinds, use_cache=True,
+            pixel_values=torch.cat([p.pixels for p in prefixes]).to(self.model.dtype), image_grid_thw=grid,
+        )  # fmt: skip
+        following = positions.masked_fill(seen == 0, 0).amax((0, 2)) + 1
+        return PrefixCache(
+            keys_values=out.past_key_values, seen=seen, following=following, last_hidden=out.last_hidden_state[:, -1]
+        )
+
+    def extend(self, cache: PrefixCache, tokens: Tensor) -> Tensor:
+        """Read `[N, T]` more tokens after the cache (which grows); hidden states `[N, T, D]`.
+
+        Suffix token i sits at the prefix's largest position + 1 + i on all three rotary axes.
+        """
+        start = cache.seen.shape[1]
+        written = start - cache.prefix_length
+        steps = torch.arange(written, written + tokens.shape[1], device=tokens.device)
+        positions = (cache.following[:, None] + steps).expand(3, -1, -1)
+        cache.seen = torch.cat([cache.seen, torch.ones_like(tokens)], 1)
+        out = self.model.model(
+            input_ids=tokens, attention_mask=cache.seen, position_ids=positions, past_key_values=cache.keys_values,
+            use_cache=True,
+        )  # fmt: skip
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    def log_distribution(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[..., D]` to float32 log-probabilities `[..., V]` of what may be sampled."""
+        logits = self.model.lm_head(hidden).float() / self.temperature
+        return logits.index_fill(-1, self.never_sampled, float("-inf")).log_softmax(-1)
+
+    def logprobs(self, prefixes: Sequence[Prefix], completions: Completions) -> Tensor:
+        """Log-probability of each completion token, float32 `[N, T]`; zero off the mask.
+
+        Each prefix is read once and shared by its group; the first token is predicted by the prefix's last row.
+        """
+        tokens, mask = completions.tokens, completions.mask
+        cache = self.prefill(prefixes).repeated(len(tokens) // len(prefixes))
+        hidden = torch.cat([cache.last_hidden[:, None], self.extend(cache, tokens[:, :-1])], 1)
+        picked = self.log_distribution(hidden).gather(-1, tokens[..., None])[..., 0]
+        return picked.masked_fill(~mask, 0.0)

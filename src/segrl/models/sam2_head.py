@@ -1,0 +1,205 @@
+"""The frozen mask head: SAM 2, loaded once, each image encoded once, all prompts decoded in batched calls.
+
+The only file that imports `sam2`. That package initialises Hydra's global state on import, and its own builder
+composes on the application's search path; so it is imported inside functions, with the state saved and restored,
+and built from its packaged YAML by `instantiate`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from segrl.types import MaskPrompt
+
+# What `build_sam2(apply_postprocessing=True)` adds: fall back to the best of three masks if the one is not stable.
+_POSTPROCESSING = {
+    "dynamic_multimask_via_stability": True,
+    "dynamic_multimask_stability_delta": 0.05,
+    "dynamic_multimask_stability_thresh": 0.98,
+}
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@contextmanager
+def _hydra_state_kept() -> Iterator[None]:
+    """Importing sam2 initialises GlobalHydra if nobody has; leave it as it was."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    instance = GlobalHydra.instance()
+    before = instance.hydra
+    try:
+        yield
+    finally:
+        instance.hydra = before
+
+
+def _build(architecture: str) -> nn.Module:
+    """An untrained SAM2Base from a YAML: a path, or one packaged with sam2 such as `configs/sam2.1/sam2.1_hiera_l.yaml`."""
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    with _hydra_state_kept():
+        import sam2
+
+        path = Path(architecture)
+        if not path.is_file():
+            path = Path(sam2.__path__[0]) / architecture
+        if not path.is_file():
+            raise ValueError(f"head.architecture: a SAM 2 YAML is needed; there is no {architecture}, here or in sam2")
+        config = OmegaConf.load(path)
+        model = instantiate(
+            OmegaConf.merge(config.model, {"sam_mask_decoder_extra_args": _POSTPROCESSING}), _recursive_=True
+        )
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The state dict of a safetensors file or of an official `.pt`."""
+    from safetensors.torch import load_file
+
+    if checkpoint.suffix == ".safetensors":
+        return load_file(checkpoint)
+    weights: dict[str, Tensor] = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]
+    return weights
+
+
+def _within(prompt: MaskPrompt, box: np.ndarray) -> MaskPrompt:
+    """The part of a prompt that speaks of one box: the box and the points inside it."""
+    x, y = prompt.points[:, 0], prompt.points[:, 1]
+    inside = (x >= box[0]) & (x <= box[2]) & (y >= box[1]) & (y <= box[3])
+    return MaskPrompt(boxes=box[None], points=prompt.points[inside], labels=prompt.labels[inside])
+
+
+def split_by_box(prompt: MaskPrompt) -> list[MaskPrompt]:
+    """One prompt per box, points assigned to the boxes that hold them; without boxes, the prompt as it is."""
+    if len(prompt.boxes):
+        return [_within(prompt, box) for box in prompt.boxes]
+    return [prompt] if len(prompt.points) else []
+
+
+class Sam2Head(nn.Module):
+    """SAM 2 as a function of images and mask prompts.
+
+    Args:
+        architecture: YAML of the network, a path or a name inside the sam2 package.
+        checkpoint: weights, safetensors or an official `.pt`; none leaves the network untrained.
+        decode_batch: most prompts in one decoder call.
+
+    Raises:
+        ValueError: if the checkpoint's weights are those of another architecture.
+    """
+
+    def __init__(self, architecture: str, checkpoint: str | None, decode_batch: int) -> None:
+        super().__init__()
+        self.model = _build(architecture)
+        self.decode_batch = decode_batch
+        if checkpoint is not None:
+            try:
+                self.model.load_state_dict(_read_weights(Path(checkpoint)))
+            except (RuntimeError, KeyError) as error:
+                raise ValueError(
+                    f"head.checkpoint: weights of {architecture} are needed; {checkpoint} holds others "
+                    f"({str(error).splitlines()[0]})"
+                ) from error
+        self.size = int(self.model.image_size)
+        self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Sam2Head:
+        """Stays in evaluation mode, whatever Lightning does to the modules around it."""
+        return super().train(False)
+
+    def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
+        """uint8 RGB `[H, W, 3]` each to normalised float `[B, 3, S, S]`."""
+        squares = []
+        for image in images:
+            pixels = torch.as_tensor(image, device=self.mean.device).permute(2, 0, 1).float() / 255
+            if pixels.shape[1:] != (self.size, self.size):
+                pixels = F.interpolate(
+                    pixels[None], (self.size, self.size), mode="bilinear", antialias=True, align_corners=False
+                )[0]
+            squares.append((pixels - self.mean) / self.std)
+        return torch.stack(squares)
+
+    def embed(self, pixels: Tensor) -> list[Tensor]:
+        """Image features from fine to coarse: strides 4, 8 and 16; the last is the image embedding."""
+        features = list(self.model.forward_image(pixels)["backbone_fpn"][-self.model.num_feature_levels :])
+        if self.model.directly_add_no_mem_embed:
+            features[-1] = features[-1] + self.model.no_mem_embed.view(1, -1, 1, 1)
+        return features
+
+    def decode(self, features: list[Tensor], prompts: Sequence[MaskPrompt]) -> tuple[Tensor, Tensor]:
+        """Low-resolution logits of M prompts with one number of points each, each on its own image's features.
+
+        Args:
+            features: of `embed`, gathered so that row m belongs to prompt m.
+            prompts: M, each with at most one box.
+
+        Returns:
+            logits `[M, 1, S/4, S/4]`, predicted IoU `[M, 1]`.
+        """
+        sparse, dense = self._embed_prompts(prompts, features[-1])
+        logits, iou, _, _ = self.model.sam_mask_decoder(
+            image_embeddings=features[-1],
+            image_pe=self.model.sam_prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+            repeat_image=False,
+            high_res_features=features[:-1],
+        )
+        return logits, iou
+
+    def _embed_prompts(self, prompts: Sequence[MaskPrompt], like: Tensor) -> tuple[Tensor, Tensor]:
+        """A box goes in as two corner points (labels 2 and 3) before the others, as SAM2ImagePredictor does it."""
+        xy = np.stack([np.concatenate([p.boxes.reshape(-1, 2), p.points]) for p in prompts])
+        labels = np.stack([np.concatenate([np.tile([2, 3], len(p.boxes)), p.labels]) for p in prompts])
+        coordinates = torch.as_tensor(xy * self.size, dtype=like.dtype, device=like.device)
+        kinds = torch.as_tensor(labels, dtype=torch.int32, device=like.device)
+        sparse, dense = self.model.sam_prompt_encoder(points=(coordinates, kinds), boxes=None, masks=None)
+        return sparse, dense
+
+    @torch.no_grad()
+    def segment(
+        self, images: Sequence[np.ndarray], prompts: Sequence[Sequence[MaskPrompt | None]]
+    ) -> list[list[np.ndarray]]:
+        """Masks of each image's prompts: the union over a prompt's boxes.
+
+        Args:
+            images: B times uint8 RGB `[H, W, 3]`.
+            prompts: for each image any number of prompts; none (a fault) gives an empty mask.
+
+        Returns:
+            for each image a bool `[H, W]` per prompt.
+        """
+        features = self.embed(self.preprocess(images).to(self.mean.dtype))
+        masks = [[np.zeros(image.shape[:2], bool) for _ in asked] for image, asked in zip(images, prompts, strict=True)]
+        calls: dict[tuple[int, int], list[tuple[int, int, MaskPrompt]]] = defaultdict(list)
+        for b, asked in enumerate(prompts):
+            for g, prompt in enumerate(asked):
+                for part in split_by_box(prompt) if prompt is not None else []:
+                    # Padding points is not neutral, so a call holds prompts of one shape.
+                    calls[len(part.boxes), len(part.points)].append((b, g, part))
+        for rows in calls.values():
+            for start in range(0, len(rows), self.decode_batch):
+                chunk = rows[start : start + self.decode_batch]
+                owners = torch.tensor([b for b, _, _ in chunk], device=self.mean.device)
+                logits, _ = self.decode([f[owners] for f in features], [part for _, _, part in chunk])
+                for (b, g, _), row in zip(chunk, logits.float(), strict=True):
+                    masks[b][g] |= self._upscale(row, images[b].shape[:2])
+        return masks
+
+    def _upscale(self, logits: Tensor, size: tuple[int, int]) -> np.ndarray:
+        """Logits `[1, h, w]` to a bool mask of the image's size."""
+        full: np.ndarray = F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0, 0].gt(0).cpu().numpy()
+        return full

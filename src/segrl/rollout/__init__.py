@@ -1,0 +1,1 @@
+"""The reinforcement learning step before the gradient: sampling and scoring."""

@@ -1,0 +1,57 @@
+"""Decoding in which every prefix is prefilled once and all completions of a step advance together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from segrl.models.hf_vlm import HFPolicy
+from segrl.types import Completions, Prefix
+
+
+class SharedPrefixEngine:
+    """Samples all N = B*G completions in one decode.
+
+    Args:
+        max_tokens: a completion is cut off after this many.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+
+    def sample(
+        self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, generator: torch.Generator
+    ) -> Completions:
+        """`group_size` completions of each prefix, from the policy's own distribution; groups contiguous."""
+
+        def choose(log_distribution: Tensor) -> Tensor:
+            # Gumbel-max on the generator's device: the same seed gives the same tokens wherever the policy runs.
+            noise = torch.rand(log_distribution.shape, generator=generator, device=generator.device)
+            gumbel = -(-noise.clamp_min(1e-20).log()).clamp_min(1e-20).log()
+            return (log_distribution + gumbel.to(log_distribution.device)).argmax(-1)
+
+        return self._decode(policy, prefixes, group_size, choose)
+
+    def greedy(self, policy: HFPolicy, prefixes: Sequence[Prefix]) -> Completions:
+        """The most likely token at each place, one completion per prefix."""
+        return self._decode(policy, prefixes, 1, lambda log_distribution: log_distribution.argmax(-1))
+
+    @torch.no_grad()
+    def _decode(
+        self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, choose: Callable[[Tensor], Tensor]
+    ) -> Completions:
+        cache = policy.prefill(prefixes).repeated(group_size)
+        hidden, columns = cache.last_hidden, []
+        running = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+        alive = []
+        while len(columns) < self.max_tokens and bool(running.any()):
+            token = choose(policy.log_distribution(hidden)).masked_fill(~running, policy.pad_id)
+            columns.append(token)
+            alive.append(running)
+            running = running & (token != policy.stop_id)
+            if len(columns) < self.max_tokens:
+                hidden = policy.extend(cache, token[:, None])[:, 0]
+        tokens, mask = torch.stack(columns, 1), torch.stack(alive, 1)
+        return Completions(tokens=tokens, mask=mask, texts=policy.encoder.decode(tokens, mask))
