@@ -145,6 +145,10 @@ class Completions:
         """int64 `[N]`, tokens each completion spent."""
         return self.mask.sum(1)
 
+    def rows(self, rows: slice) -> Completions:
+        """A run of completions."""
+        return Completions(tokens=self.tokens[rows], mask=self.mask[rows], texts=self.texts[rows])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
@@ -165,27 +169,24 @@ class Experience:
     completions: Completions
     advantages: Tensor
     """float32 `[N]`."""
-    weights: Tensor
-    """float32 `[N, T]`: the share of each token in the loss of the whole update; zero off the mask."""
     old_logprobs: Tensor | None
     """float32 `[N, T]`, or none with one update per rollout: then old is new, detached."""
     reference_logprobs: Tensor | None
     """float32 `[N, T]`, or none where the KL weight is zero."""
 
-    def parts(self, size: int) -> Iterator[Experience]:
-        """Split into runs of at most `size` samples. Groups stay whole; the parts' losses sum to the whole's."""
+    def split(self, size: int) -> Iterator[tuple[Experience, slice]]:
+        """Runs of at most `size` samples, each with its rows of N. Groups stay whole."""
         group = len(self.advantages) // len(self.prefixes)
         for start in range(0, len(self.prefixes), size):
             rows = slice(start * group, (start + size) * group)
-            c = self.completions
-            yield Experience(
+            part = Experience(
                 prefixes=self.prefixes[start : start + size],
-                completions=Completions(tokens=c.tokens[rows], mask=c.mask[rows], texts=c.texts[rows]),
+                completions=self.completions.rows(rows),
                 advantages=self.advantages[rows],
-                weights=self.weights[rows],
                 old_logprobs=None if self.old_logprobs is None else self.old_logprobs[rows],
                 reference_logprobs=None if self.reference_logprobs is None else self.reference_logprobs[rows],
             )
+            yield part, rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

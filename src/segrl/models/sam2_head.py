@@ -160,6 +160,19 @@ class Sam2Head(nn.Module):
         )
         return logits, iou
 
+    def decode_all(self, features: list[Tensor], prompts: Sequence[MaskPrompt]) -> tuple[Tensor, Tensor]:
+        """As `decode`, but all four masks, the single one first: `[M, 4, S/4, S/4]` and `[M, 4]`. For training a head."""
+        sparse, dense = self._embed_prompts(prompts, features[-1])
+        logits, iou, _, _ = self.model.sam_mask_decoder.predict_masks(
+            image_embeddings=features[-1],
+            image_pe=self.model.sam_prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            repeat_image=False,
+            high_res_features=features[:-1],
+        )
+        return logits, iou
+
     def _embed_prompts(self, prompts: Sequence[MaskPrompt], like: Tensor) -> tuple[Tensor, Tensor]:
         """A box goes in as two corner points (labels 2 and 3) before the others, as SAM2ImagePredictor does it."""
         xy = np.stack([np.concatenate([p.boxes.reshape(-1, 2), p.points]) for p in prompts])

@@ -1,0 +1,1 @@
+"""One completion to one number per term; pure."""

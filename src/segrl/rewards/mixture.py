@@ -1,0 +1,52 @@
+"""Named terms to one reward; the breakdown is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+import numpy as np
+import torch
+
+from segrl.protocols import RewardTerm
+from segrl.types import Parsed, Sample, Scores
+
+
+class Term(TypedDict):
+    """One entry of `conf/reward`."""
+
+    fn: RewardTerm
+    weight: float
+
+
+class RewardMixture:
+    """Weighted sum of terms, each keyed by its name in the config.
+
+    Args:
+        terms: name to function and weight.
+
+    Raises:
+        ValueError: on no terms, or a weight that is not positive.
+    """
+
+    def __init__(self, terms: Mapping[str, Term]) -> None:
+        if not terms:
+            raise ValueError("reward.terms: at least one term is needed; got none")
+        for name, term in terms.items():
+            if not term["weight"] > 0:
+                raise ValueError(f"reward.terms.{name}.weight: a positive number is needed; got {term['weight']}")
+        self.terms = {name: (term["fn"], float(term["weight"])) for name, term in terms.items()}
+
+    def __call__(
+        self, parsed: Sequence[Parsed], texts: Sequence[str], masks: Sequence[np.ndarray], samples: Sequence[Sample]
+    ) -> Scores:
+        """Score N = B*G completions of B samples, groups contiguous."""
+        group = len(parsed) // len(samples)
+        terms = {}
+        for name, (fn, _) in self.terms.items():
+            values = [
+                fn(p, t, m, samples[n // group]) for n, (p, t, m) in enumerate(zip(parsed, texts, masks, strict=True))
+            ]
+            terms[name] = torch.tensor(values, dtype=torch.float32).view(len(samples), group)
+        total = torch.stack([weight * terms[name] for name, (_, weight) in self.terms.items()]).sum(0)
+        return Scores(total=total, terms=terms)

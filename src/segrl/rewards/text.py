@@ -1,0 +1,21 @@
+"""Rewards of the text alone."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from segrl.types import Parsed, Sample
+
+
+def well_formed(parsed: Parsed, text: str, mask: np.ndarray, sample: Sample) -> float:
+    """1 for a sentence of the grammar, 0 for a fault (Seg-R1's format reward)."""
+    return 0.0 if parsed.fault else 1.0
+
+
+def point_count(parsed: Parsed, text: str, mask: np.ndarray, sample: Sample, *, ideal: float, width: float) -> float:
+    r"""\( e^{-(Q - ideal)^2 / (2\,width^2)} \) for Q points (Seg-R1's `length_reward`: 8 and 2; registered there, unused)."""
+    if parsed.prompt is None:
+        return 0.0
+    return math.exp(-((len(parsed.prompt.points) - ideal) ** 2) / (2 * width**2))

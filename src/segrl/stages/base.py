@@ -1,0 +1,167 @@
+"""What all ways of training share: optimizer, noise, lean checkpoints, and evaluation by segmenting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from segrl.data.batching import Collate, Trace
+from segrl.metrics.saliency import SaliencyScores, score
+from segrl.models.hf_vlm import HFPolicy
+from segrl.protocols import Grammar, MaskHead, RolloutEngine
+from segrl.segmenter import Segmentation, Segmenter
+from segrl.types import Batch, Sample
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+class MakeSchedule(Protocol):
+    """Builds a learning rate schedule that is stepped once per update."""
+
+    def __call__(
+        self, optimizer: torch.optim.Optimizer, *, total_steps: int
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The schedule of a run of `total_steps` updates."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One evaluated sample."""
+
+    sample: Sample
+    answer: Segmentation
+    scores: dict[str, float]
+
+
+class Stage(lightning.LightningModule):
+    """Optimizer, noise and lean checkpoints.
+
+    Whatever is random in a step is a function of (seed, step, rank), so a checkpoint needs no generator's state,
+    and a resumed run repeats what the killed one would have done.
+
+    Args:
+        optimizer: makes the optimizer from the parameters that learn.
+        schedule: makes its schedule; none keeps the learning rate.
+        max_grad_norm: gradients are scaled down to this norm.
+        seed: of the run.
+    """
+
+    frozen: tuple[str, ...] = ()
+    """Prefixes of parameters that never enter a checkpoint."""
+
+    def __init__(
+        self, optimizer: MakeOptimizer, schedule: MakeSchedule | None, max_grad_norm: float, seed: int
+    ) -> None:
+        super().__init__()
+        self.make_optimizer, self.make_schedule = optimizer, schedule
+        self.max_grad_norm, self.seed = max_grad_norm, seed
+        self.strict_loading = False
+        self.latest: dict[str, float] = {}
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own union
+        """Over the parameters that learn."""
+        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.make_schedule is None:
+            return optimizer
+        schedule = self.make_schedule(optimizer, total_steps=int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, *_: object, **__: object) -> None:
+        """Scale gradients down to `max_grad_norm`."""
+        torch.nn.utils.clip_grad_norm_([p for p in self.parameters() if p.requires_grad], self.max_grad_norm)
+
+    def noise_seed(self) -> int:
+        """Of this step on this rank."""
+        return int(np.random.SeedSequence([self.seed, self.global_step, self.global_rank]).generate_state(1)[0])
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Whatever draws from the global generator (dropout) repeats itself after a resume, too."""
+        torch.manual_seed(self.noise_seed())
+
+    def remember(self, scalars: dict[str, Tensor | float]) -> None:
+        """Log scalars of this step; their names are API."""
+        self.latest = {name: float(value) for name, value in scalars.items()}
+        self.log_dict(self.latest, on_step=True, on_epoch=False)
+
+    def _learned(self) -> dict[str, Tensor]:
+        return {k: v for k, v in self.state_dict().items() if not k.startswith(self.frozen or ("\0",))}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what is frozen: it is rebuilt from its own files."""
+        checkpoint["state_dict"] = self._learned()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the weights of another architecture; raises ValueError naming the first difference."""
+        ours, theirs = self._learned(), checkpoint["state_dict"]
+        for name in sorted(set(ours) | set(theirs)):
+            mine = tuple(ours[name].shape) if name in ours else "nothing"
+            other = tuple(theirs[name].shape) if name in theirs else "nothing"
+            if mine != other:
+                raise ValueError(
+                    f"ckpt_path: a checkpoint of this stage and policy is needed; at {name} the checkpoint has "
+                    f"{other}, this run {mine}"
+                )
+
+
+class SegStage(Stage):
+    """A stage that trains a policy, and is evaluated by segmenting.
+
+    Args:
+        policy, grammar, head, engine: see `protocols`.
+        optimizer, schedule, max_grad_norm, seed: see `Stage`.
+        trace: writes the answers to imitate, where the stage imitates.
+    """
+
+    frozen = ("head.",)
+
+    def __init__(
+        self, policy: HFPolicy, grammar: Grammar, head: MaskHead, engine: RolloutEngine,
+        optimizer: MakeOptimizer, schedule: MakeSchedule | None, max_grad_norm: float, seed: int,
+        trace: Trace | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(optimizer, schedule, max_grad_norm, seed)
+        self.policy, self.grammar, self.head, self.engine = policy, grammar, head, engine
+        self.segmenter = Segmenter(policy, grammar, engine, head)
+        self.collate = Collate(policy.encoder, grammar, trace)
+        self.eval_collate = Collate(policy.encoder, grammar)
+        self.val_scores: dict[str, SaliencyScores] = {}
+        self.records: dict[str, list[Record]] = {}
+
+    def evaluate_batch(self, batch: Batch) -> list[Record]:
+        """Segment a batch and score it at the size of its masks."""
+        answers = self.segmenter(batch)
+        return [
+            Record(sample=s, answer=a, scores=score(a.mask, s.mask, a.parsed.fault is not None))
+            for s, a in zip(batch.samples, answers, strict=True)
+        ]
+
+    def on_validation_epoch_start(self) -> None:
+        """Fresh totals."""
+        self.val_scores = {name: SaliencyScores().to(self.device) for name in self.trainer.datamodule.val}
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to its dataset's totals."""
+        name = list(self.val_scores)[dataloader_idx]
+        for record in self.evaluate_batch(batch):
+            self.val_scores[name].update(record.scores)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/<dataset>/<metric>`."""
+        for name, scores in self.val_scores.items():
+            for metric, value in scores.compute().items():
+                self.log(f"val/{name}/{metric}", value, rank_zero_only=True)
+
+    def on_test_epoch_start(self) -> None:
+        """Fresh records."""
+        self.records = {name: [] for name in self.trainer.datamodule.test}
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Keep one record per sample: what happens to them is the caller's business."""
+        self.records[list(self.records)[dataloader_idx]] += self.evaluate_batch(batch)
