@@ -106,10 +106,10 @@ class Sam2Head(nn.Module):
             try:
                 self.model.load_state_dict(_read_weights(Path(checkpoint)))
             except (RuntimeError, KeyError) as error:
+                first = (str(error).splitlines()[1:] or [repr(error)])[0].strip()
                 raise ValueError(
-                    f"head.checkpoint: weights of {architecture} are needed; {checkpoint} holds others "
-                    f"({str(error).splitlines()[0]})"
-                ) from error
+                    f"head.checkpoint: weights of {architecture} are needed; {checkpoint} holds others ({first[:160]})"
+                ) from None
         self.size = int(self.model.image_size)
         self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)

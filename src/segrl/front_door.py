@@ -1,0 +1,202 @@
+"""The front door: composes and checks a configuration, and turns a user's mistake into one line.
+
+Nothing heavy is imported here, and nothing is written before the configuration is known to be good.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+_HERE = Path(__file__).resolve().parent
+
+
+def conf_folder() -> Path:
+    """The configuration tree: of the checkout, or of the installed wheel."""
+    for folder in (_HERE.parent.parent / "conf", _HERE / "_conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"segrl is installed without its configuration: neither {_HERE / '_conf'} nor ../conf exists")
+
+
+def register_resolvers() -> None:
+    """`${asset:NAME}` is a file or folder that ships with the package."""
+    assets = Path(str(resources.files("segrl") / "assets"))
+    OmegaConf.register_new_resolver("asset", lambda name: str(assets / name), replace=True)
+
+
+def enter(config_name: str, job: Callable[[DictConfig], object]) -> None:
+    """Run `job` on the configuration that the command line composes; exit 2 with one line where the user erred.
+
+    SEGRL_TRACE=1 shows the traceback instead.
+    """
+    import hydra
+    from hydra.errors import HydraException
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through, so that they are told in one line here
+    register_resolvers()
+    known = (HydraException, OmegaConfBaseException, ValueError, OSError)
+
+    @functools.wraps(job)
+    def told(cfg: DictConfig) -> object:
+        try:
+            return job(cfg)
+        except known as error:
+            _tell(error, config_name)
+            raise
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(told)()
+    except known as error:
+        _tell(error, config_name)
+        raise
+
+
+def _tell(error: BaseException, config_name: str) -> None:
+    """Exit with one line, if the error is a known mistake."""
+    line = explain(error, config_name, sys.argv[1:])
+    if line is not None and os.environ.get("SEGRL_TRACE") != "1":
+        print(f"segrl: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+def explain(error: BaseException, config_name: str, arguments: list[str]) -> str | None:
+    """One line for a mistake of the user's, or none where the error is not known to be one."""
+    from hydra.errors import HydraException, InstantiationException
+    from pydantic import ValidationError
+
+    from segrl.schema import first_fault
+
+    cause = error
+    while isinstance(cause, HydraException) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, ValidationError):
+        return first_fault(cause)
+    if isinstance(cause, OSError):
+        if cause.errno == errno.ENOSPC:
+            return f"paths.runs: no space is left to write {cause.filename or 'the run'}; what was saved before is intact"
+        return None
+    if isinstance(error, InstantiationException) and isinstance(cause, TypeError):
+        return _unbound(str(error))
+    if isinstance(cause, HydraException | OmegaConfBaseException):
+        return _composition(str(cause), config_name, arguments)
+    if isinstance(cause, ValueError) and _raised_here(cause):
+        return " ".join(str(cause).split())
+    return None
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether segrl itself raised it: a library's ValueError is a bug of ours, and keeps its traceback."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    return at is not None and Path(at.tb_frame.f_code.co_filename).resolve().is_relative_to(_HERE)
+
+
+def _unbound(message: str) -> str:
+    """A constructor that was given a key it does not take, or not one it needs."""
+    where = re.search(r"full_key: (\S+)", message)
+    what = re.search(r"unexpected keyword argument '(\w+)'", message)
+    node = where.group(1) if where else "the configuration"
+    if what:
+        return f"{node}.{what.group(1)}: its constructor takes no such key"
+    return f"{node}: {' '.join(message.splitlines()[0].split())}"
+
+
+def _composition(message: str, config_name: str, arguments: list[str]) -> str:
+    """Hydra's and OmegaConf's own errors, with the nearest real key."""
+    if missing := re.search(r"Missing mandatory value: (\S+)", message):
+        return f"{missing.group(1)}: a value is needed; none is set"
+    if unknown := re.search(r"Could not override '([^']+)'", message) or re.search(r"Key '(\S+)' is not in struct", message):
+        key = unknown.group(1)
+        if full := re.search(r"full_key: (\S+)", message):
+            key = full.group(1)
+        return f"{key}: there is no such key{_nearest(key, list(_keys(config_name, arguments)))}"
+    if option := re.search(r"(?:Could not find|In '[^']+': Could not find) '([^']+)'", message):
+        group, _, name = option.group(1).rpartition("/")
+        options = [path.stem for path in (conf_folder() / group).glob("*.yaml")]
+        return f"{group}={name}: there is no such option{_nearest(name, options)} (there are: {', '.join(sorted(options))})"
+    return " ".join(message.split())
+
+
+def _nearest(word: str, words: list[str]) -> str:
+    """`; did you mean ...?`, if anything is near."""
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _keys(config_name: str, arguments: list[str]) -> Iterator[str]:
+    """All dotted keys of what composes once the value overrides are left out."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    groups = [folder.name for folder in conf_folder().iterdir() if folder.is_dir()]
+    chosen = [a for a in arguments if a.lstrip("+~").split("=")[0] in groups and "," not in a]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            config = compose(config_name, chosen)
+    except HydraException:
+        return
+    yield from _flat(OmegaConf.to_container(config, resolve=False), "")
+
+
+def _flat(node: object, prefix: str) -> Iterator[str]:
+    """Dotted keys of a nested mapping."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield f"{prefix}{key}"
+            yield from _flat(value, f"{prefix}{key}.")
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse a configuration that cannot run.
+
+    Raises:
+        pydantic.ValidationError: for a value out of range.
+        ValueError: for a file that is not there, naming its key and where its owners publish it.
+    """
+    from segrl.schema import TrainConfig
+
+    TrainConfig.model_validate(OmegaConf.to_container(cfg, resolve=True))
+    for key, owners in cfg.sources.items():
+        path = OmegaConf.select(cfg, key)
+        if path is not None and not Path(path).exists():
+            raise ValueError(f"{key}: there is no {path}; its owners publish it at {owners}")
+    for key in ("ckpt_path", "init_from"):
+        if cfg[key] is not None and not Path(cfg[key]).is_file():
+            raise ValueError(f"{key}: a checkpoint is needed; there is no file {cfg[key]}")
+
+
+def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+    """The configuration of the run folder `cfg.resume`, with plain values of it changed.
+
+    Raises:
+        ValueError: if the folder holds no run, or an override is not a value of that run.
+    """
+    folder = Path(cfg.resume)
+    saved, checkpoint = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
+    if not saved.is_file() or not checkpoint.is_file():
+        raise ValueError(f"resume: a run folder with config.yaml and checkpoints/last.ckpt is needed; {folder} is none")
+    before = OmegaConf.load(saved)
+    assert isinstance(before, DictConfig)
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "resume":
+            continue
+        if "." not in key or not OmegaConf.is_missing(before, key) and OmegaConf.select(before, key) is None:
+            raise ValueError(f"resume: the run goes on with its own configuration; {override} cannot be changed")
+        OmegaConf.update(before, key, OmegaConf.create(f"v: {value}").v)
+    before.resume, before.ckpt_path, before.paths.run = str(folder), str(checkpoint), str(folder)
+    return before

@@ -1,0 +1,160 @@
+"""One training run, from a checked configuration to its report."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf import DictConfig, OmegaConf
+
+from segrl.data.datamodule import SegDataModule
+from segrl.stages.base import SegStage, Stage
+from segrl.tracking import report
+from segrl.tracking.callbacks import read_history
+from segrl.tracking.checkpoints import AtomicCheckpointIO, read_checkpoint
+from segrl.tracking.figures import curves
+from segrl.tracking.mlflow_runs import keep
+from segrl.tracking.provenance import provenance
+
+_CURVES = ("reward/total", "reward/iou", "reward/structure", "rollout/fault_rate", "sft/loss", "head/iou")
+
+
+def _quiet() -> None:
+    """Progress is ours to print."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="lightning|torch|mlflow")
+
+
+def _fresh(folder: Path) -> Path:
+    """The folder, or the first of folder-2, folder-3 ... that does not exist."""
+    numbered = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 10_000))
+    return folder if not folder.exists() else next(path for path in numbered if not path.exists())
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """Everything of one run, built; nothing is on the disk before all of it could be built."""
+
+    cfg: DictConfig
+    folder: Path
+    stage: Stage
+    data: SegDataModule
+    trainer: lightning.Trainer
+    logger: Logger
+    began: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def build(cls, cfg: DictConfig) -> Run:
+        """Instantiate data, stage, trainer; then create the run folder. Raises ValueError on what does not fit."""
+        _quiet()
+        torch.manual_seed(cfg.seed)
+        folder = Path(cfg.resume) if cfg.resume else _fresh(Path(cfg.paths.run))
+        cfg.paths.run = str(folder)
+        data: SegDataModule = instantiate(cfg.data.module)
+        stage: Stage = instantiate(cfg.stage)
+        data.connect(stage.collate, stage.eval_collate)
+        if cfg.init_from is not None:
+            cls._start_from(stage, Path(cfg.init_from))
+        if cfg.ckpt_path is not None:
+            stage.on_load_checkpoint(read_checkpoint(Path(cfg.ckpt_path)))
+        text = OmegaConf.to_yaml(cfg, resolve=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(text)
+        logger: Logger = instantiate(cfg.logger)(folder, provenance(text))
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+        trainer: lightning.Trainer = instantiate(
+            cfg.trainer, logger=logger, callbacks=[instantiate(c) for c in cfg.callbacks.values()],
+            plugins=[AtomicCheckpointIO()], default_root_dir=str(folder),
+        )  # fmt: skip
+        return cls(cfg=cfg, folder=folder, stage=stage, data=data, trainer=trainer, logger=logger)
+
+    @staticmethod
+    def _start_from(stage: Stage, checkpoint: Path) -> None:
+        """Take over the policy of an earlier stage, in the reference, too: both start there."""
+        if not isinstance(stage, SegStage):
+            raise ValueError("init_from: a stage with a policy is needed; this one has none")
+        weights = read_checkpoint(checkpoint)["state_dict"]
+        policy = {k.removeprefix("policy."): v for k, v in weights.items() if k.startswith("policy.")}
+        for module in (stage.policy, getattr(stage.reference, "policy", None)) if hasattr(stage, "reference") else (stage.policy,):
+            if module is not None:
+                try:
+                    module.load_state_dict(policy)
+                except RuntimeError as error:
+                    first = str(error).splitlines()[1].strip()
+                    raise ValueError(f"init_from: a policy of this architecture is needed; {checkpoint}: {first}") from None
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self.trainer.global_step
+
+    def announce(self) -> None:
+        """Say what runs where."""
+        learned = sum(p.numel() for p in self.stage.parameters() if p.requires_grad)
+        print(f"{self.cfg.name}: {learned / 1e6:.1f} M parameters learn; results in {self.folder}", flush=True)
+
+    def _test(self, name: str) -> report.Scores:
+        """Score the test sets, one line per sample into the run folder."""
+        assert isinstance(self.stage, SegStage)
+        print(f"scoring the test sets ({name}) ...", flush=True)
+        self.trainer.test(self.stage, self.data, verbose=False)
+        return report.save(self.stage.records, self.folder / "evaluation" / f"{name}.jsonl")
+
+    def _tests(self) -> bool:
+        return isinstance(self.stage, SegStage) and bool(self.data.test)
+
+    def test_before(self) -> None:
+        """Score the start, unless a run that is gone on with already has."""
+        if self._tests() and self.cfg.test_before and not (self.folder / "evaluation" / "before.jsonl").is_file():
+            self._test("before")
+
+    def fit(self) -> bool:
+        """Train; false if the process was asked to stop, after saving."""
+        try:
+            self.trainer.fit(self.stage, self.data, ckpt_path=self.cfg.ckpt_path, weights_only=True)
+        except SIGTERMException:
+            return False
+        return True
+
+    def finish(self) -> float | None:
+        """Score, compare, draw, keep; print the table and where everything is."""
+        folder, metrics, table = self.folder, {}, {}
+        history = read_history(folder / "history.jsonl")
+        drawn = curves(history, _CURVES, folder / "reward_curve.png")
+        if self._tests():
+            before, after = (folder / "evaluation" / f"{name}.jsonl" for name in ("before", "after"))
+            scores = self._test("after")
+            metrics = report.means(scores)
+            if before.is_file():
+                table = report.compare(report.load(before), scores, self.cfg.seed)
+                report.print_table(table)
+            report.draw(self.stage.records, before, after, folder / "before_after.png")  # type: ignore[attr-defined]
+        metrics |= {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
+        objective = metrics.get(self.cfg.objective_metric) if self.cfg.objective_metric else None
+        summary: dict[str, Any] = {
+            "name": self.cfg.name, "seed": self.cfg.seed, "steps": self.step, "objective": objective,
+            "metrics": metrics, "test": table, "train_seconds": round(time.monotonic() - self.began, 1),
+        }  # fmt: skip
+        (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
+        kept = [folder / n for n in ("metrics.json", "config.yaml", "before_after.png", "sheets", "evaluation", "checkpoints")]
+        keep(self.logger, [*kept, *([drawn] if drawn else [])], metrics | ({"objective": objective} if objective is not None else {}))
+        print(f"\nresults in {folder}\nMLflow: make mlflow", flush=True)
+        self.logger.finalize("success")
+        return objective

@@ -1,0 +1,128 @@
+"""What a composed configuration must hold, checked before any weight, and any heavy import, is loaded.
+
+The constructors are the schema of what they take; here stand the ranges of numbers, and the keys of the top level.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Count = Annotated[int, Field(ge=1, strict=True)]
+Weight = Annotated[float, Field(ge=0)]
+Bound = Annotated[float, Field(gt=0, le=10)]
+
+
+class _Node(BaseModel):
+    """A config group: known keys are checked, the rest is its constructor's business."""
+
+    model_config = ConfigDict(extra="allow", arbitrary_types_allowed=True)
+
+
+class Optimizer(_Node):
+    """`stage.optimizer`."""
+
+    lr: float = Field(gt=0, lt=1)
+
+
+class Stage(_Node):
+    """`stage`."""
+
+    target: str = Field(alias="_target_")
+    optimizer: Optimizer
+    max_grad_norm: float = Field(gt=0)
+    group_size: int = Field(2, ge=2, strict=True, description="GRPO compares completions of one sample")
+    micro_batch_size: Count = 1
+    updates_per_rollout: Count = 1
+    epochs_per_rollout: Count = 1
+    kl_weight: Weight = 0.0
+    clip: tuple[Bound, Bound] = (0.2, 0.2)
+    advantage_floor: float = Field(1e-4, gt=0)
+
+
+class Policy(_Node):
+    """`policy`."""
+
+    weights: str
+    image_side: Count | None
+    temperature: float = Field(gt=0, le=10)
+    dtype: str = Field(pattern="^(float32|bfloat16|float16)$")
+
+
+class Rollout(_Node):
+    """`rollout`."""
+
+    max_tokens: Count
+
+
+class Term(_Node):
+    """`reward.terms.<name>`."""
+
+    weight: float = Field(gt=0)
+
+
+class Reward(_Node):
+    """`reward`."""
+
+    terms: dict[str, Term] = Field(min_length=1)
+
+
+class Data(_Node):
+    """`data`."""
+
+    batch_size: Count
+    workers: int = Field(ge=0, strict=True)
+
+
+class Trainer(_Node):
+    """`trainer`."""
+
+    max_epochs: int = Field(ge=-1, strict=True)
+    max_steps: int = Field(ge=-1, strict=True)
+
+
+class Paths(BaseModel):
+    """`paths`."""
+
+    model_config = ConfigDict(extra="forbid")
+    runs: str
+    datasets: str
+    weights: str
+    run: str
+
+
+class TrainConfig(BaseModel):
+    """The whole of `python -m segrl.train`."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str = Field(pattern=r"^[\w.-]+$")
+    seed: int = Field(ge=0, lt=2**31, strict=True)
+    init_from: str | None
+    ckpt_path: str | None
+    resume: str | None
+    test_before: bool
+    objective_metric: str | None
+    sources: dict[str, str]
+    stage: Stage
+    policy: Policy
+    reference: dict[str, Any] | None
+    head: dict[str, Any]
+    grammar: dict[str, Any]
+    reward: Reward
+    rollout: Rollout
+    data: Data
+    trainer: Trainer
+    logger: dict[str, Any]
+    callbacks: dict[str, dict[str, Any]]
+    paths: Paths
+
+
+def first_fault(error: ValidationError) -> str:
+    """One line for the first of pydantic's findings: dotted key, what is needed, what came."""
+    found = error.errors()[0]
+    key = ".".join("_target_" if part == "target" else str(part) for part in found["loc"])
+    if found["type"] == "extra_forbidden":
+        return f"{key}: there is no such key"
+    came = "" if found["type"] == "missing" else f"; got {found['input']!r}"
+    return f"{key}: {found['msg'][0].lower()}{found['msg'][1:]}{came}"

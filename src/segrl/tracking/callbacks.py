@@ -1,0 +1,113 @@
+"""What is shown and kept while a stage trains."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import lightning
+
+from segrl.stages.base import Stage
+from segrl.stages.policy_gradient import PolicyGradientStage
+from segrl.tracking.figures import Cell, sheet
+
+_SHOWN = ("reward/total", "sft/loss", "head/iou", "tower/box_loss")
+
+
+class Progress(lightning.Callback):
+    """One line now and then: update, headline scalar, faults, time left.
+
+    Args:
+        every_seconds: between lines.
+    """
+
+    def __init__(self, every_seconds: float) -> None:
+        self.every_seconds = every_seconds
+        self.began = self.told = 0.0
+        self.first_step = 0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Start the clock."""
+        self.began = self.told = time.monotonic()
+        self.first_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object) -> None:
+        """Tell, if it is time."""
+        now, step, total = time.monotonic(), trainer.global_step, int(trainer.estimated_stepping_batches)
+        if not isinstance(pl_module, Stage) or (now - self.told < self.every_seconds and step < total):
+            return
+        self.told = now
+        left = (now - self.began) / max(1, step - self.first_step) * (total - step)
+        scalars = [f"{name} {pl_module.latest[name]:.3f}" for name in _SHOWN if name in pl_module.latest]
+        if "rollout/fault_rate" in pl_module.latest:
+            scalars.append(f"faults {pl_module.latest['rollout/fault_rate']:.0%}")
+        print(f"  step {step}/{total}  {'  '.join(scalars)}  {left / 60:.1f} min left", flush=True)
+
+
+class History(lightning.Callback):
+    """Every scalar of every update as one line of JSON, in the run folder.
+
+    Args:
+        folder: gets `history.jsonl`.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.path = Path(folder) / "history.jsonl"
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """After a resume, forget what the killed run wrote beyond its checkpoint."""
+        kept = [line for line in read_history(self.path) if line["step"] <= trainer.global_step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object) -> None:
+        """Append."""
+        if isinstance(pl_module, Stage) and trainer.is_global_zero:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": trainer.global_step, **pl_module.latest}) + "\n")
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """The lines of a `history.jsonl`; a last line that a kill cut off is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class SampleSheets(lightning.Callback):
+    """Now and then a picture of a rollout: one row per sample, its completions side by side, best first.
+
+    Args:
+        folder: gets `step_000050.png` and so on.
+        every_n_steps: between sheets.
+    """
+
+    def __init__(self, folder: str, every_n_steps: int) -> None:
+        self.folder, self.every_n_steps = Path(folder), every_n_steps
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object) -> None:
+        """Draw, if it is time."""
+        if not isinstance(pl_module, PolicyGradientStage) or pl_module.last_rollout is None:
+            return
+        if trainer.global_step % self.every_n_steps or not trainer.is_global_zero:
+            return
+        batch, completions, scored = pl_module.last_rollout
+        rows, group = [], pl_module.group_size
+        for b, sample in enumerate(batch.samples[:4]):
+            order = scored.scores.total[b].argsort(descending=True)[:4].tolist()
+            rows.append([
+                Cell(
+                    image=sample.image, truth=sample.mask, mask=scored.masks[b * group + g],
+                    prompt=scored.parsed[b * group + g].prompt,
+                    caption=f"reward {scored.scores.total[b, g]:.2f}\n{completions.texts[b * group + g]}",
+                )
+                for g in order
+            ])  # fmt: skip
+        sheet(rows, self.folder / f"step_{trainer.global_step:06d}.png")

@@ -1,0 +1,87 @@
+"""Checkpoints that a kill cannot spoil."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the file and renames, so what was saved before is intact until the new one is whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
+        """Save, flush to the disk, rename. Raises OSError if the disk is full; the earlier file then stays."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+        except (OSError, RuntimeError) as error:
+            partial.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                error.filename = error.filename or str(target)
+                raise
+            # torch's zip writer reports a full disk as a RuntimeError
+            raise OSError(28, "no space left, or the disk failed, while saving", str(target)) from error
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: object = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load tensors and plain values only. Raises ValueError naming a file that is cut off or no checkpoint."""
+        return read_checkpoint(Path(path))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's contents on the CPU; ValueError naming the file if it is cut off, foreign or unsafe."""
+    if not path.is_file():
+        raise ValueError(f"ckpt_path: a checkpoint is needed; there is no file {path}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: a checkpoint is needed; the file is cut off or is none")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"{path}: a checkpoint of tensors and plain values is needed; it cannot be read ({reason})") from None
+    if not isinstance(loaded, dict) or "state_dict" not in loaded:
+        raise ValueError(f"{path}: a checkpoint of a segrl stage is needed; the file holds no state_dict")
+    return loaded
+
+
+class EveryNSteps(lightning.Callback):
+    """Saves every n updates, at the end, and when the process is asked to stop.
+
+    Args:
+        path: one file, written anew each time.
+        every_n_steps: n.
+    """
+
+    def __init__(self, path: str, every_n_steps: int) -> None:
+        self.path, self.every_n_steps = path, every_n_steps
+        self.saved_at = -1
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
+    ) -> None:
+        """Save if it is time, or if SIGTERM came: Lightning then leaves the loop."""
+        if trainer.global_step % self.every_n_steps == 0 or trainer.received_sigterm:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save the last step."""
+        self._save(trainer)
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        if self.saved_at != trainer.global_step:
+            self.saved_at = trainer.global_step
+            trainer.save_checkpoint(self.path)

@@ -1,0 +1,33 @@
+"""Where a number comes from: code, configuration, versions, machine."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+
+def _git(*arguments: str) -> str:
+    """Output of git in the checkout that this file lies in; empty outside of one."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def provenance(config_yaml: str) -> dict[str, str]:
+    """Tags of a run: commit, whether the tree differs from it, hash of the configuration, versions."""
+    packages = ("segrl", "torch", "transformers", "lightning", "sam2")
+    return {
+        "git.commit": _git("rev-parse", "HEAD") or "unknown",
+        "git.dirty": str(bool(_git("status", "--porcelain"))).lower(),
+        "config.sha256": hashlib.sha256(config_yaml.encode()).hexdigest(),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        **{f"version.{name}": version(name) for name in packages},
+    }

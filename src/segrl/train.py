@@ -1,0 +1,40 @@
+"""`python -m segrl.train +experiment=NAME`: compose, check, build, fit, score."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from segrl.front_door import check, enter, resumed
+
+if TYPE_CHECKING:
+    from segrl.running import Run
+
+
+def job(cfg: DictConfig) -> float | None:
+    """One run; the value that a sweep compares comes back."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if cfg.resume is not None:
+        cfg = resumed(cfg, list(HydraConfig.get().overrides.task))
+    check(cfg)
+    from segrl.running import Run
+
+    run: Run = Run.build(cfg)
+    run.announce()
+    run.test_before()
+    if not run.fit():
+        print(f"stopped and saved at step {run.step}; go on with: python -m segrl.train resume={run.folder}")
+        sys.exit(128 + 15)
+    return run.finish()
+
+
+def main() -> None:
+    """Entry point."""
+    enter("train", job)
+
+
+if __name__ == "__main__":
+    main()
