@@ -87,18 +87,15 @@ class Run:
 
     @staticmethod
     def _start_from(stage: Stage, checkpoint: Path) -> None:
-        """Take over the policy of an earlier stage, in the reference, too: both start there."""
+        """Take over the policy of an earlier stage."""
         if not isinstance(stage, SegStage):
-            raise ValueError("init_from: a stage with a policy is needed; this one has none")
+            raise ValueError("init_from: a stage that trains a policy to segment is needed; this one does not")
         weights = read_checkpoint(checkpoint)["state_dict"]
-        policy = {k.removeprefix("policy."): v for k, v in weights.items() if k.startswith("policy.")}
-        for module in (stage.policy, getattr(stage.reference, "policy", None)) if hasattr(stage, "reference") else (stage.policy,):
-            if module is not None:
-                try:
-                    module.load_state_dict(policy)
-                except RuntimeError as error:
-                    first = str(error).splitlines()[1].strip()
-                    raise ValueError(f"init_from: a policy of this architecture is needed; {checkpoint}: {first}") from None
+        try:
+            stage.start_from({k.removeprefix("policy."): v for k, v in weights.items() if k.startswith("policy.")})
+        except RuntimeError as error:
+            first = (str(error).splitlines()[1:] or [str(error)])[0].strip()[:160]
+            raise ValueError(f"init_from: a policy of this architecture is needed; {checkpoint} has another ({first})") from None
 
     @property
     def step(self) -> int:
@@ -133,6 +130,15 @@ class Run:
             return False
         return True
 
+    def score(self) -> float | None:
+        """Score without training: the means on stdout, one line per sample and metrics.json in the run folder."""
+        if not self._tests():
+            raise ValueError("data: test sets are needed to score a policy; this dataset has none")
+        metrics = report.means(self._test("after"))
+        for name, value in metrics.items():
+            print(f"  {name:<32}{value:.4f}")
+        return self._keep(metrics, {}, [])
+
     def finish(self) -> float | None:
         """Score, compare, draw, keep; print the table and where everything is."""
         folder, metrics, table = self.folder, {}, {}
@@ -147,14 +153,22 @@ class Run:
                 report.print_table(table)
             report.draw(self.stage.records, before, after, folder / "before_after.png")  # type: ignore[attr-defined]
         metrics |= {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
-        objective = metrics.get(self.cfg.objective_metric) if self.cfg.objective_metric else None
-        summary: dict[str, Any] = {
+        return self._keep(metrics, table, [drawn] if drawn else [])
+
+    def _keep(self, metrics: dict[str, float], table: dict[str, Any], drawn: list[Path]) -> float | None:
+        """Write metrics.json, copy everything to the tracker, say where it is."""
+        folder, wanted = self.folder, self.cfg.objective_metric
+        if wanted is not None and wanted not in metrics:
+            raise ValueError(f"objective_metric: one of {sorted(metrics)} is needed; got {wanted}")
+        objective = None if wanted is None else metrics[wanted]
+        summary = {
             "name": self.cfg.name, "seed": self.cfg.seed, "steps": self.step, "objective": objective,
-            "metrics": metrics, "test": table, "train_seconds": round(time.monotonic() - self.began, 1),
+            "metrics": metrics, "test": table, "seconds": round(time.monotonic() - self.began, 1),
         }  # fmt: skip
         (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
-        kept = [folder / n for n in ("metrics.json", "config.yaml", "before_after.png", "sheets", "evaluation", "checkpoints")]
-        keep(self.logger, [*kept, *([drawn] if drawn else [])], metrics | ({"objective": objective} if objective is not None else {}))
-        print(f"\nresults in {folder}\nMLflow: make mlflow", flush=True)
+        kept = ("metrics.json", "config.yaml", "before_after.png", "sheets", "evaluation", "checkpoints")
+        final = metrics if objective is None else {**metrics, "objective": objective}
+        keep(self.logger, [*(folder / name for name in kept), *drawn], final)
         self.logger.finalize("success")
+        print(f"\nresults in {folder}\nopen MLflow: make mlflow, then http://127.0.0.1:5000", flush=True)
         return objective

@@ -63,12 +63,17 @@ def _build(architecture: str) -> nn.Module:
 
 
 def _read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The state dict of a safetensors file or of an official `.pt`."""
+    """The state dict in a safetensors file, in an official `.pt`, or in a checkpoint of `MaskHeadStage`."""
     from safetensors.torch import load_file
 
+    if not checkpoint.is_file():
+        raise ValueError(f"head.checkpoint: weights are needed; there is no file {checkpoint}")
     if checkpoint.suffix == ".safetensors":
         return load_file(checkpoint)
-    weights: dict[str, Tensor] = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]
+    loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if "state_dict" in loaded:
+        return {k.removeprefix("head.model."): v for k, v in loaded["state_dict"].items()}
+    weights: dict[str, Tensor] = loaded["model"]
     return weights
 
 

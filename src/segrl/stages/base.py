@@ -134,6 +134,10 @@ class SegStage(Stage):
         self.val_scores: dict[str, SaliencyScores] = {}
         self.records: dict[str, list[Record]] = {}
 
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Take over the policy of an earlier stage; raises RuntimeError if its architecture is another."""
+        self.policy.load_state_dict(weights)
+
     def evaluate_batch(self, batch: Batch) -> list[Record]:
         """Segment a batch and score it at the size of its masks."""
         answers = self.segmenter(batch)

@@ -51,6 +51,12 @@ class PolicyGradientStage(SegStage):
         self.token_weights = token_weights
         self.last_rollout: tuple[Batch, Completions, Scored] | None = None
 
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """The reference starts there, too."""
+        super().start_from(weights)
+        if self.reference is not None:
+            self.reference.policy.load_state_dict(weights)
+
     @abstractmethod
     def advantages(self, scores: Scores) -> Tensor:
         """float32 `[B, G]`."""

@@ -33,13 +33,18 @@ class TowerStage(Stage):
         optimizer: MakeOptimizer, schedule: MakeSchedule | None, max_grad_norm: float, seed: int,
     ) -> None:  # fmt: skip
         super().__init__(optimizer, schedule, max_grad_norm, seed)
-        self.policy, self.tower = policy, policy.model.model.visual
-        policy.requires_grad_(False)
+        self.policy = policy.requires_grad_(False)
         self.tower.requires_grad_(True)
         width = policy.model.config.vision_config.out_hidden_size
         self.cell = nn.Linear(width, 1)
         self.box = nn.Sequential(nn.Linear(width * image_tokens, 128), nn.GELU(), nn.Linear(128, 4))
         self.collate = self.eval_collate = Collate(policy.encoder, grammar)
+
+    @property
+    def tower(self) -> nn.Module:
+        """The policy's, not a second name for its weights in a checkpoint."""
+        tower: nn.Module = self.policy.model.model.visual
+        return tower
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One update."""

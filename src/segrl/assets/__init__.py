@@ -1,0 +1,1 @@
+"""Trained nano weights, and `python -m segrl.assets`, which makes them anew."""

@@ -1,0 +1,28 @@
+"""`python -m segrl.evaluate +experiment=NAME init_from=CHECKPOINT`: score a policy on a dataset's test sets, without training."""
+
+from __future__ import annotations
+
+import sys
+
+from omegaconf import DictConfig
+
+from segrl.front_door import check, enter
+
+
+def job(cfg: DictConfig) -> float | None:
+    """One evaluation; the value that a sweep compares comes back."""
+    check(cfg)
+    from segrl.running import Run
+
+    run = Run.build(cfg)
+    run.announce()
+    return run.score()
+
+
+def main() -> None:
+    """Entry point."""
+    enter("evaluate", job)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
