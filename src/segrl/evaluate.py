@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from omegaconf import DictConfig
 
 from segrl.front_door import check, enter
@@ -25,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -27,7 +27,9 @@ def export_policy(run: Path, out: Path, note: str) -> None:
     from segrl.tracking.checkpoints import read_checkpoint
 
     if not (run / "config.yaml").is_file() or not (run / "metrics.json").is_file():
-        raise ValueError(f"export: the folder of a finished run is needed; {run} has no config.yaml and metrics.json")
+        raise ValueError(
+            f"export: the folder of a finished run is needed; {run} has no config.yaml and metrics.json"
+        )
     cfg = OmegaConf.load(run / "config.yaml")
     weights = read_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"]
     learned = {k.removeprefix("policy."): v for k, v in weights.items() if k.startswith("policy.")}
@@ -42,12 +44,14 @@ def export_policy(run: Path, out: Path, note: str) -> None:
 
 def card(run: Path, note: str) -> str:
     """Markdown: what it is, the command's configuration, the scores of the run."""
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
 
     metrics = json.loads((run / "metrics.json").read_text())
     scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics["metrics"].items())
-    config = OmegaConf.load(run / "config.yaml")
-    settings = OmegaConf.to_yaml(OmegaConf.create({k: config[k] for k in ("stage", "rollout", "reward", "data", "trainer")}))
+    config = DictConfig(OmegaConf.load(run / "config.yaml"))
+    settings = OmegaConf.to_yaml(
+        OmegaConf.create({k: config[k] for k in ("stage", "rollout", "reward", "data", "trainer")})
+    )
     return (
         f"---\nlicense: apache-2.0\n---\n# {metrics['name']}\n\n{note}\n\n"
         f"Trained by segrl, experiment `{metrics['name']}`, seed {metrics['seed']}, {metrics['steps']} updates, "
@@ -64,7 +68,9 @@ def main() -> None:
     arguments = parser.parse_args()
     register_resolvers()
     try:
-        export_policy(arguments.run, arguments.out, "A policy that writes mask prompts for a promptable segmenter.")
+        export_policy(
+            arguments.run, arguments.out, "A policy that writes mask prompts for a promptable segmenter."
+        )
     except ValueError as error:
         print(f"segrl: {error}", file=sys.stderr)
         sys.exit(2)

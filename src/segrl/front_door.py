@@ -12,7 +12,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from importlib import resources
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -26,13 +25,19 @@ def conf_folder() -> Path:
     for folder in (_HERE.parent.parent / "conf", _HERE / "_conf"):
         if (folder / "train.yaml").is_file():
             return folder
-    raise FileNotFoundError(f"segrl is installed without its configuration: neither {_HERE / '_conf'} nor ../conf exists")
+    raise FileNotFoundError(
+        f"segrl is installed without its configuration: neither {_HERE / '_conf'} nor ../conf exists"
+    )
+
+
+def asset(name: str) -> str:
+    """Path of a file or folder that ships with the package."""
+    return str(_HERE / "assets" / name)
 
 
 def register_resolvers() -> None:
-    """`${asset:NAME}` is a file or folder that ships with the package."""
-    assets = Path(str(resources.files("segrl") / "assets"))
-    OmegaConf.register_new_resolver("asset", lambda name: str(assets / name), replace=True)
+    """`${asset:NAME}` in a configuration is `asset(NAME)`."""
+    OmegaConf.register_new_resolver("asset", asset, replace=True)
 
 
 def enter(config_name: str, job: Callable[[DictConfig], object]) -> None:
@@ -92,6 +97,8 @@ def explain(error: BaseException, config_name: str, arguments: list[str]) -> str
         return _composition(str(cause), config_name, arguments)
     if isinstance(cause, ValueError) and _raised_here(cause):
         return " ".join(str(cause).split())
+    if isinstance(cause, ValueError) and str(cause).startswith("Caught ValueError in DataLoader worker"):
+        return " ".join(str(cause).strip().splitlines()[-1].removeprefix("ValueError: ").split())
     return None
 
 
@@ -117,7 +124,9 @@ def _composition(message: str, config_name: str, arguments: list[str]) -> str:
     """Hydra's and OmegaConf's own errors, with the nearest real key."""
     if missing := re.search(r"Missing mandatory value: (\S+)", message):
         return f"{missing.group(1)}: a value is needed; none is set"
-    if unknown := re.search(r"Could not override '([^']+)'", message) or re.search(r"Key '(\S+)' is not in struct", message):
+    if unknown := re.search(r"Could not override '([^']+)'", message) or re.search(
+        r"Key '(\S+)' is not in struct", message
+    ):
         key = unknown.group(1)
         if full := re.search(r"full_key: (\S+)", message):
             key = full.group(1)
@@ -188,7 +197,9 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     folder = Path(cfg.resume)
     saved, checkpoint = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
     if not saved.is_file() or not checkpoint.is_file():
-        raise ValueError(f"resume: a run folder with config.yaml and checkpoints/last.ckpt is needed; {folder} is none")
+        raise ValueError(
+            f"resume: a run folder with config.yaml and checkpoints/last.ckpt is needed; {folder} is none"
+        )
     before = OmegaConf.load(saved)
     assert isinstance(before, DictConfig)
     for override in overrides:
@@ -196,7 +207,9 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
         if key == "resume":
             continue
         if "." not in key or not OmegaConf.is_missing(before, key) and OmegaConf.select(before, key) is None:
-            raise ValueError(f"resume: the run goes on with its own configuration; {override} cannot be changed")
+            raise ValueError(
+                f"resume: the run goes on with its own configuration; {override} cannot be changed"
+            )
         OmegaConf.update(before, key, OmegaConf.create(f"v: {value}").v)
     before.resume, before.ckpt_path, before.paths.run = str(folder), str(checkpoint), str(folder)
     return before

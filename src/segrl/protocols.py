@@ -50,7 +50,10 @@ class Encoder(Protocol):
 class Policy(Protocol):
     """The MLLM being trained."""
 
-    encoder: Encoder
+    @property
+    def encoder(self) -> Encoder:
+        """Its eyes and vocabulary."""
+        ...
 
     def logprobs(self, prefixes: Sequence[Prefix], completions: Completions) -> Tensor:
         """Log-probability of each completion token, float32 `[N, T]`; each prefix is read once."""

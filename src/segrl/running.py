@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import lightning
 import torch
@@ -17,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from segrl.data.datamodule import SegDataModule
+from segrl.metrics.saliency import NAMES
 from segrl.stages.base import SegStage, Stage
 from segrl.tracking import report
 from segrl.tracking.callbacks import read_history
@@ -70,6 +70,7 @@ class Run:
         data: SegDataModule = instantiate(cfg.data.module)
         stage: Stage = instantiate(cfg.stage)
         data.connect(stage.collate, stage.eval_collate)
+        cls._check_objective(cfg.objective_metric, data)
         if cfg.init_from is not None:
             cls._start_from(stage, Path(cfg.init_from))
         if cfg.ckpt_path is not None:
@@ -86,16 +87,35 @@ class Run:
         return cls(cfg=cfg, folder=folder, stage=stage, data=data, trainer=trainer, logger=logger)
 
     @staticmethod
+    def _check_objective(wanted: str | None, data: SegDataModule) -> None:
+        """A name that is mistyped must not come out after the training."""
+        named = {"test": data.test, "val": data.val}
+        known = [
+            f"{split}/{dataset}/{metric}"
+            for split, sets in named.items()
+            for dataset in sets
+            for metric in NAMES
+        ]
+        if wanted is not None and wanted not in known:
+            raise ValueError(f"objective_metric: one of {', '.join(known)} is needed; got {wanted}")
+
+    @staticmethod
     def _start_from(stage: Stage, checkpoint: Path) -> None:
         """Take over the policy of an earlier stage."""
         if not isinstance(stage, SegStage):
-            raise ValueError("init_from: a stage that trains a policy to segment is needed; this one does not")
+            raise ValueError(
+                "init_from: a stage that trains a policy to segment is needed; this one does not"
+            )
         weights = read_checkpoint(checkpoint)["state_dict"]
         try:
-            stage.start_from({k.removeprefix("policy."): v for k, v in weights.items() if k.startswith("policy.")})
+            stage.start_from(
+                {k.removeprefix("policy."): v for k, v in weights.items() if k.startswith("policy.")}
+            )
         except RuntimeError as error:
             first = (str(error).splitlines()[1:] or [str(error)])[0].strip()[:160]
-            raise ValueError(f"init_from: a policy of this architecture is needed; {checkpoint} has another ({first})") from None
+            raise ValueError(
+                f"init_from: a policy of this architecture is needed; {checkpoint} has another ({first})"
+            ) from None
 
     @property
     def step(self) -> int:
@@ -105,22 +125,26 @@ class Run:
     def announce(self) -> None:
         """Say what runs where."""
         learned = sum(p.numel() for p in self.stage.parameters() if p.requires_grad)
-        print(f"{self.cfg.name}: {learned / 1e6:.1f} M parameters learn; results in {self.folder}", flush=True)
+        print(
+            f"{self.cfg.name}: {learned / 1e6:.1f} M parameters learn; results in {self.folder}", flush=True
+        )
 
-    def _test(self, name: str) -> report.Scores:
+    @property
+    def _seg_stage(self) -> SegStage | None:
+        """The stage, if it can be scored on test sets."""
+        return self.stage if isinstance(self.stage, SegStage) and self.data.test else None
+
+    def _test(self, stage: SegStage, name: str) -> report.Scores:
         """Score the test sets, one line per sample into the run folder."""
-        assert isinstance(self.stage, SegStage)
         print(f"scoring the test sets ({name}) ...", flush=True)
-        self.trainer.test(self.stage, self.data, verbose=False)
-        return report.save(self.stage.records, self.folder / "evaluation" / f"{name}.jsonl")
-
-    def _tests(self) -> bool:
-        return isinstance(self.stage, SegStage) and bool(self.data.test)
+        self.trainer.test(stage, self.data, verbose=False)
+        return report.save(stage.records, self.folder / "evaluation" / f"{name}.jsonl")
 
     def test_before(self) -> None:
         """Score the start, unless a run that is gone on with already has."""
-        if self._tests() and self.cfg.test_before and not (self.folder / "evaluation" / "before.jsonl").is_file():
-            self._test("before")
+        done = (self.folder / "evaluation" / "before.jsonl").is_file()
+        if self._seg_stage is not None and self.cfg.test_before and not done:
+            self._test(self._seg_stage, "before")
 
     def fit(self) -> bool:
         """Train; false if the process was asked to stop, after saving."""
@@ -132,38 +156,38 @@ class Run:
 
     def score(self) -> float | None:
         """Score without training: the means on stdout, one line per sample and metrics.json in the run folder."""
-        if not self._tests():
+        if self._seg_stage is None:
             raise ValueError("data: test sets are needed to score a policy; this dataset has none")
-        metrics = report.means(self._test("after"))
+        metrics = report.means(self._test(self._seg_stage, "after"))
         for name, value in metrics.items():
             print(f"  {name:<32}{value:.4f}")
         return self._keep(metrics, {}, [])
 
     def finish(self) -> float | None:
         """Score, compare, draw, keep; print the table and where everything is."""
-        folder, metrics, table = self.folder, {}, {}
-        history = read_history(folder / "history.jsonl")
-        drawn = curves(history, _CURVES, folder / "reward_curve.png")
-        if self._tests():
+        folder, stage = self.folder, self._seg_stage
+        metrics: dict[str, float] = {}
+        table: report.Table = {}
+        drawn = curves(read_history(folder / "history.jsonl"), _CURVES, folder / "reward_curve.png")
+        if stage is not None:
             before, after = (folder / "evaluation" / f"{name}.jsonl" for name in ("before", "after"))
-            scores = self._test("after")
+            scores = self._test(stage, "after")
             metrics = report.means(scores)
             if before.is_file():
                 table = report.compare(report.load(before), scores, self.cfg.seed)
                 report.print_table(table)
-            report.draw(self.stage.records, before, after, folder / "before_after.png")  # type: ignore[attr-defined]
+            report.draw(stage.records, before, after, folder / "before_after.png")
         metrics |= {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
         return self._keep(metrics, table, [drawn] if drawn else [])
 
-    def _keep(self, metrics: dict[str, float], table: dict[str, Any], drawn: list[Path]) -> float | None:
+    def _keep(self, metrics: dict[str, float], table: report.Table, drawn: list[Path]) -> float | None:
         """Write metrics.json, copy everything to the tracker, say where it is."""
-        folder, wanted = self.folder, self.cfg.objective_metric
-        if wanted is not None and wanted not in metrics:
-            raise ValueError(f"objective_metric: one of {sorted(metrics)} is needed; got {wanted}")
-        objective = None if wanted is None else metrics[wanted]
+        folder = self.folder
+        objective = metrics.get(self.cfg.objective_metric or "")
         summary = {
             "name": self.cfg.name, "seed": self.cfg.seed, "steps": self.step, "objective": objective,
-            "metrics": metrics, "test": table, "seconds": round(time.monotonic() - self.began, 1),
+            "metrics": metrics, "test": {d: {m: asdict(c) for m, c in rows.items()} for d, rows in table.items()},
+            "seconds": round(time.monotonic() - self.began, 1),
         }  # fmt: skip
         (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
         kept = ("metrics.json", "config.yaml", "before_after.png", "sheets", "evaluation", "checkpoints")

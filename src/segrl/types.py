@@ -125,7 +125,9 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """Move what the policy reads; pixels of the samples stay on the host until the mask head wants them."""
-        answers = None if self.answers is None else [a.to(device, non_blocking=non_blocking) for a in self.answers]
+        answers = (
+            None if self.answers is None else [a.to(device, non_blocking=non_blocking) for a in self.answers]
+        )
         return replace(self, prefixes=[p.to(device) for p in self.prefixes], answers=answers)
 
 

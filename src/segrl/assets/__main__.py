@@ -50,7 +50,8 @@ def blank(folder: Path) -> Path:
     annotate, grammar = Annotator(0.25, 32, 3), SegR1Tags(16, 64)
     scenes = SyntheticScenes("vocabulary", 300, SEED, 128, (0.3, 1.0), (1, 3))
     answers = [
-        grammar.render(annotate(scenes[i].mask, np.random.default_rng(i)), permille(128, 128)) for i in range(len(scenes))
+        grammar.render(annotate(scenes[i].mask, np.random.default_rng(i)), permille(128, 128))
+        for i in range(len(scenes))
     ]
     asked = [instructions.SEG_R1_SYSTEM, instructions.SEG_R1_USER, instructions.SEG_R1_POINTS_USER]
     torch.manual_seed(SEED)
@@ -66,11 +67,17 @@ def box_scores(run: Path) -> dict[str, float]:
     from omegaconf import OmegaConf
 
     data = OmegaConf.load(run / "config.yaml").data
-    scenes = SyntheticScenes("test", data.test_length, data.world, data.side, tuple(data.contrast), tuple(data.objects))
+    scenes = SyntheticScenes(
+        "test", data.test_length, data.world, data.side, tuple(data.contrast), tuple(data.objects)
+    )
     truth = np.stack([tight_box(scenes[i].mask) for i in range(len(scenes))])
     said = np.stack([np.array(x["boxes"][0]) if "boxes" in x else np.zeros(4) for x in lines])
     sides = np.linspace(0.2, 1.0, 17)
-    constant = max(float(_box_iou(np.array([[0.5 - w / 2, 0.5 - h / 2, 0.5 + w / 2, 0.5 + h / 2]]), truth).mean()) for w in sides for h in sides)
+    constant = max(
+        float(_box_iou(np.array([[0.5 - w / 2, 0.5 - h / 2, 0.5 + w / 2, 0.5 + h / 2]]), truth).mean())
+        for w in sides
+        for h in sides
+    )
     return {"box_iou": float(_box_iou(said, truth).mean()), "best_constant_box_iou": constant}
 
 
@@ -89,7 +96,7 @@ def export(runs: Path, out: Path) -> None:
     from segrl.export import card, export_policy
     from segrl.tracking.checkpoints import read_checkpoint
 
-    made = "Made by `make assets` (seed {}) on scenes drawn by `segrl.data.synthetic`.".format(SEED)
+    made = f"Made by `make assets` (seed {SEED}) on scenes drawn by `segrl.data.synthetic`."
     scores = ", ".join(f"{name} {value:.3f}" for name, value in box_scores(runs / "nano_sft").items())
     export_policy(
         runs / "nano_sft", out / "policy_nano",
@@ -106,7 +113,9 @@ def export(runs: Path, out: Path) -> None:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=Path, default=Path("runs/assets"), help="where the trainings keep their run folders")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/assets"), help="where the trainings keep their run folders"
+    )
     parser.add_argument("--out", type=Path, default=HERE, help="where the weights go")
     parser.add_argument("--steps", type=int, help="of each training, to try the chain out")
     arguments = parser.parse_args()
@@ -120,8 +129,20 @@ def main() -> None:
     tower = _train("nano_tower", runs, f"policy.weights={folder}", "head.checkpoint=null", *steps)
     _wait(tower)
     _wait(head)
-    start, trained = runs / "nano_tower" / "checkpoints" / "last.ckpt", runs / "nano_head" / "checkpoints" / "last.ckpt"
-    _wait(_train("nano_sft", runs, f"policy.weights={folder}", f"init_from={start}", f"head.checkpoint={trained}", *steps))
+    start, trained = (
+        runs / "nano_tower" / "checkpoints" / "last.ckpt",
+        runs / "nano_head" / "checkpoints" / "last.ckpt",
+    )
+    _wait(
+        _train(
+            "nano_sft",
+            runs,
+            f"policy.weights={folder}",
+            f"init_from={start}",
+            f"head.checkpoint={trained}",
+            *steps,
+        )
+    )
     export(runs, arguments.out)
     print(f"nano weights in {arguments.out}, made in {(time.monotonic() - began) / 60:.0f} min")
 

@@ -69,7 +69,9 @@ class Shuffled(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Indices of this rank in this epoch's order."""
-        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch))
+        order = torch.randperm(
+            self.length, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        )
         return iter(order[: len(self) * self.ranks][self.rank :: self.ranks].tolist())
 
 

@@ -37,7 +37,13 @@ class SegDataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         self.train, self.val, self.test = train, dict(val), dict(test)
-        self.batch_size, self.eval_batch_size, self.workers, self.seed = batch_size, eval_batch_size, workers, seed
+        self.batch_size, self.eval_batch_size, self.workers, self.seed = (
+            batch_size,
+            eval_batch_size,
+            workers,
+            seed,
+        )
+        self._check_batch(1)
         self.collate: Collate | None = None
         self.eval_collate: Collate | None = None
 
@@ -45,18 +51,23 @@ class SegDataModule(lightning.LightningDataModule):
         """Say how samples become batches; the stage knows, because its policy and grammar do."""
         self.collate, self.eval_collate = collate, eval_collate
 
-    def _ranks(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-
-    def train_dataloader(self) -> StatefulDataLoader[Sample]:
-        """Shuffled, whole batches only, resumable in the middle of an epoch."""
+    def _check_batch(self, ranks: int) -> int:
+        """Number of training samples; raises ValueError if they do not fill one batch."""
         length = len(cast("list[Sample]", self.train))
-        rank, ranks = self._ranks()
         if length < self.batch_size * ranks:
             raise ValueError(
                 f"data.batch_size: at most {length // ranks} fit the {length} training samples on {ranks} rank(s); "
                 f"got {self.batch_size}"
             )
+        return length
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    def train_dataloader(self) -> StatefulDataLoader[Sample]:
+        """Shuffled, whole batches only, resumable in the middle of an epoch."""
+        rank, ranks = self._ranks()
+        length = self._check_batch(ranks)
         return StatefulDataLoader(
             self.train,
             batch_size=self.batch_size,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from segrl.data.transforms import read_pair, squash
+from segrl.data.transforms import check_pair, read_pair, squash
 from segrl.types import Sample
 
 _IMAGES = {".jpg", ".jpeg", ".png", ".bmp"}
@@ -53,7 +53,10 @@ def pair(images: Path, masks: Path, keep: str, only_with_image: bool = False) ->
     if not only_with_image and (alone := set(truths) - set(pictures)):
         raise ValueError(f"{images}: an image for every mask is needed; there is none for {_first(alone)}")
     if not pictures:
-        raise ValueError(f"{images}: at least one image is needed; the folder holds none" + (f" named *{keep}*" if keep else ""))
+        raise ValueError(
+            f"{images}: at least one image is needed; the folder holds none"
+            + (f" named *{keep}*" if keep else "")
+        )
     return [(path, truths[stem]) for stem, path in pictures.items()]
 
 
@@ -76,6 +79,8 @@ class ImageMaskFolders(Dataset[Sample]):
                 Path(root) / str(one["images"]), Path(root) / str(one["masks"]),
                 str(one.get("keep", "")), bool(one.get("only_with_image", False)),
             )  # fmt: skip
+        for image, mask in self.pairs:
+            check_pair(image, mask)
         self.side = side
 
     def __len__(self) -> int:

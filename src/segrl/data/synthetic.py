@@ -51,7 +51,9 @@ def _shape(rng: np.random.Generator, size: int) -> np.ndarray:
     angle = np.arctan2(v, u)
     harmonics = np.arange(1, 6)
     amplitude, phase = rng.normal(0, 0.18, 5) / harmonics, rng.uniform(0, 2 * np.pi, 5)
-    radius = rng.uniform(0.12, 0.30) * (1 + (amplitude * np.cos(angle[..., None] * harmonics + phase)).sum(-1))
+    radius = rng.uniform(0.12, 0.30) * (
+        1 + (amplitude * np.cos(angle[..., None] * harmonics + phase)).sum(-1)
+    )
     return np.hypot(u, v) < radius
 
 
@@ -70,7 +72,11 @@ def draw_scene(
         image uint8 `[size, size, 3]`, visible part of each object bool `[n, size, size]`.
     """
     base, tint = rng.uniform(0.2, 0.8, 3), rng.uniform(-0.15, 0.15, (2, 3))
-    image = base + _texture(rng, size, (4, 8, 16))[..., None] * tint[0] + _texture(rng, size, (6, 20))[..., None] * tint[1]
+    image = (
+        base
+        + _texture(rng, size, (4, 8, 16))[..., None] * tint[0]
+        + _texture(rng, size, (6, 20))[..., None] * tint[1]
+    )
     count, masks = int(rng.integers(objects[0], objects[1] + 1)), np.zeros((0, size, size), bool)
     while len(masks) < count:
         shape = _shape(rng, size)
@@ -80,7 +86,12 @@ def draw_scene(
         masks = visible
         direction = rng.standard_normal(3)
         shift = direction / np.linalg.norm(direction) * (0.08 + 0.52 * rng.uniform(*contrast))
-        coat = base + shift + _texture(rng, size, (10, 24))[..., None] * tint[0] + _texture(rng, size, (6, 20))[..., None] * tint[1]
+        coat = (
+            base
+            + shift
+            + _texture(rng, size, (10, 24))[..., None] * tint[0]
+            + _texture(rng, size, (6, 20))[..., None] * tint[1]
+        )
         image = np.where(shape[..., None], coat, image)
     return (np.clip(image, 0, 1) * 255).astype(np.uint8), masks
 
@@ -99,12 +110,20 @@ class SyntheticScenes(Dataset[Sample]):
     """
 
     def __init__(
-        self, split: str, length: int, seed: int, size: int, contrast: tuple[float, float], objects: tuple[int, int]
+        self,
+        split: str,
+        length: int,
+        seed: int,
+        size: int,
+        contrast: tuple[float, float],
+        objects: tuple[int, int],
     ) -> None:
         if length < 1:
             raise ValueError(f"data.{split}.length: at least 1 scene is needed; got {length}")
         if not 0 <= contrast[0] <= contrast[1] <= 1:
-            raise ValueError(f"data.contrast: a range low <= high within [0, 1] is needed; got {list(contrast)}")
+            raise ValueError(
+                f"data.contrast: a range low <= high within [0, 1] is needed; got {list(contrast)}"
+            )
         if not 1 <= objects[0] <= objects[1]:
             raise ValueError(f"data.objects: a range 1 <= fewest <= most is needed; got {list(objects)}")
         self.split, self.length, self.seed, self.size = split, length, seed, size
@@ -127,4 +146,4 @@ class SyntheticScenes(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """The scene as a sample: its mask is the union of its objects."""
         image, masks = self.scene(index)
-        return Sample(id=f"synthetic-{self.split}-{index:06d}", image=image, mask=masks.any(0))
+        return Sample(id=f"synthetic-{self.split}-{index:06d}", image=image, mask=np.logical_or.reduce(masks))

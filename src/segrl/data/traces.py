@@ -57,7 +57,9 @@ class Annotator:
             raise ValueError("an object is needed to write a trace of; the mask is empty")
         boxes = [self._loosen(tight_box(part), rng) for part in parts]
         points = [self._snap(inner_point(part)) for part in parts]
-        return Parsed(thought=self._thought(parts, points), prompt=MaskPrompt.of(boxes, points, [1] * len(points)))
+        return Parsed(
+            thought=self._thought(parts, points), prompt=MaskPrompt.of(boxes, points, [1] * len(points))
+        )
 
     def _snap(self, values: np.ndarray) -> np.ndarray:
         """To the grid."""

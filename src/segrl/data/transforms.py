@@ -10,6 +10,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from segrl.types import Sample
 
+_ORIENTATION = 0x0112  # EXIF; 5 and above lie on their side
+
 
 def _open(path: Path) -> Image.Image:
     """The decoded file; ValueError naming it if it is no image or is cut off."""
@@ -34,12 +36,16 @@ def read_mask(path: Path) -> np.ndarray:
     """
     image = _open(path)
     if image.mode == "P":
-        raise ValueError(f"{path}: a grey mask is needed; this is a palette PNG, whose indices do not say which is the object")
+        raise ValueError(
+            f"{path}: a grey mask is needed; this is a palette PNG, whose indices do not say which is the object"
+        )
     values = np.asarray(image)
     if values.ndim == 3:
         channels = values[..., :3] if values.shape[-1] >= 3 else values[..., :1]
         if (channels != channels[..., :1]).any():
-            raise ValueError(f"{path}: a grey mask is needed; this one is {image.mode} and its channels differ")
+            raise ValueError(
+                f"{path}: a grey mask is needed; this one is {image.mode} and its channels differ"
+            )
         values = channels[..., 0]
     if values.dtype == bool:
         return values
@@ -65,6 +71,47 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
+def _sizes_differ(
+    image_path: Path, image: tuple[int, int], mask_path: Path, mask: tuple[int, int]
+) -> ValueError:
+    """Sizes are width, height."""
+    return ValueError(
+        f"{mask_path}: a mask of its image's size is needed; the mask is {mask[0]}x{mask[1]}, "
+        f"{image_path.name} is {image[0]}x{image[1]}"
+    )
+
+
+def check_pair(image_path: Path, mask_path: Path) -> None:
+    """Find what makes a pair unfit from the files' headers; only a mask that is not plainly grey is decoded.
+
+    Raises:
+        ValueError: as `read_pair`, except for damage inside a file whose beginning and end are whole.
+    """
+    try:
+        with Image.open(image_path) as image:
+            size, turned = image.size, image.getexif().get(_ORIENTATION, 1) >= 5
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{image_path}: an image is needed; the file cannot be decoded ({error})") from None
+    try:
+        with Image.open(mask_path) as mask:
+            wanted, plain = mask.size, mask.mode in ("L", "1")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{mask_path}: an image is needed; the file cannot be decoded ({error})") from None
+    if wanted != size and not (turned and wanted == size[::-1]):
+        raise _sizes_differ(image_path, size, mask_path, wanted)
+    if not plain or not _ends_whole(mask_path):
+        read_mask(mask_path)
+
+
+def _ends_whole(path: Path) -> bool:
+    """Whether a PNG has its last chunk; other formats are not judged by their end."""
+    if path.suffix.lower() != ".png":
+        return True
+    with path.open("rb") as file:
+        file.seek(-min(12, path.stat().st_size), 2)
+        return b"IEND" in file.read()
+
+
 def read_pair(image_path: Path, mask_path: Path, query: str | None = None) -> Sample:
     """An image and its mask as a sample named by the image's stem.
 
@@ -74,10 +121,7 @@ def read_pair(image_path: Path, mask_path: Path, query: str | None = None) -> Sa
     mask = read_mask(mask_path)
     image = read_image(image_path, (mask.shape[0], mask.shape[1]))
     if image.shape[:2] != mask.shape:
-        raise ValueError(
-            f"{mask_path}: a mask of its image's size is needed; the mask is {mask.shape[1]}x{mask.shape[0]}, "
-            f"{image_path.name} is {image.shape[1]}x{image.shape[0]}"
-        )
+        raise _sizes_differ(image_path, image.shape[1::-1], mask_path, mask.shape[::-1])
     return Sample(id=image_path.stem, image=image, mask=mask, query=query)
 
 

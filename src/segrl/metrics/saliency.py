@@ -34,7 +34,9 @@ class SaliencyScores(Metric):
 
     def update(self, scores: dict[str, float]) -> None:
         """Take in one sample's `score`."""
-        self.totals += torch.tensor([scores[name] for name in NAMES], dtype=torch.float64, device=self.totals.device)
+        self.totals += torch.tensor(
+            [scores[name] for name in NAMES], dtype=torch.float64, device=self.totals.device
+        )
         self.count += 1
 
     def compute(self) -> dict[str, Tensor]:

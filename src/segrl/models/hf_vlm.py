@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,9 @@ class HFEncoder:
         self.image_side = image_side
         family = AutoConfig.from_pretrained(weights, local_files_only=True).model_type
         if family not in _FRAMES:
-            raise ValueError(f"policy.weights: a model of {sorted(_FRAMES)} is needed; {weights} is a {family}")
+            raise ValueError(
+                f"policy.weights: a model of {sorted(_FRAMES)} is needed; {weights} is a {family}"
+            )
         self.frame_of = _FRAMES[family]
 
     def encode(self, messages: Sequence[Message], image: np.ndarray) -> Prefix:
@@ -95,8 +98,10 @@ class HFPolicy(nn.Module):
 
         if not (Path(weights) / "config.json").is_file():
             raise ValueError(f"policy.weights: a Hugging Face folder is needed; {weights} has no config.json")
-        self.encoder = HFEncoder(weights, image_side, None if pixel_budget is None else (pixel_budget[0], pixel_budget[1]))
-        self.model = AutoModelForImageTextToText.from_pretrained(
+        self.encoder = HFEncoder(
+            weights, image_side, None if pixel_budget is None else (pixel_budget[0], pixel_budget[1])
+        )
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(
             weights, dtype=getattr(torch, dtype), attn_implementation=attention, local_files_only=True
         )
         self.temperature = temperature
@@ -123,7 +128,10 @@ class HFPolicy(nn.Module):
         )  # fmt: skip
         following = positions.masked_fill(seen == 0, 0).amax((0, 2)) + 1
         return PrefixCache(
-            keys_values=out.past_key_values, seen=seen, following=following, last_hidden=out.last_hidden_state[:, -1]
+            keys_values=out.past_key_values,
+            seen=seen,
+            following=following,
+            last_hidden=out.last_hidden_state[:, -1],
         )
 
     def extend(self, cache: PrefixCache, tokens: Tensor) -> Tensor:

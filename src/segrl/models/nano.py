@@ -63,7 +63,9 @@ def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 def _token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     names = ("image_pad", "video_pad", "vision_start", "vision_end")
     keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    return {key: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in zip(keys, names, strict=True)}
+    return {
+        key: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in zip(keys, names, strict=True)
+    }
 
 
 def _text_width(tokenizer: PreTrainedTokenizerFast, sections: list[int]) -> dict[str, object]:

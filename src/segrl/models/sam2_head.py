@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,9 @@ def _build(architecture: str) -> nn.Module:
         if not path.is_file():
             path = Path(sam2.__path__[0]) / architecture
         if not path.is_file():
-            raise ValueError(f"head.architecture: a SAM 2 YAML is needed; there is no {architecture}, here or in sam2")
+            raise ValueError(
+                f"head.architecture: a SAM 2 YAML is needed; there is no {architecture}, here or in sam2"
+            )
         config = OmegaConf.load(path)
         model = instantiate(
             OmegaConf.merge(config.model, {"sam_mask_decoder_extra_args": _POSTPROCESSING}), _recursive_=True
@@ -105,7 +108,10 @@ class Sam2Head(nn.Module):
 
     def __init__(self, architecture: str, checkpoint: str | None, decode_batch: int) -> None:
         super().__init__()
+        self.model: Any
         self.model = _build(architecture)
+        self.mean: Tensor
+        self.std: Tensor
         self.decode_batch = decode_batch
         if checkpoint is not None:
             try:
@@ -115,7 +121,7 @@ class Sam2Head(nn.Module):
                 raise ValueError(
                     f"head.checkpoint: weights of {architecture} are needed; {checkpoint} holds others ({first[:160]})"
                 ) from None
-        self.size = int(self.model.image_size)
+        self.size: int = self.model.image_size
         self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
@@ -201,7 +207,10 @@ class Sam2Head(nn.Module):
             for each image a bool `[H, W]` per prompt.
         """
         features = self.embed(self.preprocess(images).to(self.mean.dtype))
-        masks = [[np.zeros(image.shape[:2], bool) for _ in asked] for image, asked in zip(images, prompts, strict=True)]
+        masks = [
+            [np.zeros(image.shape[:2], bool) for _ in asked]
+            for image, asked in zip(images, prompts, strict=True)
+        ]
         calls: dict[tuple[int, int], list[tuple[int, int, MaskPrompt]]] = defaultdict(list)
         for b, asked in enumerate(prompts):
             for g, prompt in enumerate(asked):
@@ -219,5 +228,7 @@ class Sam2Head(nn.Module):
 
     def _upscale(self, logits: Tensor, size: tuple[int, int]) -> np.ndarray:
         """Logits `[1, h, w]` to a bool mask of the image's size."""
-        full: np.ndarray = F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0, 0].gt(0).cpu().numpy()
+        full: np.ndarray = (
+            F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0, 0].gt(0).cpu().numpy()
+        )
         return full

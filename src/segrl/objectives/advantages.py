@@ -20,7 +20,9 @@ def group_relative(rewards: Float[Tensor, "B G"], floor: float) -> Float[Tensor,
         ValueError: if G < 2: one completion has nothing to be relative to.
     """
     if rewards.shape[1] < 2:
-        raise ValueError(f"stage.group_size: at least 2 completions are needed to compare; got {rewards.shape[1]}")
+        raise ValueError(
+            f"stage.group_size: at least 2 completions are needed to compare; got {rewards.shape[1]}"
+        )
     centred = rewards - rewards.mean(1, keepdim=True)
     spread = rewards.std(1, keepdim=True)
     same = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)

@@ -67,7 +67,9 @@ def _read_points(text: str, frame: Frame, limit: int) -> tuple[np.ndarray, np.nd
     """The points field and its labels to unit float32 `[Q, 2]` and int64 `[Q]`."""
     points = _squeeze(_only(text, "points", ParseFault.NO_POINTS))
     labels = _squeeze(_only(text, "labels", ParseFault.NO_LABELS))
-    if not (points.startswith("[[") and points.endswith("]]") and labels.startswith("[") and labels.endswith("]")):
+    if not (
+        points.startswith("[[") and points.endswith("]]") and labels.startswith("[") and labels.endswith("]")
+    ):
         raise _Fault(ParseFault.BAD_NUMBERS)
     if points.count("[") > limit + 1:
         raise _Fault(ParseFault.TOO_MANY)
@@ -118,7 +120,8 @@ class SegR1Tags:
         if parsed.prompt is None:
             raise ValueError(f"a mask prompt is needed to write a completion; got the fault {parsed.fault}")
         boxes = ", ".join(
-            "<bbox>[{},{},{},{}]</bbox>".format(*box) for box in from_unit(parsed.prompt.boxes, frame).tolist()
+            "<bbox>[{},{},{},{}]</bbox>".format(*box)
+            for box in from_unit(parsed.prompt.boxes, frame).tolist()
         )
         return f"<think> {parsed.thought} </think> {boxes}, {_write_points(parsed.prompt, frame, ', ')}"
 
@@ -155,7 +158,11 @@ class SegR1Points:
 
     def messages(self, query: str | None) -> list[Message]:
         """Image, then text; no system message."""
-        ask = instructions.SEG_R1_POINTS_USER if query is None else instructions.SEG_R1_REFER.format(query=query)
+        ask = (
+            instructions.SEG_R1_POINTS_USER
+            if query is None
+            else instructions.SEG_R1_REFER.format(query=query)
+        )
         return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ask}]}]
 
     def render(self, parsed: Parsed, frame: Frame) -> str:

@@ -34,18 +34,25 @@ class RewardMixture:
             raise ValueError("reward.terms: at least one term is needed; got none")
         for name, term in terms.items():
             if not term["weight"] > 0:
-                raise ValueError(f"reward.terms.{name}.weight: a positive number is needed; got {term['weight']}")
+                raise ValueError(
+                    f"reward.terms.{name}.weight: a positive number is needed; got {term['weight']}"
+                )
         self.terms = {name: (term["fn"], float(term["weight"])) for name, term in terms.items()}
 
     def __call__(
-        self, parsed: Sequence[Parsed], texts: Sequence[str], masks: Sequence[np.ndarray], samples: Sequence[Sample]
+        self,
+        parsed: Sequence[Parsed],
+        texts: Sequence[str],
+        masks: Sequence[np.ndarray],
+        samples: Sequence[Sample],
     ) -> Scores:
         """Score N = B*G completions of B samples, groups contiguous."""
         group = len(parsed) // len(samples)
         terms = {}
         for name, (fn, _) in self.terms.items():
             values = [
-                fn(p, t, m, samples[n // group]) for n, (p, t, m) in enumerate(zip(parsed, texts, masks, strict=True))
+                fn(p, t, m, samples[n // group])
+                for n, (p, t, m) in enumerate(zip(parsed, texts, masks, strict=True))
             ]
             terms[name] = torch.tensor(values, dtype=torch.float32).view(len(samples), group)
         total = torch.stack([weight * terms[name] for name, (_, weight) in self.terms.items()]).sum(0)

@@ -14,7 +14,9 @@ def well_formed(parsed: Parsed, text: str, mask: np.ndarray, sample: Sample) -> 
     return 0.0 if parsed.fault else 1.0
 
 
-def point_count(parsed: Parsed, text: str, mask: np.ndarray, sample: Sample, *, ideal: float, width: float) -> float:
+def point_count(
+    parsed: Parsed, text: str, mask: np.ndarray, sample: Sample, *, ideal: float, width: float
+) -> float:
     r"""\( e^{-(Q - ideal)^2 / (2\,width^2)} \) for Q points (Seg-R1's `length_reward`: 8 and 2; registered there, unused)."""
     if parsed.prompt is None:
         return 0.0

@@ -39,7 +39,9 @@ class Scorer:
         """Each image is encoded once for the `group_size` prompts of its group."""
         frames = [prefix.frame for prefix in batch.prefixes for _ in range(group_size)]
         parsed = [self.grammar.parse(t, f) for t, f in zip(completions.texts, frames, strict=True)]
-        prompts = [[p.prompt for p in parsed[b * group_size : (b + 1) * group_size]] for b in range(len(batch))]
+        prompts = [
+            [p.prompt for p in parsed[b * group_size : (b + 1) * group_size]] for b in range(len(batch))
+        ]
         masks = [m for group in self.head.segment([s.image for s in batch.samples], prompts) for m in group]
         scores = self.reward(parsed, completions.texts, masks, batch.samples)
         return Scored(parsed=parsed, masks=masks, scores=scores)

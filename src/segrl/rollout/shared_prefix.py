@@ -40,12 +40,17 @@ class SharedPrefixEngine:
 
     @torch.no_grad()
     def _decode(
-        self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, choose: Callable[[Tensor], Tensor]
+        self,
+        policy: HFPolicy,
+        prefixes: Sequence[Prefix],
+        group_size: int,
+        choose: Callable[[Tensor], Tensor],
     ) -> Completions:
         cache = policy.prefill(prefixes).repeated(group_size)
-        hidden, columns = cache.last_hidden, []
+        hidden = cache.last_hidden
+        columns: list[Tensor] = []
         running = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-        alive = []
+        alive: list[Tensor] = []
         while len(columns) < self.max_tokens and bool(running.any()):
             token = choose(policy.log_distribution(hidden)).masked_fill(~running, policy.pad_id)
             columns.append(token)

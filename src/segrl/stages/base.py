@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import lightning
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from segrl.data.batching import Collate, Trace
+from segrl.data.datamodule import SegDataModule
 from segrl.metrics.saliency import SaliencyScores, score
 from segrl.models.hf_vlm import HFPolicy
 from segrl.protocols import Grammar, MaskHead, RolloutEngine
@@ -64,6 +65,7 @@ class Stage(lightning.LightningModule):
         self.max_grad_norm, self.seed = max_grad_norm, seed
         self.strict_loading = False
         self.latest: dict[str, float] = {}
+        self.collate = self.eval_collate = Collate(None, None)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own union
         """Over the parameters that learn."""
@@ -77,9 +79,16 @@ class Stage(lightning.LightningModule):
         """Scale gradients down to `max_grad_norm`."""
         torch.nn.utils.clip_grad_norm_([p for p in self.parameters() if p.requires_grad], self.max_grad_norm)
 
+    @property
+    def datamodule(self) -> SegDataModule:
+        """Of this run."""
+        return cast("SegDataModule", self.trainer.datamodule)  # type: ignore[attr-defined]
+
     def noise_seed(self) -> int:
         """Of this step on this rank."""
-        return int(np.random.SeedSequence([self.seed, self.global_step, self.global_rank]).generate_state(1)[0])
+        return int(
+            np.random.SeedSequence([self.seed, self.global_step, self.global_rank]).generate_state(1)[0]
+        )
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Whatever draws from the global generator (dropout) repeats itself after a resume, too."""
@@ -119,7 +128,7 @@ class SegStage(Stage):
         trace: writes the answers to imitate, where the stage imitates.
     """
 
-    frozen = ("head.",)
+    frozen: tuple[str, ...] = ("head.",)
 
     def __init__(
         self, policy: HFPolicy, grammar: Grammar, head: MaskHead, engine: RolloutEngine,
@@ -148,7 +157,7 @@ class SegStage(Stage):
 
     def on_validation_epoch_start(self) -> None:
         """Fresh totals."""
-        self.val_scores = {name: SaliencyScores().to(self.device) for name in self.trainer.datamodule.val}
+        self.val_scores = {name: SaliencyScores().to(self.device) for name in self.datamodule.val}
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to its dataset's totals."""
@@ -164,7 +173,7 @@ class SegStage(Stage):
 
     def on_test_epoch_start(self) -> None:
         """Fresh records."""
-        self.records = {name: [] for name in self.trainer.datamodule.test}
+        self.records = {name: [] for name in self.datamodule.test}
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Keep one record per sample: what happens to them is the caller's business."""

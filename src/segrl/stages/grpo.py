@@ -40,7 +40,9 @@ class GRPOStage(PolicyGradientStage):
         kl_weight: float, clip: tuple[float, float], advantage_floor: float,
     ) -> None:  # fmt: skip
         if kl_weight > 0 and reference is None:
-            raise ValueError(f"reference: frozen_copy is needed to measure a KL of weight {kl_weight}; got none")
+            raise ValueError(
+                f"reference: frozen_copy is needed to measure a KL of weight {kl_weight}; got none"
+            )
         super().__init__(
             policy, grammar, head, engine, reward, reference if kl_weight > 0 else None, optimizer, schedule,
             max_grad_norm, seed, group_size, micro_batch_size, updates_per_rollout, epochs_per_rollout, token_weights,

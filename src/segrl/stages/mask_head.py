@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from segrl.data.batching import Collate
 from segrl.data.traces import components, tight_box
 from segrl.metrics.functional.overlap import iou
 from segrl.models.sam2_head import Sam2Head
@@ -19,17 +18,29 @@ from segrl.stages.base import MakeOptimizer, MakeSchedule, Stage
 from segrl.types import Batch, MaskPrompt
 
 # (has a box, foreground points, background points): every shape that a grammar can ask for is met in training.
-_SHAPES = ((True, 0, 0), (True, 1, 0), (True, 2, 0), (True, 1, 1), (False, 1, 0), (False, 2, 1), (False, 3, 2))
+_SHAPES = (
+    (True, 0, 0),
+    (True, 1, 0),
+    (True, 2, 0),
+    (True, 1, 1),
+    (False, 1, 0),
+    (False, 2, 1),
+    (False, 3, 2),
+)
 
 
 def _pick(rng: np.random.Generator, mask: np.ndarray, count: int) -> np.ndarray:
     """`count` unit points on true pixels, float32 `[count, 2]`."""
     rows, columns = np.nonzero(mask)
     chosen = rng.integers(0, len(rows), count)
-    return np.stack([(columns[chosen] + 0.5) / mask.shape[1], (rows[chosen] + 0.5) / mask.shape[0]], 1).astype(np.float32)
+    return np.stack(
+        [(columns[chosen] + 0.5) / mask.shape[1], (rows[chosen] + 0.5) / mask.shape[0]], 1
+    ).astype(np.float32)
 
 
-def _prompt(rng: np.random.Generator, mask: np.ndarray, shape: tuple[bool, int, int], jitter: float) -> MaskPrompt:
+def _prompt(
+    rng: np.random.Generator, mask: np.ndarray, shape: tuple[bool, int, int], jitter: float
+) -> MaskPrompt:
     """A prompt of one shape for bool `[H, W]`, its box moved by up to `jitter` of its extent."""
     has_box, inside, outside = shape
     box = tight_box(mask)
@@ -62,7 +73,6 @@ class MaskHeadStage(Stage):
     ) -> None:  # fmt: skip
         super().__init__(optimizer, schedule, max_grad_norm, seed)
         self.head, self.jitter = head.requires_grad_(True), jitter
-        self.collate = self.eval_collate = Collate(None, None)
         self.found: list[float] = []
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -82,7 +92,13 @@ class MaskHeadStage(Stage):
         overlap = (sharp & (target > 0.5)).sum((2, 3)) / (sharp | (target > 0.5)).sum((2, 3)).clamp_min(1)
         quality = F.mse_loss(predicted, overlap)
         loss = losses[:, 0].mean() + losses[:, 1:].min(1).values.mean() + quality
-        self.remember({"head/loss": loss.detach(), "head/iou": overlap[:, 0].mean(), "head/quality_loss": quality.detach()})
+        self.remember(
+            {
+                "head/loss": loss.detach(),
+                "head/iou": overlap[:, 0].mean(),
+                "head/quality_loss": quality.detach(),
+            }
+        )
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -91,7 +107,9 @@ class MaskHeadStage(Stage):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """IoU from the ground-truth boxes."""
-        prompts = [[MaskPrompt.of([tight_box(p) for p in components(s.mask, 0.005, 8)])] for s in batch.samples]
+        prompts = [
+            [MaskPrompt.of([tight_box(p) for p in components(s.mask, 0.005, 8)])] for s in batch.samples
+        ]
         masks = self.head.segment([s.image for s in batch.samples], prompts)
         self.found += [iou(mask, s.mask) for (mask,), s in zip(masks, batch.samples, strict=True)]
 

@@ -33,7 +33,7 @@ class PolicyGradientStage(SegStage):
         token_weights: bool mask `[N, T]` of an update to the share of each token; see `objectives.masked`.
     """
 
-    frozen = ("head.", "reference.")
+    frozen: tuple[str, ...] = ("head.", "reference.")
 
     def __init__(
         self, policy: HFPolicy, grammar: Grammar, head: MaskHead, engine: RolloutEngine, reward: RewardMixture,
@@ -115,8 +115,13 @@ class PolicyGradientStage(SegStage):
         for part, rows in minibatch.split(self.micro_batch_size):
             out = self.objective(self.policy.logprobs(part.prefixes, part.completions), part, weights[rows])
             self.manual_backward(out.loss)
-            stats = {name: stats.get(name, 0.0) + value for name, value in {"loss": out.loss.detach(), **out.stats}.items()}
-        norm = torch.nn.utils.clip_grad_norm_([p for p in self.parameters() if p.requires_grad], self.max_grad_norm)
+            stats = {
+                name: stats.get(name, 0.0) + value
+                for name, value in {"loss": out.loss.detach(), **out.stats}.items()
+            }
+        norm = torch.nn.utils.clip_grad_norm_(
+            [p for p in self.parameters() if p.requires_grad], self.max_grad_norm
+        )
         optimizer.step()
         if (schedule := self.lr_schedulers()) is not None:
             cast("torch.optim.lr_scheduler.LRScheduler", schedule).step()

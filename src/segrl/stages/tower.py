@@ -6,6 +6,8 @@ of updates; after a few hundred updates of this stage the same training learns t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,10 +43,9 @@ class TowerStage(Stage):
         self.collate = self.eval_collate = Collate(policy.encoder, grammar)
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> Any:  # noqa: ANN401 - transformers has no name for both families' towers
         """The policy's, not a second name for its weights in a checkpoint."""
-        tower: nn.Module = self.policy.model.model.visual
-        return tower
+        return self.policy.model.model.visual
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One update."""

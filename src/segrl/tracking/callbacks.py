@@ -32,7 +32,9 @@ class Progress(lightning.Callback):
         self.began = self.told = time.monotonic()
         self.first_step = trainer.global_step
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
+    ) -> None:
         """Tell, if it is time."""
         now, step, total = time.monotonic(), trainer.global_step, int(trainer.estimated_stepping_batches)
         if not isinstance(pl_module, Stage) or (now - self.told < self.every_seconds and step < total):
@@ -61,7 +63,9 @@ class History(lightning.Callback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
+    ) -> None:
         """Append."""
         if isinstance(pl_module, Stage) and trainer.is_global_zero:
             with self.path.open("a") as file:
@@ -92,7 +96,9 @@ class SampleSheets(lightning.Callback):
     def __init__(self, folder: str, every_n_steps: int) -> None:
         self.folder, self.every_n_steps = Path(folder), every_n_steps
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
+    ) -> None:
         """Draw, if it is time."""
         if not isinstance(pl_module, PolicyGradientStage) or pl_module.last_rollout is None:
             return

@@ -16,7 +16,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the file and renames, so what was saved before is intact until the new one is whole."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None
+    ) -> None:
         """Save, flush to the disk, rename. Raises OSError if the disk is full; the earlier file then stays."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +54,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{path}: a checkpoint of tensors and plain values is needed; it cannot be read ({reason})") from None
+        raise ValueError(
+            f"{path}: a checkpoint of tensors and plain values is needed; it cannot be read ({reason})"
+        ) from None
     if not isinstance(loaded, dict) or "state_dict" not in loaded:
         raise ValueError(f"{path}: a checkpoint of a segrl stage is needed; the file holds no state_dict")
     return loaded

@@ -62,14 +62,18 @@ def draw(cell: Cell) -> Image.Image:
         for (x, y), label in zip(cell.prompt.points * (_CELL - 1), cell.prompt.labels, strict=True):
             pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=_POINT[int(label)], outline="black")
     lines = [line for part in cell.caption.split("\n") for line in textwrap.wrap(part, 40) or [""]]
-    pen.multiline_text((2, _CELL + 3), "\n".join(lines[:6]), fill="black", font=ImageFont.load_default(size=11), spacing=2)
+    pen.multiline_text(
+        (2, _CELL + 3), "\n".join(lines[:6]), fill="black", font=ImageFont.load_default(size=11), spacing=2
+    )
     return canvas
 
 
 def sheet(rows: Sequence[Sequence[Cell]], path: Path) -> Path:
     """Write rows of cells as one PNG. Green outline: truth; red: predicted mask; yellow: box; blue, pink: points."""
     wide, high = _CELL + _MARGIN, _CELL + _CAPTION + _MARGIN
-    page = Image.new("RGB", (max(len(row) for row in rows) * wide + _MARGIN, len(rows) * high + _MARGIN), "white")
+    page = Image.new(
+        "RGB", (max(len(row) for row in rows) * wide + _MARGIN, len(rows) * high + _MARGIN), "white"
+    )
     for r, row in enumerate(rows):
         for c, cell in enumerate(row):
             page.paste(draw(cell), (c * wide + _MARGIN, r * high + _MARGIN))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger
 
-PARENT_VARIABLE = "SEGRL_PARENT_RUN"
+_PARENT = "SEGRL_PARENT_RUN"
 _RUN_ID = "mlflow_run_id"
 
 
@@ -33,7 +32,7 @@ def open_logger(
     from lightning.pytorch.loggers import MLFlowLogger
 
     remembered = folder / _RUN_ID
-    parent = os.environ.get(PARENT_VARIABLE)
+    parent = os.environ.get(_PARENT)
     logger = MLFlowLogger(
         experiment_name=experiment,
         run_name=folder.name,
@@ -68,11 +67,30 @@ def keep(logger: Logger | None, paths: list[Path], metrics: Mapping[str, float])
                 logger.experiment.log_artifact(logger.run_id, str(path))
 
 
-@contextmanager
-def parent_run(run_id: str) -> Iterator[None]:
-    """Runs opened inside are children of `run_id`."""
-    os.environ[PARENT_VARIABLE] = run_id
-    try:
-        yield
-    finally:
-        del os.environ[PARENT_VARIABLE]
+def open_parent(tracking_uri: str, artifacts: str, experiment: str, tags: Mapping[str, str]) -> str:
+    """Create the run above a sweep's jobs; they find its id in the environment until `close_parent`."""
+    quiet()
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri)
+    known = client.get_experiment_by_name(experiment)
+    home = (
+        known.experiment_id
+        if known
+        else client.create_experiment(experiment, Path(artifacts).resolve().as_uri())
+    )
+    run_id: str = client.create_run(home, run_name="sweep", tags=dict(tags)).info.run_id
+    os.environ[_PARENT] = run_id
+    return run_id
+
+
+def close_parent(tracking_uri: str, run_id: str, best: str, objective: float | None) -> None:
+    """End the run above a sweep's jobs, and say which job was best."""
+    from mlflow.tracking import MlflowClient
+
+    os.environ.pop(_PARENT, None)
+    client = MlflowClient(tracking_uri)
+    client.set_tag(run_id, "best", best)
+    if objective is not None:
+        client.log_metric(run_id, "objective", objective)
+    client.set_terminated(run_id)

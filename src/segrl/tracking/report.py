@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,6 @@ Scores = dict[str, dict[str, dict[str, float]]]
 """dataset -> sample id -> metric -> score."""
 
 
-
-
 def save(records: Mapping[str, Sequence[Record]], path: Path) -> Scores:
     """Write one JSON line per evaluated sample: dataset, id, scores, text, prompt; what of it is scores comes back."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +31,11 @@ def save(records: Mapping[str, Sequence[Record]], path: Path) -> Scores:
                 prompt = row.answer.parsed.prompt
                 line = {"dataset": dataset, "id": row.sample.id, **row.scores, "text": row.answer.text}
                 if prompt is not None:
-                    line |= {"boxes": prompt.boxes.tolist(), "points": prompt.points.tolist(), "labels": prompt.labels.tolist()}
+                    line |= {
+                        "boxes": prompt.boxes.tolist(),
+                        "points": prompt.points.tolist(),
+                        "labels": prompt.labels.tolist(),
+                    }
                 file.write(json.dumps(line) + "\n")
     _save_masks(records, path.with_suffix(".npz"))
     return load(path)
@@ -52,25 +55,41 @@ def load(path: Path) -> Scores:
     return scores
 
 
-def compare(before: Scores, after: Scores, seed: int) -> dict[str, dict[str, dict[str, object]]]:
-    """By dataset and metric: mean before, mean after, gain, its paired-bootstrap 95 % interval, n.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One metric of one test set, before and after training."""
 
-    Raises:
-        ValueError: if the two did not score the same samples.
-    """
-    table: dict[str, dict[str, dict[str, object]]] = {}
+    before: float
+    after: float
+    gain: float
+    interval: tuple[float, float]
+    """Paired-bootstrap 95 % interval of the gain."""
+    n: int
+
+
+Table = dict[str, dict[str, Comparison]]
+"""dataset -> metric -> comparison."""
+
+
+def compare(before: Scores, after: Scores, seed: int) -> Table:
+    """Means over the same samples; raises ValueError if the two did not score the same ones."""
+    table: Table = {}
     for dataset, scored in after.items():
         if set(scored) != set(before.get(dataset, {})):
-            raise ValueError(f"evaluation: the same samples of {dataset} are needed before and after; the ids differ")
+            raise ValueError(
+                f"evaluation: the samples of {dataset} must be those scored before; the ids differ"
+            )
         table[dataset] = {}
         for name in NAMES:
             old = np.array([before[dataset][i][name] for i in scored])
             new = np.array([scored[i][name] for i in scored])
-            interval = paired_bootstrap(old, new, seed)
-            table[dataset][name] = {
-                "before": float(old.mean()), "after": float(new.mean()), "gain": float((new - old).mean()),
-                "interval": [round(bound, 6) for bound in interval], "n": len(new),
-            }  # fmt: skip
+            table[dataset][name] = Comparison(
+                before=float(old.mean()),
+                after=float(new.mean()),
+                gain=float((new - old).mean()),
+                interval=paired_bootstrap(old, new, seed),
+                n=len(new),
+            )
     return table
 
 
@@ -83,15 +102,15 @@ def means(scores: Scores) -> dict[str, float]:
     }
 
 
-def print_table(table: Mapping[str, Mapping[str, Mapping[str, object]]]) -> None:
+def print_table(table: Table) -> None:
     """The comparison on stdout."""
     for dataset, metrics in table.items():
-        count = next(iter(metrics.values()))["n"]
-        print(f"\n{dataset}, {count} held-out images")
+        print(f"\n{dataset}, {next(iter(metrics.values())).n} held-out images")
         print(f"  {'':<12}{'before':>9}{'after':>9}{'gain':>9}   95 % interval of the gain")
         for name, row in metrics.items():
-            low, high = row["interval"]  # type: ignore[misc]
-            print(f"  {_TITLES[name]:<12}{row['before']:>9.3f}{row['after']:>9.3f}{row['gain']:>+9.3f}   [{low:+.3f}, {high:+.3f}]")
+            low, high = row.interval
+            scores = f"{row.before:>9.3f}{row.after:>9.3f}{row.gain:>+9.3f}"
+            print(f"  {_TITLES[name]:<12}{scores}   [{low:+.3f}, {high:+.3f}]")
 
 
 def draw(records: Mapping[str, Sequence[Record]], before: Path, after: Path, path: Path) -> Path | None:
@@ -100,11 +119,18 @@ def draw(records: Mapping[str, Sequence[Record]], before: Path, after: Path, pat
     if not rows:
         return None
     columns = [("after", after)] if not before.is_file() else [("before", before), ("after", after)]
-    lines = {name: {x["id"]: x for x in map(json.loads, file.read_text().splitlines())} for name, file in columns}
+    lines = {
+        name: {x["id"]: x for x in map(json.loads, file.read_text().splitlines())} for name, file in columns
+    }
     masks = {name: np.load(file.with_suffix(".npz"), allow_pickle=False) for name, file in columns}
     cells = [
         [
-            _cell(row, f"{name}: IoU {lines[name][row.sample.id]['iou']:.2f}", lines[name][row.sample.id], masks[name][str(i)])
+            _cell(
+                row,
+                f"{name}: IoU {lines[name][row.sample.id]['iou']:.2f}",
+                lines[name][row.sample.id],
+                masks[name][str(i)],
+            )
             for name, _ in columns
         ]
         for i, row in enumerate(rows)
@@ -116,5 +142,9 @@ def draw(records: Mapping[str, Sequence[Record]], before: Path, after: Path, pat
 def _cell(row: Record, title: str, line: Mapping[str, object], mask: np.ndarray) -> Cell:
     prompt = MaskPrompt.of(line["boxes"], line["points"], line["labels"]) if "boxes" in line else None
     return Cell(
-        image=row.sample.image, truth=row.sample.mask, mask=mask, prompt=prompt, caption=f"{title}\n{line['text']}"
+        image=row.sample.image,
+        truth=row.sample.mask,
+        mask=mask,
+        prompt=prompt,
+        caption=f"{title}\n{line['text']}",
     )

@@ -7,12 +7,17 @@ from jaxtyping import Float
 
 
 def paired_bootstrap(
-    before: Float[np.ndarray, "n"], after: Float[np.ndarray, "n"], seed: int, draws: int = 10_000, level: float = 0.95
+    before: Float[np.ndarray, "n"],
+    after: Float[np.ndarray, "n"],
+    seed: int,
+    draws: int = 10_000,
+    level: float = 0.95,
 ) -> tuple[float, float]:
     """Percentile interval of mean(after - before) when the same n samples are drawn anew (Efron 1979).
 
     Args:
-        before, after: one score per sample, in the same order.
+        before: one score per sample.
+        after: the same, in the same order.
         seed: of the draws.
         draws: resamples.
         level: of the interval.

@@ -1,0 +1,97 @@
+"""What every test stands on: shapes are checked at run time, one thread, and the real data where it is present."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+from hypothesis import settings
+
+# Before the pure rooms are imported: the shapes in their signatures become checks, in tests only.
+jaxtyping.install_import_hook(["segrl.objectives", "segrl.metrics.functional"], "beartype.beartype")
+
+torch.set_num_threads(1)
+settings.register_profile("house", deadline=None, derandomize=True, max_examples=80)
+settings.load_profile("house")
+
+
+@pytest.fixture(scope="session")
+def realdata() -> Path:
+    """Photographs, masks and published scores: $SEGRL_REALDATA, or shared/realdata next to the repository."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "realdata"
+    folder = Path(os.environ.get("SEGRL_REALDATA", beside))
+    if not folder.is_dir():
+        pytest.skip("real data is not here; SEGRL_REALDATA names its folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def nano_weights(tmp_path_factory):
+    """By family, an untrained nano checkpoint on the disk, in the format of the real ones."""
+    from segrl.models import nano
+
+    made: dict[str, Path] = {}
+
+    def weights(family: str) -> Path:
+        if family not in made:
+            torch.manual_seed(0)
+            texts = nano.vocabulary_texts(
+                ["Segment the object."] * 4, ["<think> </think> <bbox>[1,2,3,4]</bbox>"] * 4
+            )
+            made[family] = nano.write(tmp_path_factory.mktemp(family), getattr(nano, family)(texts))
+        return made[family]
+
+    return weights
+
+
+@pytest.fixture(scope="session")
+def nano_policy(nano_weights):
+    """By family, an untrained policy, loaded by the adapter that loads the real ones."""
+    from segrl.models.hf_vlm import HFPolicy
+
+    made: dict[str, HFPolicy] = {}
+
+    def policy(family: str) -> HFPolicy:
+        if family not in made:
+            side = {"qwen3_vl": 128, "qwen2_5_vl": 112}[family]
+            made[family] = HFPolicy(str(nano_weights(family)), side, None, 1.0, "float32", "sdpa")
+        return made[family]
+
+    return policy
+
+
+@pytest.fixture
+def nano_head():
+    """The trained nano SAM 2 that ships with the package."""
+    from segrl.front_door import asset
+    from segrl.models.sam2_head import Sam2Head
+
+    return Sam2Head(asset("sam2_nano.yaml"), asset("sam2_nano.safetensors"), 256)
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys, tmp_path):
+    """The real command line, in this process: arguments to (exit code, stdout, stderr); runs go under tmp_path."""
+    import sys
+
+    def run(
+        *arguments: str, module: str = "train", runs: Path | None = tmp_path / "runs"
+    ) -> tuple[int, str, str]:
+        import importlib
+
+        where = [] if runs is None else [f"paths.runs={runs}"]
+        monkeypatch.setattr(sys, "argv", ["segrl", *arguments, *where])
+        monkeypatch.chdir(tmp_path)
+        capsys.readouterr()
+        code = 0
+        try:
+            importlib.import_module(f"segrl.{module}").main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return run

@@ -1,0 +1,175 @@
+"""What a user gets wrong costs one line, exit code 2, and nothing on the disk."""
+
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+DEMO = (
+    "+experiment=demo",
+    "logger=csv",
+    "data.workers=0",
+    "trainer.max_steps=1",
+    "data.batch_size=2",
+    "data.test_length=2",
+)
+
+
+def refused(cli, tmp_path, *arguments):
+    """The one line of a refused command, after checking that nothing was written."""
+    before = sorted(p for p in tmp_path.rglob("*"))
+    code, out, err = cli(*arguments)
+    assert code == 2, (code, out, err)
+    lines = [line for line in err.splitlines() if line.startswith("segrl: ")]
+    assert len(lines) == 1 and err.strip() == lines[0], err
+    assert "Traceback" not in err
+    assert sorted(p for p in tmp_path.rglob("*")) == before
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stage.group_sise=4", ["stage.group_sise", "stage.group_size"]),
+        ("stage.optimizer.lrr=1", ["stage.optimizer.lrr", "stage.optimizer.lr"]),
+        ("polcy.temperature=1", ["polcy", "policy"]),
+        ("policy=nanno", ["policy=nanno", "nano"]),
+        ("+experiment=demoo", ["demoo", "demo"]),
+        ("stage.group_size=1", ["stage.group_size", "2", "got 1"]),
+        ("stage.group_size=four", ["stage.group_size", "four"]),
+        ("stage.optimizer.lr=-1", ["stage.optimizer.lr", "-1"]),
+        ("policy.temperature=0", ["policy.temperature", "0"]),
+        ("reward.terms.iou.weight=0", ["reward.terms.iou.weight", "0"]),
+        ("data.batch_size=0", ["data.batch_size", "0"]),
+        ("seed=-3", ["seed", "-3"]),
+        ("+colour=red", ["colour"]),
+        ("+stage.momentum=0.9", ["stage.momentum"]),
+        ("ckpt_path=nowhere.ckpt", ["ckpt_path", "nowhere.ckpt"]),
+        ("init_from=nowhere.ckpt", ["init_from", "nowhere.ckpt"]),
+        ("resume=nowhere", ["resume", "nowhere"]),
+        ("data.contrast=[0.9,0.1]", ["data.contrast", "0.9"]),
+        ("stage.kl_weight=0.1", ["reference", "0.1"]),
+        ("objective_metric=test/synthetic/iuo", ["objective_metric", "test/synthetic/iou"]),
+        ("head.checkpoint=nowhere.safetensors", ["head.checkpoint", "nowhere.safetensors"]),
+        ("policy.weights=nowhere", ["policy.weights", "nowhere"]),
+        ("data.batch_size=2000000", ["data.batch_size", "1000000"]),
+    ],
+)  # fmt: skip
+def test_one_line_names_the_key(cli, tmp_path, override, words):
+    arguments = (override,) if override.startswith("+experiment") else (*DEMO, override)
+    line = refused(cli, tmp_path, *arguments)
+    for word in words:
+        assert word in line, line
+
+
+def test_missing_weights_and_data_are_named_with_their_owners(cli, tmp_path):
+    line = refused(cli, tmp_path, "+experiment=grpo_cod10k")
+    assert "policy.weights" in line and "huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct" in line
+    line = refused(cli, tmp_path, "+experiment=grpo_cod10k", "policy=nano")
+    assert "head.checkpoint" in line and "sam2.1_hiera_large.pt" in line
+    line = refused(cli, tmp_path, "+experiment=grpo_cod10k", "policy=nano", "head=sam2_nano")
+    assert "data.root" in line and "SINet" in line
+
+
+def dataset(root, images=("a", "b", "c"), masks=("a", "b", "c"), size=(40, 30), mask_size=None):
+    for part in ("train", "test"):
+        for kind, names, shape in (("images", images, size), ("masks", masks, mask_size or size)):
+            folder = root / part / kind
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                pixels = np.zeros((shape[1], shape[0]), np.uint8)
+                pixels[5:20, 8:25] = 255
+                mode = Image.fromarray(pixels).convert("RGB") if kind == "images" else Image.fromarray(pixels)
+                mode.save(folder / f"{name}.{'jpg' if kind == 'images' else 'png'}")
+    return root
+
+
+OWN = (
+    "+experiment=demo",
+    "data=image_mask",
+    "objective_metric=null",
+    "logger=csv",
+    "data.workers=0",
+    "data.batch_size=2",
+    "trainer.max_steps=1",
+)
+
+
+def test_files_that_stand_alone_are_named(cli, tmp_path):
+    root = dataset(tmp_path / "set", images=[f"i{k}" for k in range(9)], masks=["i0"])
+    line = refused(cli, tmp_path, *OWN, f"data.root={root}")
+    assert "i1, i2, i3, i4, i5 and 3 more" in line
+    root = dataset(tmp_path / "other", images=["a"], masks=["a", "b"])
+    assert "b" in refused(cli, tmp_path, *OWN, f"data.root={root}").split("none for")[1]
+
+
+def test_an_empty_or_missing_dataset_is_named(cli, tmp_path):
+    root = dataset(tmp_path / "set", images=(), masks=())
+    assert "holds none" in refused(cli, tmp_path, *OWN, f"data.root={root}")
+    assert "data.root" in refused(cli, tmp_path, *OWN, f"data.root={tmp_path / 'absent'}")
+    assert "data.root" in refused(cli, tmp_path, *OWN)
+
+
+@pytest.mark.parametrize("fault", ["size", "palette", "colour", "cut"])
+def test_an_unfit_mask_is_named_before_anything_is_written(cli, tmp_path, fault):
+    root = dataset(tmp_path / "set")
+    path = root / "train" / "masks" / "b.png"
+    if fault == "size":
+        Image.new("L", (41, 30)).save(path)
+    elif fault == "palette":
+        Image.new("P", (40, 30)).save(path)
+    elif fault == "colour":
+        Image.new("RGB", (40, 30), (255, 0, 0)).save(path)
+    else:
+        path.write_bytes(path.read_bytes()[:60])
+    line = refused(cli, tmp_path, *OWN, f"data.root={root}")
+    assert "b.png" in line
+
+
+def test_a_checkpoint_of_another_architecture_a_foreign_file_and_a_cut_one_are_refused(
+    cli, tmp_path, nano_weights
+):
+    import torch
+
+    code, _, err = cli(*DEMO)
+    assert code == 0, err
+    (checkpoint,) = (tmp_path / "runs").rglob("last.ckpt")
+    other = (*DEMO, f"policy.weights={nano_weights('qwen3_vl')}")
+    for key in ("ckpt_path", "init_from"):
+        assert key in refused(cli, tmp_path, *other, f"{key}={checkpoint}")
+    cut = tmp_path / "cut.ckpt"
+    cut.write_bytes(checkpoint.read_bytes()[:-5000])
+    assert "cut.ckpt" in refused(cli, tmp_path, *DEMO, f"ckpt_path={cut}")
+    torch.save({"weights": 1}, tmp_path / "foreign.ckpt")
+    assert "foreign.ckpt" in refused(cli, tmp_path, *DEMO, f"init_from={tmp_path / 'foreign.ckpt'}")
+    torch.save({"state_dict": {"x": pytest.approx}}, tmp_path / "code.ckpt")
+    assert "code.ckpt" in refused(cli, tmp_path, *DEMO, f"init_from={tmp_path / 'code.ckpt'}")
+
+
+def test_help_takes_under_two_seconds():
+    began = time.process_time_ns(), time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "segrl.train", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "experiment: " in done.stdout
+    heavy = [
+        name
+        for name in (" torch\n", "transformers\n", "lightning\n", "mlflow\n", "sam2\n")
+        if name in done.stderr
+    ]
+    assert not heavy
+    assert time.monotonic() - began[1] < 20  # a busy machine; what it imports is what decides
+
+
+def test_a_bug_of_ours_keeps_its_traceback(cli, monkeypatch):
+    from segrl import train
+
+    def broken(cfg):
+        int("not a number")
+
+    monkeypatch.setattr(train, "check", broken)
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli(*DEMO)

@@ -1,0 +1,187 @@
+"""Contract of the policy, on both families: shared-prefix log-probabilities are those of a naive forward pass."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from segrl.data.synthetic import SyntheticScenes
+from segrl.models.shared_prefix import pad_right
+from segrl.objectives.clipped import importance_ratio
+from segrl.prompts.tags import SegR1Points, SegR1Tags
+from segrl.rollout.shared_prefix import SharedPrefixEngine
+from segrl.types import Completions
+
+GROUP = 3
+
+
+@pytest.fixture(params=["qwen3_vl", "qwen2_5_vl"])
+def policy(request, nano_policy):
+    return nano_policy(request.param)
+
+
+@pytest.fixture
+def prefixes(policy):
+    """Three prefixes of unequal length: two grammars, and a query of its own."""
+    scenes = SyntheticScenes("test", 3, 0, 128, (0.5, 1.0), (1, 1))
+    tags, points = SegR1Tags(4, 8), SegR1Points(8)
+    chats = [tags.messages(None), points.messages(None), tags.messages("the left fish")]
+    made = [policy.encoder.encode(chat, scenes[i].image) for i, chat in enumerate(chats)]
+    assert len({len(p.token_ids) for p in made}) == 3
+    return made
+
+
+def sampled(policy, prefixes, tokens=9, seed=0):
+    return SharedPrefixEngine(tokens).sample(policy, prefixes, GROUP, torch.Generator().manual_seed(seed))
+
+
+def naive(policy, prefixes, completions):
+    """One unpadded forward pass per completion, positions left to transformers."""
+    rows = []
+    for n, (tokens, mask) in enumerate(zip(completions.tokens, completions.mask, strict=True)):
+        prefix, tokens = prefixes[n // GROUP], tokens[mask]
+        ids = torch.cat([prefix.token_ids, tokens])[None]
+        kinds = torch.cat([prefix.token_types, torch.zeros_like(tokens)])[None]
+        out = policy.model(
+            input_ids=ids, mm_token_type_ids=kinds, attention_mask=torch.ones_like(ids),
+            pixel_values=prefix.pixels, image_grid_thw=prefix.grid,
+        )  # fmt: skip
+        logits = out.logits[0, len(prefix.token_ids) - 1 : -1] / policy.temperature
+        logits[:, policy.never_sampled] = -torch.inf
+        picked = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+        rows.append(torch.cat([picked, picked.new_zeros(completions.tokens.shape[1] - len(tokens))]))
+    return torch.stack(rows)
+
+
+def test_shared_prefix_logprobs_equal_a_naive_forward_pass_values_and_gradients(policy, prefixes):
+    completions = sampled(policy, prefixes)
+    shared, one_by_one = policy.logprobs(prefixes, completions), naive(policy, prefixes, completions)
+    assert (shared - one_by_one).abs().max() < 1e-4
+    weights = torch.randn(shared.shape, generator=torch.Generator().manual_seed(1)) * completions.mask
+    gradients = []
+    for logprobs in (shared, one_by_one):
+        policy.zero_grad()
+        (logprobs * weights).sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert any("visual" in name for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        assert (gradient - gradients[1][name]).norm() <= 1e-4 * gradients[1][name].norm() + 1e-5, name
+
+
+def test_suffix_positions_counted_from_the_token_index_would_be_noticed(policy, prefixes):
+    """Negative control: an image advances the rotary position by its side, not by its number of tokens."""
+    completions = sampled(policy, prefixes[:1])
+    right = policy.logprobs(prefixes[:1], completions)
+    prefill = policy.prefill
+
+    def wrong(given):
+        cache = prefill(given)
+        return replace(cache, following=cache.seen.sum(1))
+
+    policy.prefill = wrong
+    try:
+        assert (policy.logprobs(prefixes[:1], completions) - right).abs().max() > 1e-3
+    finally:
+        policy.prefill = prefill
+
+
+def test_first_update_ratio_is_exactly_one(policy, prefixes):
+    logprobs = policy.logprobs(prefixes, sampled(policy, prefixes))
+    assert torch.equal(importance_ratio(logprobs, logprobs.detach()), torch.ones_like(logprobs))
+
+
+def test_one_completion_of_a_group_does_not_see_another(policy, prefixes):
+    completions = sampled(policy, prefixes[:1])
+    changed = completions.tokens.clone()
+    changed[1] = changed[1].flip(0)
+    before = policy.logprobs(prefixes[:1], completions)
+    after = policy.logprobs(prefixes[:1], replace(completions, tokens=changed))
+    assert torch.allclose(before[[0, 2]], after[[0, 2]], atol=1e-5)
+    assert not torch.allclose(before[1], after[1], atol=1e-3)
+
+
+def test_what_was_sampled_is_what_the_training_pass_finds_likely(policy, prefixes):
+    """The decode loop's own log-probabilities agree with the training pass, and greedy takes the maximum."""
+    completions = SharedPrefixEngine(8).greedy(policy, prefixes)
+    cache = policy.prefill(prefixes)
+    hidden = torch.cat([cache.last_hidden[:, None], policy.extend(cache, completions.tokens[:, :-1])], 1)
+    best = policy.log_distribution(hidden).amax(-1).masked_fill(~completions.mask, 0)
+    assert torch.allclose(policy.logprobs(prefixes, completions), best, atol=1e-4)
+
+
+def test_placeholders_are_never_sampled_and_have_no_probability(policy, prefixes):
+    config = policy.model.config
+    distribution = policy.log_distribution(policy.prefill(prefixes).last_hidden)
+    assert torch.isneginf(distribution[:, [config.image_token_id, config.video_token_id]]).all()
+    assert torch.allclose(distribution.exp().sum(-1), torch.ones(3), atol=1e-5)
+    tokens = sampled(policy, prefixes, tokens=40).tokens
+    assert not torch.isin(tokens, policy.never_sampled).any()
+
+
+def test_sampling_follows_the_distribution(policy, prefixes):
+    distribution = policy.log_distribution(policy.prefill(prefixes[:1]).last_hidden)[0].exp()
+    drawn = (
+        SharedPrefixEngine(1)
+        .sample(policy, prefixes[:1], 4000, torch.Generator().manual_seed(0))
+        .tokens[:, 0]
+    )
+    counts = torch.bincount(drawn, minlength=len(distribution)) / 4000
+    assert (counts - distribution).abs().sum() < (counts - distribution.flip(0)).abs().sum()
+    likely = distribution.topk(5).indices
+    assert torch.allclose(counts[likely], distribution[likely], atol=0.03)
+
+
+def test_same_seed_same_completions_other_seed_others(policy, prefixes):
+    first, again, other = (sampled(policy, prefixes, seed=s) for s in (3, 3, 4))
+    assert torch.equal(first.tokens, again.tokens)
+    assert not torch.equal(first.tokens, other.tokens)
+
+
+def test_mask_ends_with_the_stop_token(policy, prefixes):
+    hidden = policy.model.lm_head.weight
+    completions = sampled(policy, prefixes, tokens=30)
+    for tokens, mask, length in zip(completions.tokens, completions.mask, completions.lengths, strict=True):
+        stops = (tokens == policy.stop_id).nonzero()
+        expected = int(stops[0]) + 1 if len(stops) else len(tokens)
+        assert int(length) == expected
+        assert bool(mask[:expected].all()) and not bool(mask[expected:].any())
+    assert hidden is policy.model.get_input_embeddings().weight
+
+
+def test_frame_is_that_of_the_family(policy, prefixes):
+    frame = prefixes[0].frame
+    expected = (1000, 1000) if policy.model.config.model_type == "qwen3_vl" else (112, 112)
+    assert (frame.width, frame.height) == expected
+
+
+def test_answers_round_trip_through_the_tokenizer(policy):
+    text = "<think> A tiny object, top left. </think> <bbox>[1,20,300,1000]</bbox> naïve 漢字"
+    ids = policy.encoder.answer(text)
+    assert int(ids[-1]) == policy.stop_id
+    assert policy.encoder.decode(ids[None], torch.ones(1, len(ids), dtype=torch.bool)) == [text]
+
+
+def test_a_folder_without_a_model_is_refused_by_its_key(tmp_path, nano_policy):
+    from segrl.models.hf_vlm import HFPolicy
+
+    with pytest.raises(ValueError, match=r"policy\.weights: .*config\.json"):
+        HFPolicy(str(tmp_path), None, None, 1.0, "float32", "sdpa")
+
+
+def test_padding_right_marks_what_is_real():
+    padded, mask = pad_right([torch.tensor([5, 6]), torch.tensor([7])], 0)
+    assert padded.tolist() == [[5, 6], [7, 0]]
+    assert mask.tolist() == [[True, True], [True, False]]
+
+
+def test_logprobs_of_rows_are_those_of_the_whole(policy, prefixes):
+    completions = sampled(policy, prefixes)
+    whole = policy.logprobs(prefixes, completions)
+    parts = [
+        policy.logprobs(prefixes[b : b + 1], completions.rows(slice(b * GROUP, (b + 1) * GROUP)))
+        for b in range(3)
+    ]
+    assert torch.allclose(whole, torch.cat(parts), atol=1e-4)
+    assert isinstance(completions, Completions) and np.isfinite(whole.detach().numpy()).all()

@@ -1,0 +1,413 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from segrl.prompts.frames import absolute_pixels, from_unit, permille
+from segrl.prompts.tags import SegR1Points, SegR1Tags
+from segrl.types import Frame, MaskPrompt, Parsed, ParseFault
+
+FRAME = absolute_pixels(height=200, width=100)
+TAGS = SegR1Tags(max_boxes=3, max_points=4)
+POINTS = SegR1Points(max_points=4)
+
+THOUGHT = "<think> a fish hides left </think>"
+BOX = "<bbox>[10,20,30,40]</bbox>"
+TWO_POINTS = "<points>[[20,30],[90,190]]</points>"
+LABELS = "<labels>[1,0]</labels>"
+GOOD = f"{THOUGHT} {BOX}, {TWO_POINTS}, {LABELS}"
+GOOD_POINTS = f"{TWO_POINTS} {LABELS}"
+
+
+def close(left: np.ndarray, right: object) -> None:
+    np.testing.assert_allclose(left, np.asarray(right), rtol=0, atol=1e-7)
+
+
+# --- what is read, by hand
+
+
+def test_a_sentence_is_read_to_unit_coordinates() -> None:
+    parsed = TAGS.parse(GOOD, FRAME)
+    assert (parsed.fault, parsed.thought) == (None, "a fish hides left")
+    close(parsed.prompt.boxes, [[0.1, 0.1, 0.3, 0.2]])
+    close(parsed.prompt.points, [[0.2, 0.15], [0.9, 0.95]])
+    assert parsed.prompt.labels.tolist() == [1, 0]
+
+
+def test_a_points_sentence_is_read_to_unit_coordinates_and_has_no_box() -> None:
+    parsed = POINTS.parse(GOOD_POINTS, FRAME)
+    assert parsed.fault is None
+    close(parsed.prompt.points, [[0.2, 0.15], [0.9, 0.95]])
+    assert parsed.prompt.labels.tolist() == [1, 0]
+    assert parsed.prompt.boxes.shape == (0, 4)
+
+
+def test_several_boxes_are_read_in_order() -> None:
+    text = GOOD.replace(
+        BOX, "<bbox>[0,0,50,100]</bbox>, <bbox>[50,100,100,200]</bbox> <bbox>[1,2,3,4]</bbox>"
+    )
+    close(
+        TAGS.parse(text, FRAME).prompt.boxes,
+        [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1], [0.01, 0.01, 0.03, 0.02]],
+    )
+
+
+def test_leading_zeros_and_fractions_are_numbers() -> None:
+    text = GOOD.replace("[10,20,30,40]", "[007,0020,30.5,040.000001]").replace("[20,30]", "[02,00]")
+    parsed = TAGS.parse(text, FRAME)
+    close(parsed.prompt.boxes, [[0.07, 0.1, 0.305, 0.2]])
+    close(parsed.prompt.points[0], [0.02, 0.0])
+
+
+def test_coordinates_outside_the_image_are_clamped_to_its_border() -> None:
+    text = GOOD.replace("[10,20,30,40]", "[-5,-1,150,999999]").replace("[20,30]", "[101,-7]")
+    parsed = TAGS.parse(text, FRAME)
+    assert parsed.prompt.boxes.tolist() == [[0, 0, 1, 1]]
+    assert parsed.prompt.points[0].tolist() == [1, 0]
+
+
+def test_line_breaks_of_windows_change_nothing() -> None:
+    text = GOOD.replace(", ", ",\r\n").replace("[[", "[\r\n [").replace("> ", ">\r\n")
+    parsed, plain = TAGS.parse(text, FRAME), TAGS.parse(GOOD, FRAME)
+    assert parsed.fault is None
+    close(parsed.prompt.boxes, plain.prompt.boxes)
+    close(parsed.prompt.points, plain.prompt.points)
+
+
+def test_fields_inside_the_thought_are_not_the_answer() -> None:
+    text = GOOD.replace(
+        "a fish", "maybe <bbox>[1,1,9,9]</bbox> <points>[[1,1]]</points> <labels>[0]</labels> a fish"
+    )
+    parsed = TAGS.parse(text, FRAME)
+    close(parsed.prompt.boxes, [[0.1, 0.1, 0.3, 0.2]])
+    assert parsed.prompt.labels.tolist() == [1, 0]
+
+
+def test_fields_inside_the_thought_are_not_the_answer_after_a_stray_closing_tag_either() -> None:
+    text = "</think>" + GOOD.replace("a fish", "maybe <bbox>[1,1,9,9]</bbox> a fish")
+    parsed = TAGS.parse(text, FRAME)
+    assert parsed.fault is not None or len(parsed.prompt.boxes) == 1
+
+
+def test_fields_before_the_thought_are_not_the_answer() -> None:
+    assert TAGS.parse(f"{BOX}, {TWO_POINTS}, {LABELS} {THOUGHT}", FRAME).fault is ParseFault.NO_BOX
+
+
+# --- what is refused
+
+
+TAG_FAULTS = [
+    (ParseFault.NO_THOUGHT, GOOD.replace("<think>", "")),
+    (ParseFault.NO_THOUGHT, GOOD.replace("</think>", "")),
+    (ParseFault.NO_THOUGHT, ""),
+    (ParseFault.NO_BOX, GOOD.replace(BOX, "")),
+    (ParseFault.NO_BOX, GOOD.replace("</bbox>", "<bbox>")),
+    (ParseFault.NO_BOX, GOOD.replace("bbox", "box")),
+    (ParseFault.NO_POINTS, GOOD.replace(TWO_POINTS, "")),
+    (ParseFault.NO_POINTS, GOOD.replace("</points>", "")),
+    (ParseFault.NO_LABELS, GOOD.replace(LABELS, "")),
+    (ParseFault.NO_LABELS, GOOD.replace("</labels>", "")),
+    (ParseFault.DUPLICATE_FIELD, THOUGHT + GOOD),
+    (ParseFault.DUPLICATE_FIELD, GOOD + TWO_POINTS),
+    (ParseFault.DUPLICATE_FIELD, GOOD + LABELS),
+    (ParseFault.BAD_NUMBERS, GOOD.replace("[10,20,30,40]", "[10,20,30]")),
+    (ParseFault.BAD_NUMBERS, GOOD.replace("[10,20,30,40]", "[10,20,30,40,50]")),
+    (ParseFault.BAD_NUMBERS, GOOD.replace("[10,20,30,40]", "10,20,30,40")),
+    (ParseFault.BAD_NUMBERS, GOOD.replace("[10,20,30,40]", "")),
+    (ParseFault.BAD_NUMBERS, GOOD.replace("[10,20,30,40]", "[nan,20,30,40]")),
+    (ParseFault.BAD_NUMBERS, GOOD.replace("[10,20,30,40]", "[10,20,inf,40]")),
+    (ParseFault.BAD_NUMBERS, GOOD.replace("[10,20,30,40]", "[1e1,20,30,40]")),
+    (ParseFault.BAD_NUMBERS, GOOD.replace("[10,20,30,40]", "[0x1,20,30,40]")),
+    (ParseFault.BAD_NUMBERS, GOOD.replace("[10,20,30,40]", "[1_0,20,30,40]")),
+    (ParseFault.BAD_NUMBERS, GOOD.replace("[10,20,30,40]", "[10,20,30,40] [1,2,3,4]")),
+    (ParseFault.BAD_NUMBERS, GOOD.replace("[10,20,30,40]", "__import__('os').system('true')")),
+    (ParseFault.BAD_NUMBERS, GOOD.replace("[[20,30],[90,190]]", "[]")),
+    (ParseFault.BAD_NUMBERS, GOOD.replace("[[20,30],[90,190]]", "[[]]")),
+    (ParseFault.BAD_NUMBERS, GOOD.replace("[[20,30],[90,190]]", "[20,30]")),
+    (ParseFault.BAD_NUMBERS, GOOD.replace("[[20,30],[90,190]]", "[[20,30,1],[90,190]]")),
+    (ParseFault.BAD_NUMBERS, GOOD.replace("[[20,30],[90,190]]", "[[20,30][90,190]]")),
+    (ParseFault.BAD_NUMBERS, GOOD.replace("[1,0]", "1,0")),
+    (ParseFault.BAD_LABEL, GOOD.replace("[1,0]", "[1,2]")),
+    (ParseFault.BAD_LABEL, GOOD.replace("[1,0]", "[3,0]")),
+    (ParseFault.BAD_LABEL, GOOD.replace("[1,0]", "[-1,0]")),
+    (ParseFault.BAD_LABEL, GOOD.replace("[1,0]", "[01,0]")),
+    (ParseFault.BAD_LABEL, GOOD.replace("[1,0]", "[1,0.0]")),
+    (ParseFault.BAD_LABEL, GOOD.replace("[1,0]", "[1,]")),
+    (ParseFault.BAD_LABEL, GOOD.replace("[1,0]", "[]")),
+    (ParseFault.BAD_LABEL, GOOD.replace("[1,0]", "[True,False]")),
+    (ParseFault.BAD_LABEL, GOOD.replace("[1,0]", "[\u0661,0]")),  # an Arabic one
+    (ParseFault.LABEL_COUNT, GOOD.replace("[1,0]", "[1]")),
+    (ParseFault.LABEL_COUNT, GOOD.replace("[1,0]", "[1,0,1]")),
+    (ParseFault.DEGENERATE_BOX, GOOD.replace("[10,20,30,40]", "[10,20,10,40]")),
+    (ParseFault.DEGENERATE_BOX, GOOD.replace("[10,20,30,40]", "[30,20,10,40]")),
+    (ParseFault.DEGENERATE_BOX, GOOD.replace("[10,20,30,40]", "[10,40,30,20]")),
+    (ParseFault.DEGENERATE_BOX, GOOD.replace("[10,20,30,40]", "[100,20,300,40]")),  # beyond the right border
+    (ParseFault.DEGENERATE_BOX, GOOD.replace(BOX, f"{BOX} <bbox>[-9,-9,0,0]</bbox>")),
+    (ParseFault.TOO_MANY, GOOD.replace(BOX, BOX * 4)),
+    (ParseFault.TOO_MANY, GOOD.replace("[[", "[[1,1],[2,2],[3,3],[")),
+]
+
+
+@pytest.mark.parametrize(("fault", "text"), TAG_FAULTS)
+def test_each_fault_is_named(fault: ParseFault, text: str) -> None:
+    parsed = TAGS.parse(text, FRAME)
+    assert (parsed.fault, parsed.prompt) == (fault, None)
+
+
+def test_every_kind_of_fault_has_a_text_above() -> None:
+    assert {fault for fault, _ in TAG_FAULTS} == set(ParseFault)
+
+
+def test_a_fault_after_the_thought_keeps_the_thought() -> None:
+    assert TAGS.parse(GOOD.replace("[1,0]", "[2,0]"), FRAME).thought == "a fish hides left"
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        (ParseFault.NO_POINTS, LABELS),
+        (ParseFault.NO_LABELS, TWO_POINTS),
+        (ParseFault.DUPLICATE_FIELD, GOOD_POINTS + LABELS),
+        (ParseFault.DUPLICATE_FIELD, TWO_POINTS + GOOD_POINTS),
+        (ParseFault.BAD_NUMBERS, GOOD_POINTS.replace("20,30", "20;30")),
+        (ParseFault.BAD_LABEL, GOOD_POINTS.replace("[1,0]", "[1,2]")),
+        (ParseFault.LABEL_COUNT, GOOD_POINTS.replace("[1,0]", "[1]")),
+        (ParseFault.TOO_MANY, GOOD_POINTS.replace("[[", "[[1,1],[2,2],[3,3],[")),
+    ],
+)
+def test_each_fault_of_a_points_sentence_is_named(fault: ParseFault, text: str) -> None:
+    assert POINTS.parse(text, FRAME) == Parsed(fault=fault)
+
+
+def test_exactly_as_many_boxes_and_points_as_allowed_are_no_fault() -> None:
+    text = GOOD.replace(BOX, BOX * 3).replace("[[", "[[1,1],[2,2],[").replace("[1,0]", "[1,1,1,0]")
+    parsed = TAGS.parse(text, FRAME)
+    assert parsed.fault is None
+    assert (len(parsed.prompt.boxes), len(parsed.prompt.points)) == (3, 4)
+
+
+# --- render and parse are inverse
+
+
+@st.composite
+def frames(draw: st.DrawFn) -> Frame:
+    if draw(st.booleans()):
+        return permille(draw(st.integers(1, 4000)), draw(st.integers(1, 4000)))
+    return absolute_pixels(draw(st.integers(28, 1036)), draw(st.integers(28, 1036)))
+
+
+@st.composite
+def coordinates(draw: st.DrawFn, whole: int, extent: float) -> float:
+    """A unit coordinate whose nearest integer of the frame is `whole`."""
+    return min(max((whole + draw(st.floats(-0.49, 0.49))) / extent, 0.0), 1.0)
+
+
+@st.composite
+def sentences(draw: st.DrawFn) -> tuple[Frame, Parsed, list[list[int]]]:
+    """A frame, something to say, and the whole numbers that say its boxes."""
+    frame = draw(frames())
+    boxes, wholes = [], []
+    for _ in range(draw(st.integers(1, 3))):
+        sides = []
+        for extent in (int(frame.width), int(frame.height)):
+            low = draw(st.integers(0, extent - 1))
+            sides.append((low, draw(st.integers(low + 1, extent))))
+        wholes.append([sides[0][0], sides[1][0], sides[0][1], sides[1][1]])
+        extents = (frame.width, frame.height) * 2
+        boxes.append([draw(coordinates(w, e)) for w, e in zip(wholes[-1], extents, strict=True)])
+    points = draw(
+        st.lists(st.tuples(st.floats(0, 1, width=32), st.floats(0, 1, width=32)), min_size=1, max_size=4)
+    )
+    labels = draw(st.lists(st.integers(0, 1), min_size=len(points), max_size=len(points)))
+    thought = draw(st.text(max_size=40).filter(lambda t: "think>" not in t))
+    return frame, Parsed(thought=thought, prompt=MaskPrompt.of(boxes, points, labels)), wholes
+
+
+@given(sentences())
+def test_a_rendered_sentence_is_read_back_within_half_a_frame_unit(
+    said: tuple[Frame, Parsed, list[list[int]]],
+) -> None:
+    frame, parsed, wholes = said
+    read = TAGS.parse(TAGS.render(parsed, frame), frame)
+    assert read.fault is None
+    assert read.thought == parsed.thought.strip()
+    assert from_unit(read.prompt.boxes, frame).tolist() == wholes
+    extent = np.array([frame.width, frame.height])
+    for got, meant in ((read.prompt.boxes, parsed.prompt.boxes), (read.prompt.points, parsed.prompt.points)):
+        error = np.abs(got.astype(np.float64) - meant) * np.resize(extent, meant.shape[1])
+        assert error.max() <= 0.5 + 1e-3
+    assert read.prompt.labels.tolist() == parsed.prompt.labels.tolist()
+
+
+@given(sentences())
+def test_what_was_read_once_is_written_and_read_the_same(said: tuple[Frame, Parsed, list[list[int]]]) -> None:
+    frame, parsed, _ = said
+    once = TAGS.parse(TAGS.render(parsed, frame), frame)
+    assert TAGS.render(once, frame) == TAGS.render(TAGS.parse(TAGS.render(once, frame), frame), frame)
+
+
+@given(sentences())
+def test_rendered_points_are_read_back_within_half_a_frame_unit(
+    said: tuple[Frame, Parsed, list[list[int]]],
+) -> None:
+    frame, parsed, _ = said
+    read = POINTS.parse(POINTS.render(parsed, frame), frame)
+    assert read.fault is None
+    error = np.abs(read.prompt.points.astype(np.float64) - parsed.prompt.points) * [frame.width, frame.height]
+    assert error.max() <= 0.5 + 1e-3
+    assert read.prompt.labels.tolist() == parsed.prompt.labels.tolist()
+    assert len(read.prompt.boxes) == 0
+
+
+def test_the_sentence_is_written_as_seg_r1_writes_it() -> None:
+    prompt = MaskPrompt.of([[0, 0, 0.5, 1], [0.1, 0.1, 0.3, 0.2]], [[0.25, 0.5], [1, 1]], [1, 0])
+    said = Parsed(thought="two fish", prompt=prompt)
+    points = "<points>[[25,100],[100,200]]</points>"
+    assert TAGS.render(said, FRAME) == (
+        f"<think> two fish </think> <bbox>[0,0,50,200]</bbox>, <bbox>[10,20,30,40]</bbox>, {points}, <labels>[1,0]</labels>"
+    )
+    assert POINTS.render(said, FRAME) == f"{points} <labels>[1,0]</labels>"
+
+
+@pytest.mark.parametrize(
+    "box", [[0.2, 0.1, 0.204, 0.9], [0.1, 0.5, 0.9, 0.501], [0.999, 0.999, 1, 1], [0, 0, 0.001, 0.001]]
+)
+def test_a_box_narrower_than_a_frame_unit_is_still_a_sentence_of_the_grammar(box: list[float]) -> None:
+    said = Parsed(prompt=MaskPrompt.of([box], [box[:2]], [1]))
+    assert TAGS.parse(TAGS.render(said, FRAME), FRAME).fault is None
+
+
+@pytest.mark.parametrize("grammar", [TAGS, POINTS])
+def test_a_fault_cannot_be_written(grammar: SegR1Tags | SegR1Points) -> None:
+    with pytest.raises(ValueError, match="NO_BOX"):
+        grammar.render(Parsed(fault=ParseFault.NO_BOX), FRAME)
+
+
+# --- whatever the text
+
+
+HOSTILE: dict[str, str] = {
+    "ones as a label": GOOD.replace("[1,0]", "[" + "1" * 100_000 + "]"),
+    "ones as labels without brackets": GOOD.replace("[1,0]", "1" * 100_000),
+    "many labels": GOOD.replace("[1,0]", "[" + "1," * 50_000 + "1]"),
+    "unterminated label": GOOD.split("</labels>")[0] + "1" * 100_000,
+    "ones as a coordinate": GOOD.replace("[10,", "[" + "1" * 100_000 + ","),
+    "ones as a fraction": GOOD.replace("[10,", "[1." + "1" * 100_000 + ","),
+    "ones as a point": GOOD.replace("[[20,", "[[" + "1" * 100_000 + ","),
+    "minus signs": GOOD.replace("[10,", "[" + "-" * 100_000 + "1,"),
+    "many points": GOOD.replace("[[", "[[" + "1,1],[" * 16_000),
+    "open brackets": GOOD.replace("[[", "[" * 100_000),
+    "shut brackets": GOOD.replace("]]", "]" * 100_000),
+    "white space": GOOD.replace("[[", "[" + " \t\r\n" * 25_000 + "["),
+    "unterminated thought": "<think>" * 15_000,
+    "nested thoughts": "<think>" * 10_000 + "</think>" * 10_000,
+    "nested boxes": THOUGHT + "<bbox>" * 10_000 + "[1,2,3,4]" + "</bbox>" * 10_000,
+    "nested points": THOUGHT + BOX + "<points>" * 10_000 + "</points>" * 10_000 + LABELS,
+    "boxes never closed": THOUGHT + "<bbox>[1,2,3,4]" * 10_000,
+    "boxes never opened": THOUGHT + "[1,2,3,4]</bbox>" * 10_000,
+    "many boxes": GOOD.replace(BOX, BOX * 5_000),
+    "not numbers": GOOD.replace("10,20", "NaN,-inf"),
+    "digits of another script": GOOD.replace("10,", "\u0661\u0660,"),
+    "superscript digits": GOOD.replace("10,", "\u00b2\u00b3,"),
+    "fullwidth digits": GOOD.replace("10,", "\uff11\uff10,"),
+    "huge integers": GOOD.replace("10,", "9" * 5_000 + ","),
+    "code": GOOD.replace("[10,20,30,40]", "__import__('os').getcwd()"),
+    "a null byte": GOOD.replace("10,", "1\x000,"),
+    "a lone surrogate": GOOD.replace("fish", "\ud800"),
+    "every tag inside every other": "<think><bbox><points><labels></think></bbox></points></labels>" * 1_500,
+}
+REFUSED = set(HOSTILE) - {"digits of another script", "fullwidth digits", "a lone surrogate", "white space"}
+
+
+def seconds(parse: Callable[[str, Frame], Parsed], text: str, times: int = 3) -> float:
+    """Processor time of one parse: the best of several, so that a busy machine does not count."""
+    spent = []
+    for _ in range(times):
+        start = time.thread_time()
+        parse(text, FRAME)
+        spent.append(time.thread_time() - start)
+    return min(spent)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("grammar", [TAGS, POINTS])
+def test_a_hostile_text_raises_nothing_and_takes_no_time(grammar: SegR1Tags | SegR1Points, name: str) -> None:
+    parsed = grammar.parse(HOSTILE[name], FRAME)
+    assert (parsed.prompt is None) != (parsed.fault is None)
+    assert seconds(grammar.parse, HOSTILE[name]) < 0.05
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_a_hostile_text_is_a_fault(name: str) -> None:
+    assert TAGS.parse(HOSTILE[name], FRAME).fault is not None
+
+
+ROOMY = SegR1Tags(max_boxes=10**9, max_points=10**9)
+GROWING: dict[str, Callable[[int], str]] = {
+    "unterminated digits": lambda n: GOOD.split("</labels>")[0] + "1" * (20 * n),
+    "digits": lambda n: GOOD.replace("[1,0]", "[" + "1" * (20 * n) + "]"),
+    "fractions": lambda n: GOOD.replace("[10,", "[1." + "1" * (20 * n) + ","),
+    "labels": lambda n: GOOD.replace("[1,0]", "[" + "1," * (5 * n) + "1]"),
+    "points": lambda n: GOOD.replace("[[", "[[" + "1,1],[" * n),
+    "boxes": lambda n: GOOD.replace(BOX, BOX * (n // 4)),
+    "open thoughts": lambda n: "<think>" * (5 * n) + "</think>" + GOOD,
+    "nested thoughts": lambda n: "<think>" * (5 * n) + "</think>" * (5 * n),
+    "open boxes": lambda n: THOUGHT + "<bbox>" * (5 * n),
+    "white space": lambda n: GOOD.replace("[[", "[" + " \n" * (10 * n) + "["),
+}
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_twice_the_text_takes_about_twice_the_time(name: str) -> None:
+    size = 10_000
+    once, twice = (seconds(ROOMY.parse, GROWING[name](n), times=5) for n in (size, 2 * size))
+    assert twice < 3 * once + 0.010  # quadratic: 4 times; the clock's grain is on top
+
+
+FRAGMENTS = st.sampled_from(
+    ["<think>", "</think>", "<bbox>", "</bbox>", "<points>", "</points>", "<labels>", "</labels>", THOUGHT, BOX, TWO_POINTS,
+     LABELS, "[[", "]]", "[", "]", "],[", ",", "1", "0", "-", ".", "10,20", "1,2,3,4", "999999", " ", "\r\n", "\u0661", "NaN"]
+)  # fmt: skip
+
+
+@given(st.lists(FRAGMENTS | st.text(max_size=3), max_size=40).map("".join))
+def test_whatever_is_read_is_either_a_fault_or_a_sound_mask_prompt(text: str) -> None:
+    for grammar in (TAGS, POINTS):
+        for candidate in (text, GOOD + text, text + GOOD, GOOD_POINTS.replace("[20,30]", text)):
+            parsed = grammar.parse(candidate, FRAME)
+            assert (parsed.prompt is None) != (parsed.fault is None)
+            if parsed.prompt is not None:
+                boxes, points, labels = parsed.prompt.boxes, parsed.prompt.points, parsed.prompt.labels
+                assert len(boxes) <= 3
+                assert 1 <= len(points) == len(labels) <= 4
+                assert set(labels.tolist()) <= {0, 1}
+                assert ((boxes >= 0) & (boxes <= 1)).all()
+                assert ((points >= 0) & (points <= 1)).all()
+                assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+# --- the question
+
+
+@pytest.mark.parametrize("grammar", [TAGS, POINTS])
+@pytest.mark.parametrize("query", [None, "the left fish", "braces {like} {0} these"])
+def test_the_question_shows_one_image_before_the_text(
+    grammar: SegR1Tags | SegR1Points, query: str | None
+) -> None:
+    user = grammar.messages(query)[-1]
+    assert user["role"] == "user"
+    assert [part["type"] for part in user["content"]] == ["image", "text"]
+    assert query is None or query in user["content"][1]["text"]
+
+
+def test_the_questions_own_example_of_the_format_is_the_grammars() -> None:
+    asked = TAGS.messages(None)[-1]["content"][1]["text"]
+    filled = asked.replace("x1,y1,x2,y2", "10,20,30,40").replace("x3,y3", "1,2").replace("x4,y4", "3,4")
+    assert TAGS.parse(filled, FRAME).fault is None
+    asked = POINTS.messages(None)[-1]["content"][1]["text"]
+    assert POINTS.parse(asked.replace("x1,y1", "1,2").replace("x2,y2", "3,4"), FRAME).fault is None
