@@ -87,14 +87,14 @@ def explain(error: BaseException, config_name: str, arguments: list[str]) -> str
         cause = cause.__cause__
     if isinstance(cause, ValidationError):
         return first_fault(cause)
-    if isinstance(cause, OSError):
-        if cause.errno == errno.ENOSPC:
-            return f"paths.runs: no space is left to write {cause.filename or 'the run'}; what was saved before is intact"
-        return None
     if isinstance(error, InstantiationException) and isinstance(cause, TypeError):
         return _unbound(str(error))
     if isinstance(cause, HydraException | OmegaConfBaseException):
         return _composition(str(cause), config_name, arguments)
+    if isinstance(cause, OSError):
+        if cause.errno == errno.ENOSPC:
+            return f"paths.runs: no space is left to write {cause.filename or 'the run'}; what was saved before is intact"
+        return None
     if isinstance(cause, ValueError) and _raised_here(cause):
         return " ".join(str(cause).split())
     if isinstance(cause, ValueError) and str(cause).startswith("Caught ValueError in DataLoader worker"):

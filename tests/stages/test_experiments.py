@@ -1,0 +1,222 @@
+"""Every experiment takes two updates at nano scale, through the real command line."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segrl.data.synthetic import SyntheticScenes
+from segrl.front_door import conf_folder
+
+EXPERIMENTS = {p.stem for p in (conf_folder() / "experiment").glob("*.yaml")}
+SMALL = (
+    "trainer.max_steps=2",
+    "logger=csv",
+    "data.workers=0",
+    "data.batch_size=2",
+    "trainer.accelerator=cpu",
+)
+NANO = ("policy=nano", "head=sam2_nano", "rollout.max_tokens=24", "callbacks.sheets.every_n_steps=1")
+SYNTHETIC = {
+    "demo": (*NANO, "data.test_length=4"),
+    "nano_sft": ("policy=nano", "data.test_length=4", "rollout.max_tokens=24"),
+    "nano_tower": ("policy=nano",),
+    "nano_head": ("data.test_length=4", "trainer.val_check_interval=2"),
+}
+# As each is downloaded: folder of images, folder of masks, prefix of the names.
+LAYOUTS = {
+    "grpo_cod10k": [
+        ("COD10K-v3/Train/Image", "COD10K-v3/Train/GT_Object", "COD10K-CAM-1-"),
+        ("COD10K-v3/Test/Image", "COD10K-v3/Test/GT_Object", "COD10K-CAM-2-"),
+        ("CAMO-V.1.0-CVIU2019/Images/Train", "CAMO-V.1.0-CVIU2019/GT", "camourflage_1"),
+        ("CAMO-V.1.0-CVIU2019/Images/Test", "CAMO-V.1.0-CVIU2019/GT", "camourflage_2"),
+    ],
+    "prerl_dis5k": [("DIS-TR/im", "DIS-TR/gt", "1#Accessories#"), ("DIS-VD/im", "DIS-VD/gt", "2#Aircraft#")],
+    "sod_duts": [
+        ("DUTS-TR/DUTS-TR-Image", "DUTS-TR/DUTS-TR-Mask", "ILSVRC2012_test_"),
+        ("DUTS-TE/DUTS-TE-Image", "DUTS-TE/DUTS-TE-Mask", "sun_"),
+    ],
+}
+
+
+def download(root, layout, count=3):
+    """A dataset of the published shape, drawn."""
+    scenes = SyntheticScenes("files", 100, 0, 96, (0.5, 1.0), (1, 1))
+    for f, (images, masks, prefix) in enumerate(layout):
+        for folder in (root / images, root / masks):
+            folder.mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            scene = scenes[f * count + i]
+            wide = Image.fromarray(scene.image).resize((120, 80))
+            wide.save(root / images / f"{prefix}{i}.jpg")
+            mask = Image.fromarray(scene.mask.astype(np.uint8) * 255).resize(
+                (120, 80), Image.Resampling.NEAREST
+            )
+            mask.save(root / masks / f"{prefix}{i}.png")
+    return root
+
+
+def test_every_experiment_is_here():
+    assert set(SYNTHETIC) | set(LAYOUTS) == EXPERIMENTS
+
+
+@pytest.mark.parametrize("experiment", sorted(SYNTHETIC))
+def test_synthetic_experiment_trains(cli, tmp_path, experiment):
+    extra = ("policy.weights=${asset:policy_nano}",) if experiment in ("nano_sft", "nano_tower") else ()
+    code, out, err = cli(f"+experiment={experiment}", *SYNTHETIC[experiment], *SMALL, *extra)
+    assert code == 0, err
+    (run,) = (tmp_path / "runs" / experiment).iterdir()
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["steps"] == 2
+    assert len((run / "history.jsonl").read_text().splitlines()) == 2
+    assert (run / "checkpoints" / "last.ckpt").stat().st_size > 1e6
+    assert str(run.name) in out
+
+
+@pytest.mark.parametrize("experiment", sorted(LAYOUTS))
+def test_paper_experiment_trains_on_a_folder_of_its_dataset(cli, tmp_path, experiment):
+    root = download(tmp_path / "data", LAYOUTS[experiment])
+    if experiment == "grpo_cod10k":  # images without an object lie beside the others, with black masks
+        Image.new("RGB", (40, 30)).save(root / "COD10K-v3/Train/Image/COD10K-NonCAM-1.jpg")
+        Image.new("L", (40, 30)).save(root / "COD10K-v3/Train/GT_Object/COD10K-NonCAM-1.png")
+    code, out, err = cli(
+        f"+experiment={experiment}", *NANO, *SMALL, f"data.root={root}", "stage.group_size=2"
+    )
+    assert code == 0, err
+    (run,) = (tmp_path / "runs" / experiment).iterdir()
+    metrics = json.loads((run / "metrics.json").read_text())
+    (name,) = metrics["test"]
+    assert metrics["test"][name]["iou"]["n"] == 3
+    assert metrics["objective"] == metrics["metrics"][f"test/{name}/structure"]
+    assert "policy/kl" in json.loads((run / "history.jsonl").read_text().splitlines()[0])  # beta is 0.04
+
+
+def test_demo_leaves_everything_that_it_promises(cli, tmp_path):
+    code, out, err = cli("+experiment=demo", *SYNTHETIC["demo"], *[s for s in SMALL if s != "logger=csv"])
+    assert code == 0, err
+    (run,) = (tmp_path / "runs" / "demo").iterdir()
+    for name in (
+        "metrics.json",
+        "reward_curve.png",
+        "before_after.png",
+        "config.yaml",
+        "checkpoints/last.ckpt",
+    ):
+        assert (run / name).is_file(), name
+    sheet = Image.open(run / "before_after.png")
+    assert sheet.width > 800 and np.asarray(sheet).std() > 10
+    for word in ("IoU", "S-measure", "MAE", "unparsable", "95 % interval", str(run.name), "make mlflow"):
+        assert word in out, word
+    rows = json.loads((run / "metrics.json").read_text())["test"]["synthetic"]
+    assert rows["iou"]["gain"] == pytest.approx(rows["iou"]["after"] - rows["iou"]["before"])
+    low, high = rows["iou"]["interval"]
+    assert low <= rows["iou"]["gain"] <= high
+    logged(tmp_path / "runs", run)
+
+
+def logged(runs, run):
+    """MLflow holds parameters, configuration, git state, scalars, pictures and checkpoint."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
+    record = client.get_run((run / "mlflow_run_id").read_text())
+    assert record.info.status == "FINISHED"
+    assert record.data.params["stage/group_size"] == "8"
+    assert {"git.commit", "git.dirty", "config.sha256", "version.torch"} <= set(record.data.tags)
+    assert {"reward/total", "policy/grad_norm", "rollout/fault_rate", "test/synthetic/iou"} <= set(
+        record.data.metrics
+    )
+    assert len(client.get_metric_history(record.info.run_id, "reward/total")) == 2
+    kept = {item.path for item in client.list_artifacts(record.info.run_id)}
+    assert {
+        "metrics.json",
+        "config.yaml",
+        "before_after.png",
+        "reward_curve.png",
+        "sheets",
+        "checkpoints",
+    } <= kept
+
+
+def test_checkpoints_hold_neither_reference_nor_mask_head(cli, tmp_path):
+    import torch
+
+    code, _, err = cli(
+        "+experiment=demo", *SYNTHETIC["demo"], *SMALL, "reference=frozen_copy", "stage.kl_weight=0.1"
+    )
+    assert code == 0, err
+    (path,) = (tmp_path / "runs").rglob("last.ckpt")
+    weights = torch.load(path, weights_only=True)["state_dict"]
+    assert weights and all(name.startswith("policy.") for name in weights)
+
+
+def test_no_pass_is_spent_on_a_reference_of_weight_zero_nor_on_old_logprobs(cli, monkeypatch):
+    from segrl.models.hf_vlm import HFPolicy
+
+    passes = []
+    original = HFPolicy.logprobs
+    monkeypatch.setattr(
+        HFPolicy, "logprobs", lambda self, *a: passes.append(self.training) or original(self, *a)
+    )
+    code, _, err = cli(
+        "+experiment=demo", *SYNTHETIC["demo"], *SMALL, "reference=frozen_copy", "test_before=false"
+    )
+    assert code == 0, err
+    assert len(passes) == 2  # one per update
+
+
+def test_a_later_stage_starts_from_an_earlier_one(cli, tmp_path):
+    import torch
+
+    code, _, err = cli("+experiment=demo", *SYNTHETIC["demo"], *SMALL)
+    assert code == 0, err
+    (first,) = (tmp_path / "runs").rglob("last.ckpt")
+    code, _, err = cli(
+        "+experiment=demo", *SYNTHETIC["demo"], *SMALL, f"init_from={first}", "name=second",
+        "stage.optimizer.lr=1e-30", "reference=frozen_copy", "stage.kl_weight=1.0",
+    )  # fmt: skip
+    assert code == 0, err
+    (run,) = (tmp_path / "runs" / "second").iterdir()
+    old, new = (
+        torch.load(p, weights_only=True)["state_dict"] for p in (first, run / "checkpoints" / "last.ckpt")
+    )
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    line = json.loads((run / "history.jsonl").read_text().splitlines()[0])
+    assert line["policy/kl"] == 0  # the reference started there, too
+
+
+def test_evaluation_scores_a_checkpoint_without_training(cli, tmp_path):
+    code, _, err = cli("+experiment=demo", *SYNTHETIC["demo"], *SMALL)
+    assert code == 0, err
+    (checkpoint,) = (tmp_path / "runs").rglob("last.ckpt")
+    trained = json.loads((checkpoint.parents[1] / "metrics.json").read_text())["metrics"]
+    code, out, err = cli(
+        "+experiment=demo",
+        "name=score",
+        *SYNTHETIC["demo"],
+        *SMALL,
+        f"init_from={checkpoint}",
+        module="evaluate",
+    )
+    assert code == 0, err
+    (run,) = (tmp_path / "runs" / "score").iterdir()
+    assert json.loads((run / "metrics.json").read_text())["metrics"] == trained
+    assert "test/synthetic/structure" in out
+
+
+def test_micro_batches_do_not_change_the_update(cli, tmp_path):
+    import torch
+
+    states = []
+    for size in (1, 4):
+        code, _, err = cli(
+            "+experiment=demo", f"name=micro{size}", *SYNTHETIC["demo"], *SMALL, "data.batch_size=4", "test_before=false",
+            f"stage.micro_batch_size={size}", "stage.optimizer._target_=torch.optim.SGD", "~stage.optimizer.betas",
+            "~stage.optimizer.eps", "trainer.max_steps=1",
+        )  # fmt: skip
+        assert code == 0, err
+        (path,) = (tmp_path / "runs" / f"micro{size}").rglob("last.ckpt")
+        states.append(torch.load(path, weights_only=True)["state_dict"])
+    for name, value in states[0].items():
+        assert torch.allclose(value, states[1][name], atol=1e-7), name

@@ -1,0 +1,158 @@
+"""A run that was cut off and resumed ends with the weights, bit for bit, of one that never was."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from segrl.stages.policy_gradient import PolicyGradientStage
+
+RUN = (
+    "+experiment=demo", "logger=csv", "data.batch_size=2", "data.train_length=8", "data.test_length=2", "rollout.max_tokens=24",
+    "stage.group_size=3", "trainer.max_steps=6", "callbacks.checkpoint.every_n_steps=3", "trainer.accelerator=cpu",
+    "stage.optimizer.lr=1e-3",
+)  # fmt: skip
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the run may catch it."""
+
+
+def state(run):
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def same(a, b):
+    """Deep equality, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+@pytest.mark.parametrize(("workers", "dies_at"), [(0, 5), (1, 4)])
+def test_resume_equals_never_having_stopped(cli, tmp_path, monkeypatch, workers, dies_at):
+    """Four updates an epoch: the resumed part crosses into a new permutation."""
+    arguments = (*RUN, f"data.workers={workers}")
+    code, _, err = cli(*arguments, f"paths.run={tmp_path}/whole")
+    assert code == 0, err
+    update = PolicyGradientStage.update
+
+    def dying(stage, minibatch):
+        if stage.global_step == dies_at:
+            raise Killed
+        return update(stage, minibatch)
+
+    monkeypatch.setattr(PolicyGradientStage, "update", dying)
+    with pytest.raises(Killed):
+        cli(*arguments, f"paths.run={tmp_path}/cut")
+    monkeypatch.setattr(PolicyGradientStage, "update", update)
+    cut = tmp_path / "cut"
+    assert state(cut)["global_step"] == 3 and not (cut / "metrics.json").exists()
+    code, out, err = cli(f"resume={cut}", runs=None)
+    assert code == 0, err
+    whole, resumed = state(tmp_path / "whole"), state(cut)
+    assert resumed["global_step"] == 6
+    assert same(whole["state_dict"], resumed["state_dict"])
+    assert same(whole["optimizer_states"], resumed["optimizer_states"])
+    histories = [(r / "history.jsonl").read_text() for r in (tmp_path / "whole", cut)]
+    assert histories[0] == histories[1]
+    tables = [json.loads((r / "metrics.json").read_text())["test"] for r in (tmp_path / "whole", cut)]
+    assert tables[0] == tables[1]
+
+
+def test_ckpt_path_goes_on_in_a_new_folder(cli, tmp_path):
+    code, _, err = cli(*RUN, f"paths.run={tmp_path}/whole")
+    assert code == 0, err
+    code, _, err = cli(*RUN, "trainer.max_steps=3", f"paths.run={tmp_path}/half")
+    assert code == 0, err
+    code, _, err = cli(*RUN, f"ckpt_path={tmp_path}/half/checkpoints/last.ckpt", f"paths.run={tmp_path}/rest")
+    assert code == 0, err
+    assert same(state(tmp_path / "whole")["state_dict"], state(tmp_path / "rest")["state_dict"])
+
+
+def test_resume_takes_the_runs_own_configuration(cli, tmp_path):
+    code, _, err = cli(*RUN, "trainer.max_steps=3", f"paths.run={tmp_path}/half")
+    assert code == 0, err
+    code, _, err = cli(f"resume={tmp_path}/half", "policy=nano", runs=None)
+    assert code == 2 and "policy=nano" in err
+    code, _, err = cli(f"resume={tmp_path}/half", "trainer.max_steps=4", runs=None)
+    assert code == 0, err
+    assert state(tmp_path / "half")["global_step"] == 4
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_intact(cli, tmp_path, monkeypatch):
+    save = torch.save
+    saves = []
+
+    def full(checkpoint, file):
+        saves.append(1)
+        if len(saves) == 2:
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        save(checkpoint, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    code, _, err = cli(*RUN, f"paths.run={tmp_path}/run")
+    assert code == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("segrl: ")]
+    assert "no space" in line and "last.ckpt" in line and "intact" in line
+    assert state(tmp_path / "run")["global_step"] == 3
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def start(tmp_path, name):
+    command = [sys.executable, "-m", "segrl.train", *RUN, "data.workers=1", f"paths.runs={tmp_path}/runs", f"paths.run={tmp_path}/{name}",
+               "trainer.max_steps=12", "callbacks.checkpoint.every_n_steps=2"]  # fmt: skip
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_step(run: Path, step: int, process) -> None:
+    history = run / "history.jsonl"
+    for _ in range(6000):
+        if history.is_file() and len(history.read_text().splitlines()) >= step:
+            return
+        if process.poll() is not None:
+            raise AssertionError(process.stdout.read())
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was never reached")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sent", "at_step"), [(signal.SIGKILL, 3), (signal.SIGKILL, 6), (signal.SIGKILL, 9), (signal.SIGTERM, 5)]
+)
+def test_a_real_kill_at_any_step(cli, tmp_path, sent, at_step):
+    assert start(tmp_path, "whole").wait() == 0
+    process = start(tmp_path, "cut")
+    wait_for_step(tmp_path / "cut", at_step, process)
+    process.send_signal(sent)
+    output = process.communicate()[0]
+    if sent == signal.SIGTERM:
+        assert process.returncode == 128 + 15, output
+        assert "go on with" in output
+        assert state(tmp_path / "cut")["global_step"] >= at_step
+    else:
+        assert process.returncode == -signal.SIGKILL
+    done = subprocess.run([sys.executable, "-m", "segrl.train", f"resume={tmp_path}/cut"], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert same(state(tmp_path / "whole")["state_dict"], state(tmp_path / "cut")["state_dict"])
+    assert (tmp_path / "whole" / "history.jsonl").read_text() == (
+        tmp_path / "cut" / "history.jsonl"
+    ).read_text()
