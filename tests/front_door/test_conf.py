@@ -77,6 +77,11 @@ def test_grpo_cod10k_is_the_papers_run():
     assert (cfg.stage.group_size, cfg.stage.optimizer.lr, cfg.stage.kl_weight) == (4, 1e-6, 0.04)
     assert (cfg.trainer.max_epochs, cfg.data.batch_size, cfg.rollout.max_tokens) == (2, 24, 400)
     assert cfg.policy.weights.endswith("Qwen2.5-VL-3B-Instruct") and cfg.policy.temperature == 1.0
+    assert (cfg.policy.dtype, cfg.trainer.precision) == (
+        "float32",
+        "bf16-mixed",
+    )  # master weights, as ZeRO-1 keeps them
+    assert composed("+experiment=grpo_cod10k", "policy=nano").trainer.precision == "32-true"
     assert cfg.head.architecture == "configs/sam2.1/sam2.1_hiera_l.yaml"
     assert {name: term.weight for name, term in cfg.reward.terms.items()} == {
         "iou": 0.7,

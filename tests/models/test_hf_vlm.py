@@ -140,14 +140,26 @@ def test_same_seed_same_completions_other_seed_others(policy, prefixes):
 
 
 def test_mask_ends_with_the_stop_token(policy, prefixes):
-    hidden = policy.model.lm_head.weight
     completions = sampled(policy, prefixes, tokens=30)
     for tokens, mask, length in zip(completions.tokens, completions.mask, completions.lengths, strict=True):
-        stops = (tokens == policy.stop_id).nonzero()
+        stops = torch.isin(tokens, policy.stop_ids).nonzero()
         expected = int(stops[0]) + 1 if len(stops) else len(tokens)
         assert int(length) == expected
         assert bool(mask[:expected].all()) and not bool(mask[expected:].any())
-    assert hidden is policy.model.get_input_embeddings().weight
+
+
+def test_every_declared_stop_token_ends_a_completion(nano_weights):
+    """Qwen2.5-VL declares two, and its tokenizer names but one of them."""
+    import shutil
+
+    from segrl.models.hf_vlm import HFPolicy
+
+    folder = nano_weights("qwen2_5_vl").with_name("two_stops")
+    shutil.copytree(nano_weights("qwen2_5_vl"), folder, dirs_exist_ok=True)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
+    policy = HFPolicy(str(folder), 112, None, 1.0, "float32", "sdpa")
+    tokenizer = policy.encoder.processor.tokenizer
+    assert set(policy.stop_ids.tolist()) == {5, 7, tokenizer.eos_token_id}
 
 
 def test_frame_is_that_of_the_family(policy, prefixes):
@@ -159,7 +171,7 @@ def test_frame_is_that_of_the_family(policy, prefixes):
 def test_answers_round_trip_through_the_tokenizer(policy):
     text = "<think> A tiny object, top left. </think> <bbox>[1,20,300,1000]</bbox> naïve 漢字"
     ids = policy.encoder.answer(text)
-    assert int(ids[-1]) == policy.stop_id
+    assert int(ids[-1]) in policy.stop_ids.tolist()
     assert policy.encoder.decode(ids[None], torch.ones(1, len(ids), dtype=torch.bool)) == [text]
 
 

@@ -106,7 +106,16 @@ class HFPolicy(nn.Module):
         )
         self.temperature = temperature
         tokenizer, config = self.encoder.processor.tokenizer, self.model.config
-        self.stop_id, self.pad_id = int(tokenizer.eos_token_id), int(tokenizer.pad_token_id)
+        self.pad_id = int(tokenizer.pad_token_id)
+        self.never_sampled: Tensor
+        self.stop_ids: Tensor
+        # Qwen may also end with <|endoftext|>: a completion that does must not go on behind it.
+        declared = self.model.generation_config.eos_token_id
+        stops = {
+            int(tokenizer.eos_token_id),
+            *(declared if isinstance(declared, list) else [declared or self.pad_id]),
+        }
+        self.register_buffer("stop_ids", torch.tensor(sorted(stops)), persistent=False)
         placeholders = [
             config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id,
             *range(len(tokenizer), self.model.get_input_embeddings().num_embeddings),

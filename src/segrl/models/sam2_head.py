@@ -134,7 +134,7 @@ class Sam2Head(nn.Module):
         """uint8 RGB `[H, W, 3]` each to normalised float `[B, 3, S, S]`."""
         squares = []
         for image in images:
-            pixels = torch.as_tensor(image, device=self.mean.device).permute(2, 0, 1).float() / 255
+            pixels = torch.tensor(image, device=self.mean.device).permute(2, 0, 1).float() / 255
             if pixels.shape[1:] != (self.size, self.size):
                 pixels = F.interpolate(
                     pixels[None], (self.size, self.size), mode="bilinear", antialias=True, align_corners=False

@@ -55,7 +55,7 @@ class SharedPrefixEngine:
             token = choose(policy.log_distribution(hidden)).masked_fill(~running, policy.pad_id)
             columns.append(token)
             alive.append(running)
-            running = running & (token != policy.stop_id)
+            running = running & ~torch.isin(token, policy.stop_ids)
             if len(columns) < self.max_tokens:
                 hidden = policy.extend(cache, token[:, None])[:, 0]
         tokens, mask = torch.stack(columns, 1), torch.stack(alive, 1)
