@@ -44,11 +44,12 @@ def export_policy(run: Path, out: Path, note: str) -> None:
 
 def card(run: Path, note: str) -> str:
     """Markdown: what it is, the command's configuration, the scores of the run."""
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
 
     metrics = json.loads((run / "metrics.json").read_text())
     scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics["metrics"].items())
-    config = DictConfig(OmegaConf.load(run / "config.yaml"))
+    config = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))  # unresolved: no path of one machine
+    assert isinstance(config, dict)
     settings = OmegaConf.to_yaml(
         OmegaConf.create({k: config[k] for k in ("stage", "rollout", "reward", "data", "trainer")})
     )

@@ -75,7 +75,9 @@ class Run:
             cls._start_from(stage, Path(cfg.init_from))
         if cfg.ckpt_path is not None:
             stage.on_load_checkpoint(read_checkpoint(Path(cfg.ckpt_path)))
-        text = OmegaConf.to_yaml(cfg, resolve=True)
+        text = OmegaConf.to_yaml(
+            cfg
+        )  # unresolved: an override of a resumed run reaches all that refers to it
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(text)
         logger: Logger = instantiate(cfg.logger)(folder, provenance(text))
@@ -194,5 +196,9 @@ class Run:
         final = metrics if objective is None else {**metrics, "objective": objective}
         keep(self.logger, [*(folder / name for name in kept), *drawn], final)
         self.logger.finalize("success")
-        print(f"\nresults in {folder}\nopen MLflow: make mlflow, then http://127.0.0.1:5000", flush=True)
+        runs = self.cfg.paths.runs
+        where = "" if runs == "runs" else f" RUNS={runs}"
+        print(
+            f"\nresults in {folder}\nopen MLflow: make mlflow{where} (then http://127.0.0.1:5000)", flush=True
+        )
         return objective

@@ -85,6 +85,8 @@ def test_resume_takes_the_runs_own_configuration(cli, tmp_path):
     assert code == 0, err
     code, _, err = cli(f"resume={tmp_path}/half", "policy=nano", runs=None)
     assert code == 2 and "policy=nano" in err
+    code, _, err = cli(f"resume={tmp_path}/half", "trainer.max_steps=4", "data.test_length=3", runs=None)
+    assert code == 2 and "ids differ" in err  # the override reached the datasets that refer to it
     code, _, err = cli(f"resume={tmp_path}/half", "trainer.max_steps=4", runs=None)
     assert code == 0, err
     assert state(tmp_path / "half")["global_step"] == 4

@@ -19,14 +19,9 @@ from segrl.types import Batch, MaskPrompt
 
 # (has a box, foreground points, background points): every shape that a grammar can ask for is met in training.
 _SHAPES = (
-    (True, 0, 0),
-    (True, 1, 0),
-    (True, 2, 0),
-    (True, 1, 1),
-    (False, 1, 0),
-    (False, 2, 1),
-    (False, 3, 2),
-)
+    (True, 0, 0), (True, 0, 0), (True, 1, 0), (True, 1, 0), (True, 2, 0), (True, 1, 1),
+    (False, 1, 0), (False, 2, 1), (False, 3, 2),
+)  # fmt: skip
 
 
 def _pick(rng: np.random.Generator, mask: np.ndarray, count: int) -> np.ndarray:
@@ -49,6 +44,19 @@ def _prompt(
     return MaskPrompt.of([np.clip(moved, 0, 1)] if has_box else [], points, [1] * inside + [0] * outside)
 
 
+def _astray(
+    rng: np.random.Generator, mask: np.ndarray, shape: tuple[bool, int, int]
+) -> tuple[MaskPrompt, np.ndarray]:
+    """A box drawn anywhere, and what of the object it holds: a head that ignores its prompt rewards any answer."""
+    _, inside, outside = shape
+    corner, extent = rng.uniform(0, 0.8, 2), rng.uniform(0.15, 0.7, 2)
+    box = np.clip(np.concatenate([corner, corner + extent]), 0, 1).astype(np.float32)
+    y, x = ((np.arange(side) + 0.5) / side for side in mask.shape)
+    held = np.outer((y >= box[1]) & (y <= box[3]), (x >= box[0]) & (x <= box[2]))
+    points = np.concatenate([_pick(rng, held, inside), _pick(rng, ~mask, outside)])
+    return MaskPrompt.of([box], points, [1] * inside + [0] * outside), mask & held
+
+
 def mask_loss(logits: Tensor, truth: Tensor) -> Tensor:
     """Cross-entropy plus Dice of logits `[M, C, h, w]` against shares `[M, 1, h, w]`, per mask `[M, C]`."""
     target = truth.expand_as(logits)
@@ -64,32 +72,31 @@ class MaskHeadStage(Stage):
     Args:
         head: learns here, and only here.
         jitter: boxes are moved by up to this share of their extent.
+        astray: share of boxes that are drawn anywhere instead; the answer is what of the object they hold.
         optimizer, schedule, max_grad_norm, seed: see `Stage`.
     """
 
     def __init__(
-        self, head: Sam2Head, jitter: float,
+        self, head: Sam2Head, jitter: float, astray: float,
         optimizer: MakeOptimizer, schedule: MakeSchedule | None, max_grad_norm: float, seed: int,
     ) -> None:  # fmt: skip
         super().__init__(optimizer, schedule, max_grad_norm, seed)
-        self.head, self.jitter = head.requires_grad_(True), jitter
+        self.head, self.jitter, self.astray = head.requires_grad_(True), jitter, astray
         self.found: list[float] = []
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One update: one prompt per image, all of one shape."""
         rng = np.random.default_rng(self.noise_seed())
         shape = _SHAPES[int(rng.integers(len(_SHAPES)))]
-        truths = []
-        for sample in batch.samples:
-            parts = components(sample.mask, least=0.005, most=3)
-            truths.append(parts[int(rng.integers(len(parts)))])
-        prompts = [_prompt(rng, truth, shape, self.jitter) for truth in truths]
+        questions = [self._question(rng, sample.mask, shape) for sample in batch.samples]
+        prompts, truths = [prompt for prompt, _ in questions], [truth for _, truth in questions]
         features = self.head.embed(self.head.preprocess([s.image for s in batch.samples]))
         logits, predicted = self.head.decode_all(features, prompts)
         target = torch.as_tensor(np.stack(truths), device=self.device).float()[:, None]
         losses = mask_loss(logits, F.interpolate(target, logits.shape[2:], mode="area"))
         sharp = F.interpolate(logits.detach(), target.shape[2:], mode="bilinear", align_corners=False) > 0
-        overlap = (sharp & (target > 0.5)).sum((2, 3)) / (sharp | (target > 0.5)).sum((2, 3)).clamp_min(1)
+        union = (sharp | (target > 0.5)).sum((2, 3))
+        overlap = torch.where(union > 0, (sharp & (target > 0.5)).sum((2, 3)) / union.clamp_min(1), 1.0)
         quality = F.mse_loss(predicted, overlap)
         loss = losses[:, 0].mean() + losses[:, 1:].min(1).values.mean() + quality
         self.remember(
@@ -100,6 +107,16 @@ class MaskHeadStage(Stage):
             }
         )
         return loss
+
+    def _question(
+        self, rng: np.random.Generator, mask: np.ndarray, shape: tuple[bool, int, int]
+    ) -> tuple[MaskPrompt, np.ndarray]:
+        """A prompt of one shape and the mask that answers it."""
+        if shape[0] and rng.random() < self.astray:
+            return _astray(rng, mask, shape)
+        parts = components(mask, least=0.005, most=3)
+        part = parts[int(rng.integers(len(parts)))]
+        return _prompt(rng, part, shape, self.jitter), part
 
     def on_validation_epoch_start(self) -> None:
         """Fresh list."""
