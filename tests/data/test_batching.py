@@ -84,6 +84,14 @@ def test_an_answer_is_the_trace_in_the_frame_of_the_policy_and_ends_in_the_stop_
     assert GRAMMAR.parse(written, absolute_pixels(80, 40)).fault is None
 
 
+def test_each_answer_is_in_the_frame_of_its_own_image() -> None:
+    batch = Collate(Letters(), GRAMMAR, Annotator(0.0, 1000, 4))(
+        [sample("a", side=80), sample("b", side=160)]
+    )
+    assert "<bbox>[10,20,20,40]</bbox>" in text(batch.answers[0])
+    assert "<bbox>[20,40,40,80]</bbox>" in text(batch.answers[1])
+
+
 def test_an_answer_depends_on_the_samples_id_alone_and_not_on_its_batch() -> None:
     loose = Annotator(0.9, 1000, 4)
     alone = answers(Collate(Letters(), GRAMMAR, loose), "fish")["fish"]

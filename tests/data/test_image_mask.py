@@ -158,7 +158,7 @@ def test_folder_pairs_stand_in_a_row_in_the_order_given(tmp_path: Path) -> None:
         ],
         side=None,
     )
-    assert [dataset[i].id for i in range(len(dataset))] == ["c", "d", "b"]
+    assert [dataset[i].id for i in range(len(dataset))] == ["CAMO/Imgs/c", "CAMO/Imgs/d", "COD10K/Imgs/b"]
     assert (dataset[0].mask == (VALUES > 0)).all()
     assert dataset[0].image.shape == (4, 6, 3)
 
@@ -172,13 +172,65 @@ def test_side_resizes_image_and_mask_together(tmp_path: Path) -> None:
     assert sample.image[:, 1].mean() > sample.image[:, 0].mean()
 
 
-def test_an_unfit_file_is_refused_by_name_when_it_is_read_and_not_before(tmp_path: Path) -> None:
-    write(tmp_path / "i", "a.png", "b.png"), write(tmp_path / "m", "a.png")
-    (tmp_path / "m" / "b.png").write_text("no image")
+def one_good_pair_and(tmp_path: Path) -> tuple[Path, Path]:
+    """The image and the mask of the second of two pairs."""
+    write(tmp_path / "i", "a.png", "b.png")
+    write(tmp_path / "m", "a.png", "b.png")
+    return tmp_path / "i" / "b.png", tmp_path / "m" / "b.png"
+
+
+@pytest.mark.parametrize("spoiled", [0, 1])
+@pytest.mark.parametrize("content", [b"no image", b"", b"\x89PNG\r\n\x1a\n"])
+def test_a_file_that_is_no_image_is_refused_by_name_before_training(
+    tmp_path: Path, spoiled: int, content: bytes
+) -> None:
+    path = one_good_pair_and(tmp_path)[spoiled]
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as refusal:
+        ImageMaskFolders(str(tmp_path), [{"images": "i", "masks": "m"}], side=None)
+    assert str(refusal.value).startswith(f"{path}: an image is needed")
+
+
+def test_a_mask_that_was_cut_off_is_refused_by_name_before_training(tmp_path: Path) -> None:
+    _, mask = one_good_pair_and(tmp_path)
+    mask.write_bytes(mask.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"m/b\.png.*cannot be decoded"):
+        ImageMaskFolders(str(tmp_path), [{"images": "i", "masks": "m"}], side=None)
+
+
+def test_damage_inside_a_mask_is_refused_by_name_when_it_is_read(tmp_path: Path) -> None:
+    _, mask = one_good_pair_and(tmp_path)
+    whole = mask.read_bytes()
+    at = whole.index(b"IDAT") + 6
+    mask.write_bytes(whole[:at] + b"\xff\xff\xff" + whole[at + 3 :])
     dataset = ImageMaskFolders(str(tmp_path), [{"images": "i", "masks": "m"}], side=None)
     assert dataset[0].id == "a"
-    with pytest.raises(ValueError, match=r"b\.png.*cannot be decoded"):
+    with pytest.raises(ValueError, match=r"m/b\.png.*cannot be decoded"):
         dataset[1]
+
+
+def test_what_is_fit_is_let_through(tmp_path: Path) -> None:
+    _, mask = one_good_pair_and(tmp_path)
+    for mode in ("1", "L", "RGB", "RGBA"):
+        Image.fromarray(VALUES).convert(mode).save(mask)
+        dataset = ImageMaskFolders(str(tmp_path), [{"images": "i", "masks": "m"}], side=None)
+        assert (dataset[1].mask == (VALUES > 0)).all()
+
+
+def test_a_photograph_turned_by_its_camera_is_let_through_with_an_upright_mask(tmp_path: Path) -> None:
+    image, _ = one_good_pair_and(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(VALUES.T.copy()).save(image, exif=exif.tobytes())
+    assert ImageMaskFolders(str(tmp_path), [{"images": "i", "masks": "m"}], side=None)[1].image.shape == (
+        4,
+        6,
+        3,
+    )
+    exif[0x0112] = 3  # upside down: still 4 wide
+    Image.fromarray(VALUES.T.copy()).save(image, exif=exif.tobytes())
+    with pytest.raises(ValueError, match=r"b\.png.*6x4.*4x6"):
+        ImageMaskFolders(str(tmp_path), [{"images": "i", "masks": "m"}], side=None)
 
 
 def test_a_mask_of_another_size_is_refused_by_name(tmp_path: Path) -> None:
@@ -204,28 +256,28 @@ def test_duts_loads_as_downloaded(realdata: Path, split: str, count: int) -> Non
     assert np.mean([s.image.std() for s in samples]) > 30  # photographs, not blanks
 
 
-def test_davis_masks_are_refused_by_name_for_their_palette(realdata: Path) -> None:
-    dataset = ImageMaskFolders(
-        str(realdata / "davis_like"), [{"images": "images", "masks": "masks"}], side=None
-    )
-    stems = [image.stem for image, _ in dataset.pairs]
-    assert stems == ["bike_00000", "judo_00000", "judo_00005", "judo_00008", "judo_00013"]
-    for index, stem in enumerate(stems):
-        with pytest.raises(ValueError, match=rf"{stem}\.png.*palette"):
-            dataset[index]
+DAVIS = {"bike_00000": "palette", "judo_00000": "palette", "judo_00005": "853x480", "judo_00008": "palette"}
 
 
-def test_judo_00005_made_grey_is_refused_for_being_one_pixel_too_narrow(
+@pytest.mark.parametrize("stem", DAVIS)
+def test_davis_masks_are_refused_by_name_for_their_palette_or_size(realdata: Path, stem: str) -> None:
+    folders = [{"images": "images", "masks": "masks", "keep": stem}]
+    with pytest.raises(ValueError, match=rf"{stem}\.png.*{DAVIS[stem]}"):
+        ImageMaskFolders(str(realdata / "davis_like"), folders, side=None)
+
+
+def test_judo_00005_made_grey_is_still_one_pixel_too_narrow_and_its_neighbour_is_fit(
     realdata: Path, tmp_path: Path
 ) -> None:
     for stem in ("judo_00005", "judo_00008"):
         palette = np.asarray(Image.open(realdata / "davis_like" / "masks" / f"{stem}.png"))
         write(tmp_path / "masks", f"{stem}.png", values=(palette > 0).astype(np.uint8) * 255)
         write(tmp_path / "images")
-        (tmp_path / "images" / f"{stem}.jpg").write_bytes(
-            (realdata / "davis_like" / "images" / f"{stem}.jpg").read_bytes()
-        )
-    dataset = ImageMaskFolders(str(tmp_path), [{"images": "images", "masks": "masks"}], side=None)
+        photograph = (realdata / "davis_like" / "images" / f"{stem}.jpg").read_bytes()
+        (tmp_path / "images" / f"{stem}.jpg").write_bytes(photograph)
+    folders = {"images": "images", "masks": "masks"}
     with pytest.raises(ValueError, match=r"judo_00005\.png.*853x480.*judo_00005\.jpg is 854x480"):
-        dataset[0]
-    assert dataset[1].mask.shape == (480, 854)
+        ImageMaskFolders(str(tmp_path), [folders], side=None)
+    fit = ImageMaskFolders(str(tmp_path), [{**folders, "keep": "00008"}], side=None)
+    assert fit[0].mask.shape == (480, 854)
+    assert 0.001 < fit[0].mask.mean() < 0.5

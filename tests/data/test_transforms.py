@@ -92,6 +92,14 @@ def test_a_grey_mask_of_instance_numbers_is_refused_and_not_read_as_empty(tmp_pa
         read_mask(path)
 
 
+@pytest.mark.parametrize("high", [2, 64, 128])
+def test_a_grey_mask_that_never_reaches_above_128_is_refused_with_its_largest_value(
+    tmp_path: Path, high: int
+) -> None:
+    with pytest.raises(ValueError, match=rf"m\.png.*\b{high}\b"):
+        read_mask(save(tmp_path / "m.png", grey(0, high)))
+
+
 def test_a_jpeg_mask_is_read(tmp_path: Path) -> None:
     big = np.kron(grey(0, 255), np.ones((16, 16), np.uint8))
     mask = read_mask(save(tmp_path / "m.jpg", big))

@@ -325,20 +325,20 @@ def test_an_impossible_token_off_the_mask_poisons_neither_loss_nor_stats(
 
 @pytest.mark.parametrize("with_old", [False, True])
 @pytest.mark.parametrize("with_reference", [False, True])
-def test_an_impossible_token_off_the_mask_poisons_no_gradient(with_old: bool, with_reference: bool) -> None:
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_an_impossible_token_off_the_mask_poisons_no_gradient(
+    with_old: bool, with_reference: bool, everywhere: bool
+) -> None:
     new, old, reference, advantages, mask = ragged(4)
     leaf = new.masked_fill(~mask, float("-inf")).requires_grad_()
+    if everywhere:  # impossible for the policies that sampled and that anchor, too
+        old, reference = (t.masked_fill(~mask, float("-inf")) for t in (old, reference))
     grpo(
-        leaf,
-        old if with_old else None,
-        reference if with_reference else None,
-        advantages,
-        per_token(mask).double(),
-        CLIP,
-        0.1,
-    ).loss.backward()
+        leaf, old if with_old else None, reference if with_reference else None, advantages, per_token(mask).double(), CLIP, 0.1
+    ).loss.backward()  # fmt: skip
     assert (leaf.grad[~mask] == 0).all()
     assert torch.isfinite(leaf.grad[mask]).all()
+    assert leaf.grad[mask].abs().sum() > 0
 
 
 # --- shapes

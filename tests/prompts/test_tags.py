@@ -101,66 +101,61 @@ def test_fields_before_the_thought_are_not_the_answer() -> None:
 # --- what is refused
 
 
-TAG_FAULTS = [
-    (ParseFault.NO_THOUGHT, GOOD.replace("<think>", "")),
-    (ParseFault.NO_THOUGHT, GOOD.replace("</think>", "")),
-    (ParseFault.NO_THOUGHT, ""),
-    (ParseFault.NO_BOX, GOOD.replace(BOX, "")),
-    (ParseFault.NO_BOX, GOOD.replace("</bbox>", "<bbox>")),
-    (ParseFault.NO_BOX, GOOD.replace("bbox", "box")),
-    (ParseFault.NO_POINTS, GOOD.replace(TWO_POINTS, "")),
-    (ParseFault.NO_POINTS, GOOD.replace("</points>", "")),
-    (ParseFault.NO_LABELS, GOOD.replace(LABELS, "")),
-    (ParseFault.NO_LABELS, GOOD.replace("</labels>", "")),
-    (ParseFault.DUPLICATE_FIELD, THOUGHT + GOOD),
-    (ParseFault.DUPLICATE_FIELD, GOOD + TWO_POINTS),
-    (ParseFault.DUPLICATE_FIELD, GOOD + LABELS),
-    (ParseFault.BAD_NUMBERS, GOOD.replace("[10,20,30,40]", "[10,20,30]")),
-    (ParseFault.BAD_NUMBERS, GOOD.replace("[10,20,30,40]", "[10,20,30,40,50]")),
-    (ParseFault.BAD_NUMBERS, GOOD.replace("[10,20,30,40]", "10,20,30,40")),
-    (ParseFault.BAD_NUMBERS, GOOD.replace("[10,20,30,40]", "")),
-    (ParseFault.BAD_NUMBERS, GOOD.replace("[10,20,30,40]", "[nan,20,30,40]")),
-    (ParseFault.BAD_NUMBERS, GOOD.replace("[10,20,30,40]", "[10,20,inf,40]")),
-    (ParseFault.BAD_NUMBERS, GOOD.replace("[10,20,30,40]", "[1e1,20,30,40]")),
-    (ParseFault.BAD_NUMBERS, GOOD.replace("[10,20,30,40]", "[0x1,20,30,40]")),
-    (ParseFault.BAD_NUMBERS, GOOD.replace("[10,20,30,40]", "[1_0,20,30,40]")),
-    (ParseFault.BAD_NUMBERS, GOOD.replace("[10,20,30,40]", "[10,20,30,40] [1,2,3,4]")),
-    (ParseFault.BAD_NUMBERS, GOOD.replace("[10,20,30,40]", "__import__('os').system('true')")),
-    (ParseFault.BAD_NUMBERS, GOOD.replace("[[20,30],[90,190]]", "[]")),
-    (ParseFault.BAD_NUMBERS, GOOD.replace("[[20,30],[90,190]]", "[[]]")),
-    (ParseFault.BAD_NUMBERS, GOOD.replace("[[20,30],[90,190]]", "[20,30]")),
-    (ParseFault.BAD_NUMBERS, GOOD.replace("[[20,30],[90,190]]", "[[20,30,1],[90,190]]")),
-    (ParseFault.BAD_NUMBERS, GOOD.replace("[[20,30],[90,190]]", "[[20,30][90,190]]")),
-    (ParseFault.BAD_NUMBERS, GOOD.replace("[1,0]", "1,0")),
-    (ParseFault.BAD_LABEL, GOOD.replace("[1,0]", "[1,2]")),
-    (ParseFault.BAD_LABEL, GOOD.replace("[1,0]", "[3,0]")),
-    (ParseFault.BAD_LABEL, GOOD.replace("[1,0]", "[-1,0]")),
-    (ParseFault.BAD_LABEL, GOOD.replace("[1,0]", "[01,0]")),
-    (ParseFault.BAD_LABEL, GOOD.replace("[1,0]", "[1,0.0]")),
-    (ParseFault.BAD_LABEL, GOOD.replace("[1,0]", "[1,]")),
-    (ParseFault.BAD_LABEL, GOOD.replace("[1,0]", "[]")),
-    (ParseFault.BAD_LABEL, GOOD.replace("[1,0]", "[True,False]")),
-    (ParseFault.BAD_LABEL, GOOD.replace("[1,0]", "[\u0661,0]")),  # an Arabic one
-    (ParseFault.LABEL_COUNT, GOOD.replace("[1,0]", "[1]")),
-    (ParseFault.LABEL_COUNT, GOOD.replace("[1,0]", "[1,0,1]")),
-    (ParseFault.DEGENERATE_BOX, GOOD.replace("[10,20,30,40]", "[10,20,10,40]")),
-    (ParseFault.DEGENERATE_BOX, GOOD.replace("[10,20,30,40]", "[30,20,10,40]")),
-    (ParseFault.DEGENERATE_BOX, GOOD.replace("[10,20,30,40]", "[10,40,30,20]")),
-    (ParseFault.DEGENERATE_BOX, GOOD.replace("[10,20,30,40]", "[100,20,300,40]")),  # beyond the right border
-    (ParseFault.DEGENERATE_BOX, GOOD.replace(BOX, f"{BOX} <bbox>[-9,-9,0,0]</bbox>")),
-    (ParseFault.TOO_MANY, GOOD.replace(BOX, BOX * 4)),
-    (ParseFault.TOO_MANY, GOOD.replace("[[", "[[1,1],[2,2],[3,3],[")),
-]
+def with_box(numbers: str) -> str:
+    return GOOD.replace("[10,20,30,40]", numbers)
 
 
-@pytest.mark.parametrize(("fault", "text"), TAG_FAULTS)
+def with_points(numbers: str) -> str:
+    return GOOD.replace("[[20,30],[90,190]]", numbers)
+
+
+def with_labels(numbers: str) -> str:
+    return GOOD.replace("[1,0]", numbers)
+
+
+NOT_A_BOX = (
+    "[10,20,30]", "[10,20,30,40,50]", "10,20,30,40", "", "[nan,20,30,40]", "[10,20,inf,40]", "[1e1,20,30,40]", "[0x1,20,30,40]",
+    "[1_0,20,30,40]", "[10,20,30,40] [1,2,3,4]", "__import__('os').system('true')",
+)  # fmt: skip
+NOT_POINTS = ("[]", "[[]]", "[20,30]", "[[20,30,1],[90,190]]", "[[20,30][90,190]]", "[[20,30],[90,190]")
+ARABIC_ONE = "\u0661"
+NOT_A_LABEL = (
+    "[1,2]",
+    "[3,0]",
+    "[-1,0]",
+    "[01,0]",
+    "[1,0.0]",
+    "[1,]",
+    "[]",
+    "[True,False]",
+    f"[{ARABIC_ONE},0]",
+)
+OUTSIDE = ("[100,20,300,40]", "[-9,-9,0,0]")
+NO_AREA = ("[10,20,10,40]", "[30,20,10,40]", "[10,40,30,20]", *OUTSIDE)
+TAG_FAULTS: dict[ParseFault, list[str]] = {
+    ParseFault.NO_THOUGHT: ["", GOOD.replace("<think>", ""), GOOD.replace("</think>", "")],
+    ParseFault.NO_BOX: [GOOD.replace(*pair) for pair in ((BOX, ""), ("</bbox>", "<bbox>"), ("bbox", "box"))],
+    ParseFault.NO_POINTS: [GOOD.replace(TWO_POINTS, ""), GOOD.replace("</points>", "")],
+    ParseFault.NO_LABELS: [GOOD.replace(LABELS, ""), GOOD.replace("</labels>", "")],
+    ParseFault.DUPLICATE_FIELD: [THOUGHT + GOOD, GOOD + TWO_POINTS, GOOD + LABELS],
+    ParseFault.BAD_NUMBERS: [*map(with_box, NOT_A_BOX), *map(with_points, NOT_POINTS), with_labels("1,0")],
+    ParseFault.BAD_LABEL: [*map(with_labels, NOT_A_LABEL)],
+    ParseFault.LABEL_COUNT: [with_labels("[1]"), with_labels("[1,0,1]")],
+    ParseFault.DEGENERATE_BOX: [*map(with_box, NO_AREA), GOOD.replace(BOX, f"{BOX} <bbox>[5,5,5,9]</bbox>")],
+    ParseFault.TOO_MANY: [GOOD.replace(BOX, BOX * 4), GOOD.replace("[[", "[[1,1],[2,2],[3,3],[")],
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"), [(fault, text) for fault, texts in TAG_FAULTS.items() for text in texts]
+)
 def test_each_fault_is_named(fault: ParseFault, text: str) -> None:
     parsed = TAGS.parse(text, FRAME)
     assert (parsed.fault, parsed.prompt) == (fault, None)
 
 
 def test_every_kind_of_fault_has_a_text_above() -> None:
-    assert {fault for fault, _ in TAG_FAULTS} == set(ParseFault)
+    assert set(TAG_FAULTS) == set(ParseFault)
 
 
 def test_a_fault_after_the_thought_keeps_the_thought() -> None:
@@ -194,6 +189,9 @@ def test_exactly_as_many_boxes_and_points_as_allowed_are_no_fault() -> None:
 # --- render and parse are inverse
 
 
+Said = tuple[Frame, Parsed, list[list[int]]]
+
+
 @st.composite
 def frames(draw: st.DrawFn) -> Frame:
     if draw(st.booleans()):
@@ -208,7 +206,7 @@ def coordinates(draw: st.DrawFn, whole: int, extent: float) -> float:
 
 
 @st.composite
-def sentences(draw: st.DrawFn) -> tuple[Frame, Parsed, list[list[int]]]:
+def sentences(draw: st.DrawFn) -> Said:
     """A frame, something to say, and the whole numbers that say its boxes."""
     frame = draw(frames())
     boxes, wholes = [], []
@@ -229,9 +227,7 @@ def sentences(draw: st.DrawFn) -> tuple[Frame, Parsed, list[list[int]]]:
 
 
 @given(sentences())
-def test_a_rendered_sentence_is_read_back_within_half_a_frame_unit(
-    said: tuple[Frame, Parsed, list[list[int]]],
-) -> None:
+def test_a_rendered_sentence_is_read_back_within_half_a_frame_unit(said: Said) -> None:
     frame, parsed, wholes = said
     read = TAGS.parse(TAGS.render(parsed, frame), frame)
     assert read.fault is None
@@ -245,16 +241,7 @@ def test_a_rendered_sentence_is_read_back_within_half_a_frame_unit(
 
 
 @given(sentences())
-def test_what_was_read_once_is_written_and_read_the_same(said: tuple[Frame, Parsed, list[list[int]]]) -> None:
-    frame, parsed, _ = said
-    once = TAGS.parse(TAGS.render(parsed, frame), frame)
-    assert TAGS.render(once, frame) == TAGS.render(TAGS.parse(TAGS.render(once, frame), frame), frame)
-
-
-@given(sentences())
-def test_rendered_points_are_read_back_within_half_a_frame_unit(
-    said: tuple[Frame, Parsed, list[list[int]]],
-) -> None:
+def test_rendered_points_are_read_back_within_half_a_frame_unit(said: Said) -> None:
     frame, parsed, _ = said
     read = POINTS.parse(POINTS.render(parsed, frame), frame)
     assert read.fault is None
@@ -357,7 +344,6 @@ GROWING: dict[str, Callable[[int], str]] = {
     "boxes": lambda n: GOOD.replace(BOX, BOX * (n // 4)),
     "open thoughts": lambda n: "<think>" * (5 * n) + "</think>" + GOOD,
     "nested thoughts": lambda n: "<think>" * (5 * n) + "</think>" * (5 * n),
-    "open boxes": lambda n: THOUGHT + "<bbox>" * (5 * n),
     "white space": lambda n: GOOD.replace("[[", "[" + " \n" * (10 * n) + "["),
 }
 

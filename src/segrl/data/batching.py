@@ -42,6 +42,8 @@ class Collate:
             return Batch(samples=list(samples), prefixes=prefixes)
         answers = []
         for sample, prefix in zip(samples, prefixes, strict=True):
+            if not sample.mask.any():
+                raise ValueError(f"{sample.id}: an object is needed to write a trace of; its mask is empty")
             parsed = self.trace(sample.mask, np.random.default_rng(zlib.crc32(sample.id.encode())))
             answers.append(self.encoder.answer(self.grammar.render(parsed, prefix.frame)))
         return Batch(samples=list(samples), prefixes=prefixes, answers=answers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -12,19 +13,20 @@ from segrl.types import Sample
 
 _IMAGES = {".jpg", ".jpeg", ".png", ".bmp"}
 _MASKS = {".png", ".jpg", ".jpeg", ".bmp"}
-_SYSTEM_FILES = {"thumbs.db", ".ds_store"}
 
 
 def _files(folder: Path, suffixes: set[str], keep: str) -> dict[str, Path]:
-    """Stem to file, system files left out."""
-    return {
-        path.stem: path
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower() in suffixes
-        and path.name.lower() not in _SYSTEM_FILES
-        and not path.name.startswith("._")
-        and keep in path.stem
-    }
+    """Stem to file, system files left out; raises ValueError on two files of one stem."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("._") or path.suffix.lower() not in suffixes or keep not in path.stem:
+            continue
+        if path.stem in found:
+            raise ValueError(
+                f"{folder}: one file per name is needed; got {found[path.stem].name} and {path.name}"
+            )
+        found[path.stem] = path
+    return found
 
 
 def _first(names: set[str]) -> str:
@@ -81,7 +83,8 @@ class ImageMaskFolders(Dataset[Sample]):
             )  # fmt: skip
         for image, mask in self.pairs:
             check_pair(image, mask)
-        self.side = side
+        self.root, self.side = Path(root), side
+        self.several = len(folders) > 1
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -89,5 +92,8 @@ class ImageMaskFolders(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         """Read one pair."""
-        sample = read_pair(*self.pairs[index])
+        image, mask = self.pairs[index]
+        sample = read_pair(image, mask)
+        if self.several:  # folders may use the same names
+            sample = replace(sample, id=image.relative_to(self.root).with_suffix("").as_posix())
         return sample if self.side is None else squash(sample, self.side)

@@ -30,9 +30,12 @@ def inner_point(mask: np.ndarray) -> np.ndarray:
 
 def components(mask: np.ndarray, least: float, most: int) -> list[np.ndarray]:
     """The largest connected parts, at most `most`, each covering at least the share `least` of the image."""
-    labelled, count = label(mask)
-    parts = sorted((labelled == i for i in range(1, count + 1)), key=lambda part: -int(part.sum()))
-    return [part for part in parts[:most] if part.mean() >= least] or parts[:1]
+    labelled, _ = label(mask)
+    areas = np.bincount(labelled.ravel())
+    areas[0] = 0
+    largest = [int(i) for i in np.argsort(-areas, kind="stable")[:most] if areas[i]]
+    chosen = [i for i in largest if areas[i] >= least * mask.size] or largest[:1]
+    return [labelled == i for i in chosen]
 
 
 class Annotator:

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from segrl.types import Sample
 
 _ORIENTATION = 0x0112  # EXIF; 5 and above lie on their side
+_UNDECODABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError)
 
 
 def _open(path: Path) -> Image.Image:
@@ -20,7 +21,7 @@ def _open(path: Path) -> Image.Image:
         image.load()
     except FileNotFoundError:
         raise ValueError(f"{path}: an image is needed; there is no such file") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (*_UNDECODABLE, ValueError) as error:
         raise ValueError(f"{path}: an image is needed; the file cannot be decoded ({error})") from None
     return image
 
@@ -28,11 +29,12 @@ def _open(path: Path) -> Image.Image:
 def read_mask(path: Path) -> np.ndarray:
     """A ground-truth file to bool `[H, W]`.
 
-    Grey 8-bit: above 128 is object, or above 0 where the largest value is 1. 16-bit scales to 8; 1-bit is as it is.
+    Grey 8-bit: above 128 is object, or above 0 where the largest value is 1. 16-bit scales to 8, unless all its values
+    are those of 8 bits; 1-bit is as it is.
 
     Raises:
         ValueError: for a file that cannot be decoded, a palette file (its indices name instances: which is the
-            object?) and a colour file whose channels differ.
+            object?), a colour file whose channels differ, and grey values that are neither 0/1 nor reach above 128.
     """
     image = _open(path)
     if image.mode == "P":
@@ -49,9 +51,12 @@ def read_mask(path: Path) -> np.ndarray:
         values = channels[..., 0]
     if values.dtype == bool:
         return values
-    if values.dtype != np.uint8:  # 16-bit PNG, decoded to uint16 or int32
-        values = values // 257
-    return values > (0 if values.max() == 1 else 128)
+    top = int(values.max())
+    if top > 255:  # 16-bit PNG, decoded to uint16 or int32
+        values, top = values // 257, top // 257
+    if 1 < top <= 128:
+        raise ValueError(f"{path}: a mask of 0 and 255, or 0 and 1, is needed; its largest value is {top}")
+    return values > (0 if top == 1 else 128)
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -68,6 +73,9 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     upright = ImageOps.exif_transpose(image)
     if size is not None and upright.size == (size[1], size[0]):
         image = upright
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow would cut it off at 255
+        grey = (np.asarray(image) // 257).astype(np.uint8)
+        return np.stack([grey] * 3, -1)
     return np.asarray(image.convert("RGB"))
 
 
@@ -90,12 +98,12 @@ def check_pair(image_path: Path, mask_path: Path) -> None:
     try:
         with Image.open(image_path) as image:
             size, turned = image.size, image.getexif().get(_ORIENTATION, 1) >= 5
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except _UNDECODABLE as error:
         raise ValueError(f"{image_path}: an image is needed; the file cannot be decoded ({error})") from None
     try:
         with Image.open(mask_path) as mask:
             wanted, plain = mask.size, mask.mode in ("L", "1")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except _UNDECODABLE as error:
         raise ValueError(f"{mask_path}: an image is needed; the file cannot be decoded ({error})") from None
     if wanted != size and not (turned and wanted == size[::-1]):
         raise _sizes_differ(image_path, size, mask_path, wanted)

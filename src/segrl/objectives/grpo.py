@@ -7,7 +7,7 @@ from torch import Tensor
 
 from segrl.objectives.clipped import clipped_surrogate, importance_ratio
 from segrl.objectives.kl import k3
-from segrl.objectives.masked import weighted_sum
+from segrl.objectives.masked import counted, weighted_sum
 from segrl.types import LossOutput
 
 
@@ -31,6 +31,7 @@ def grpo(
         clip: how far the ratio may fall below and rise above 1.
         kl_weight: beta.
     """
+    logprobs = counted(logprobs, weights)
     ratio = importance_ratio(logprobs, logprobs if old is None else old)
     loss = weighted_sum(clipped_surrogate(ratio, advantages, *clip), weights)
     clipped = ((ratio < 1 - clip[0]) | (ratio > 1 + clip[1])).float()

@@ -25,6 +25,11 @@ def per_token(mask: Bool[Tensor, "N T"]) -> Float[Tensor, "N T"]:
     return mask.float() / mask.sum().clamp_min(1)
 
 
+def counted(values: Float[Tensor, "N T"], weights: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+    """Values where they count, zero elsewhere: what does not count cannot enter a gradient, even if it is infinite."""
+    return values.where(weights > 0, 0.0)
+
+
 def weighted_sum(values: Float[Tensor, "N T"], weights: Float[Tensor, "N T"]) -> Float[Tensor, ""]:
-    """Sum of values by their shares; a value of no weight cannot enter, even if it is infinite."""
-    return (values.where(weights > 0, 0.0) * weights).sum()
+    """Sum of values by their shares."""
+    return (counted(values, weights) * weights).sum()

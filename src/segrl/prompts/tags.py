@@ -15,7 +15,7 @@ from segrl.prompts.frames import from_unit, to_unit
 from segrl.protocols import Message
 from segrl.types import Frame, MaskPrompt, Parsed, ParseFault
 
-_NUMBER = r"(-?\d{1,6}(?:\.\d{1,6})?)"
+_NUMBER = r"(-?[0-9]{1,6}(?:\.[0-9]{1,6})?)"
 _BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 _PAIR = re.compile(rf"{_NUMBER},{_NUMBER}")
 
@@ -48,8 +48,13 @@ def _only(text: str, tag: str, missing: ParseFault) -> str:
 
 
 def _squeeze(content: str) -> str:
-    """Without white space."""
-    return "".join(content.split())
+    """Without white space around punctuation; between two digits it stays, and spoils the number."""
+    words = content.split()
+    kept = [
+        b if not (a[-1].isdigit() and b[0].isdigit()) else f" {b}"
+        for a, b in zip(words, words[1:], strict=False)
+    ]
+    return "".join([*words[:1], *kept])
 
 
 def _read_box(content: str, frame: Frame) -> np.ndarray:
@@ -83,6 +88,13 @@ def _read_points(text: str, frame: Frame, limit: int) -> tuple[np.ndarray, np.nd
         raise _Fault(ParseFault.LABEL_COUNT)
     xy = np.array([[float(v) for v in pair.groups()] for pair in pairs if pair is not None])
     return to_unit(xy, frame), np.array([int(v) for v in values], np.int64)
+
+
+def _opened(box: np.ndarray, frame: Frame) -> list[int]:
+    """Integer corners with at least one unit between them: rounding may not close a thin box."""
+    low = np.minimum(box[:2], np.array([frame.width, frame.height]) - 1)
+    corners: list[int] = np.concatenate([low, np.maximum(box[2:], low + 1)]).astype(int).tolist()
+    return corners
 
 
 def _write_points(prompt: MaskPrompt, frame: Frame, between: str) -> str:
@@ -120,8 +132,8 @@ class SegR1Tags:
         if parsed.prompt is None:
             raise ValueError(f"a mask prompt is needed to write a completion; got the fault {parsed.fault}")
         boxes = ", ".join(
-            "<bbox>[{},{},{},{}]</bbox>".format(*box)
-            for box in from_unit(parsed.prompt.boxes, frame).tolist()
+            "<bbox>[{},{},{},{}]</bbox>".format(*_opened(box, frame))
+            for box in from_unit(parsed.prompt.boxes, frame)
         )
         return f"<think> {parsed.thought} </think> {boxes}, {_write_points(parsed.prompt, frame, ', ')}"
 
@@ -133,7 +145,7 @@ class SegR1Tags:
                 raise _Fault(ParseFault.NO_THOUGHT)
             if len(thoughts) > 1:
                 raise _Fault(ParseFault.DUPLICATE_FIELD)
-            answer = text[text.find("</think>") :]
+            answer = text[text.find("</think>", text.find("<think>")) :]
             boxes = _fields(answer, "bbox")
             if not boxes:
                 raise _Fault(ParseFault.NO_BOX)

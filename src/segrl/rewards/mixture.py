@@ -48,6 +48,7 @@ class RewardMixture:
     ) -> Scores:
         """Score N = B*G completions of B samples, groups contiguous."""
         group = len(parsed) // len(samples)
+        assert group * len(samples) == len(parsed), "groups are whole"
         terms = {}
         for name, (fn, _) in self.terms.items():
             values = [

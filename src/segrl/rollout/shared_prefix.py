@@ -27,10 +27,7 @@ class SharedPrefixEngine:
         """`group_size` completions of each prefix, from the policy's own distribution; groups contiguous."""
 
         def choose(log_distribution: Tensor) -> Tensor:
-            # Gumbel-max on the generator's device: the same seed gives the same tokens wherever the policy runs.
-            noise = torch.rand(log_distribution.shape, generator=generator, device=generator.device)
-            gumbel = -(-noise.clamp_min(1e-20).log()).clamp_min(1e-20).log()
-            return (log_distribution + gumbel.to(log_distribution.device)).argmax(-1)
+            return torch.multinomial(log_distribution.exp(), 1, generator=generator)[:, 0]
 
         return self._decode(policy, prefixes, group_size, choose)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
@@ -76,17 +76,19 @@ class PolicyGradientStage(SegStage):
             old_logprobs=self.old_logprobs(batch, completions),
             reference_logprobs=self.reference_logprobs(batch, completions),
         )
-        size = -(-len(batch) // self.updates_per_rollout)
-        stats = {}
-        for _ in range(self.epochs_per_rollout):
-            for minibatch, _ in experience.split(size):
-                stats = self.update(minibatch)
+        stats = [self.update(minibatch) for minibatch in self.minibatches(experience)]
         self.last_rollout = batch, completions, scored
-        self.remember({**self.rollout_stats(completions, scored), **stats})
+        self.remember({**self.rollout_stats(completions, scored), **stats[-1]})
+
+    def minibatches(self, experience: Experience) -> Iterator[Experience]:
+        """Whole groups, as many minibatches as there are updates, anew in each epoch over the rollout."""
+        size = -(-len(experience.prefixes) // self.updates_per_rollout)
+        for _ in range(self.epochs_per_rollout):
+            yield from (minibatch for minibatch, _ in experience.split(size))
 
     def noise(self) -> torch.Generator:
         """Of this step's sampling."""
-        return torch.Generator().manual_seed(self.noise_seed())
+        return torch.Generator(self.device).manual_seed(self.noise_seed())
 
     @torch.no_grad()
     def old_logprobs(self, batch: Batch, completions: Completions) -> Tensor | None:

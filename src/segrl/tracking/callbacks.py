@@ -95,6 +95,7 @@ class SampleSheets(lightning.Callback):
 
     def __init__(self, folder: str, every_n_steps: int) -> None:
         self.folder, self.every_n_steps = Path(folder), every_n_steps
+        self.drawn_at = 0
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
@@ -102,8 +103,9 @@ class SampleSheets(lightning.Callback):
         """Draw, if it is time."""
         if not isinstance(pl_module, PolicyGradientStage) or pl_module.last_rollout is None:
             return
-        if trainer.global_step % self.every_n_steps or not trainer.is_global_zero:
+        if trainer.global_step // self.every_n_steps == self.drawn_at // self.every_n_steps:
             return
+        self.drawn_at = trainer.global_step
         batch, completions, scored = pl_module.last_rollout
         rows, group = [], pl_module.group_size
         for b, sample in enumerate(batch.samples[:4]):

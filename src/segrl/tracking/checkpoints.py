@@ -72,13 +72,18 @@ class EveryNSteps(lightning.Callback):
 
     def __init__(self, path: str, every_n_steps: int) -> None:
         self.path, self.every_n_steps = path, every_n_steps
-        self.saved_at = -1
+        self.saved_at = 0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """What is loaded need not be saved again."""
+        self.saved_at = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
     ) -> None:
         """Save if it is time, or if SIGTERM came: Lightning then leaves the loop."""
-        if trainer.global_step % self.every_n_steps == 0 or trainer.received_sigterm:
+        passed = trainer.global_step // self.every_n_steps > self.saved_at // self.every_n_steps
+        if passed or trainer.received_sigterm:
             self._save(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
