@@ -61,10 +61,36 @@ def enter(config_name: str, job: Callable[[DictConfig], object]) -> None:
             raise
 
     try:
+        for overrides in _sweep_jobs(sys.argv[1:]):
+            check(_composed(config_name, overrides))
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(told)()
     except known as error:
         _tell(error, config_name)
         raise
+
+
+def _composed(config_name: str, overrides: list[str]) -> DictConfig:
+    """The configuration of one job, outside of `hydra.main`."""
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return compose(config_name, overrides)
+
+
+def _sweep_jobs(arguments: list[str]) -> list[list[str]]:
+    """The overrides of each job of a multirun; none where it is a single run.
+
+    Hydra makes its sweep folder before it composes the first job, so the jobs are checked here, before anything exists.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra._internal.utils import get_args_parser
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = get_args_parser().parse_args(arguments)
+    if not parsed.multirun or any(override.startswith("hydra/sweeper=") for override in parsed.overrides):
+        return []
+    overrides = OverridesParser.create().parse_overrides(parsed.overrides)
+    return [list(job) for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
 
 
 def _tell(error: BaseException, config_name: str) -> None:
@@ -146,7 +172,6 @@ def _nearest(word: str, words: list[str]) -> str:
 
 def _keys(config_name: str, arguments: list[str]) -> Iterator[str]:
     """All dotted keys of what composes once the value overrides are left out."""
-    from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
@@ -154,8 +179,7 @@ def _keys(config_name: str, arguments: list[str]) -> Iterator[str]:
     chosen = [a for a in arguments if a.lstrip("+~").split("=")[0] in groups and "," not in a]
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            config = compose(config_name, chosen)
+        config = _composed(config_name, chosen)
     except HydraException:
         return
     yield from _flat(OmegaConf.to_container(config, resolve=False), "")

@@ -65,6 +65,13 @@ def test_one_line_names_the_key(cli, tmp_path, override, words):
         assert word in line, line
 
 
+@pytest.mark.parametrize(
+    ("override", "word"), [("stage.group_sise=2,4", "stage.group_size"), ("stage.group_size=4,1", "got 1")]
+)
+def test_a_sweep_with_one_bad_job_is_refused_before_the_first(cli, tmp_path, override, word):
+    assert word in refused(cli, tmp_path, "-m", *DEMO, override)
+
+
 def test_missing_weights_and_data_are_named_with_their_owners(cli, tmp_path):
     line = refused(cli, tmp_path, "+experiment=grpo_cod10k")
     assert "policy.weights" in line and "huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct" in line
