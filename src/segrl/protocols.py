@@ -14,6 +14,23 @@ from segrl.types import Completions, Frame, MaskPrompt, Parsed, Prefix, Sample
 Message = Mapping[str, object]
 
 
+class SampleSet(Protocol):
+    """A dataset: sized, indexed, and able to name its samples without reading them."""
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Of all samples, in order, each once."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read one."""
+        ...
+
+
 @runtime_checkable
 class Grammar(Protocol):
     """The language of completions: it asks, it writes, it reads."""

@@ -71,13 +71,14 @@ class Run:
         stage: Stage = instantiate(cfg.stage)
         data.connect(stage.collate, stage.eval_collate)
         cls._check_objective(cfg.objective_metric, data)
+        if (scored := folder / "evaluation" / "before.jsonl").is_file():
+            report.check_same_samples(report.load(scored), {name: s.ids for name, s in data.test.items()})
         if cfg.init_from is not None:
             cls._start_from(stage, Path(cfg.init_from))
         if cfg.ckpt_path is not None:
             stage.on_load_checkpoint(read_checkpoint(Path(cfg.ckpt_path)))
-        text = OmegaConf.to_yaml(
-            cfg
-        )  # unresolved: an override of a resumed run reaches all that refers to it
+        # unresolved: an override of a resumed run reaches all that refers to it
+        text = OmegaConf.to_yaml(cfg)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(text)
         logger: Logger = instantiate(cfg.logger)(folder, provenance(text))

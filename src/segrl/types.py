@@ -75,6 +75,8 @@ class Parsed:
     thought: str = ""
     prompt: MaskPrompt | None = None
     fault: ParseFault | None = None
+    rest: str = ""
+    """What the completion rambles on with behind its answer; it does not spoil the answer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -397,3 +397,28 @@ def test_the_questions_own_example_of_the_format_is_the_grammars() -> None:
     assert TAGS.parse(filled, FRAME).fault is None
     asked = POINTS.messages(None)[-1]["content"][1]["text"]
     assert POINTS.parse(asked.replace("x1,y1", "1,2").replace("x2,y2", "3,4"), FRAME).fault is None
+
+
+@pytest.mark.parametrize("behind", ["", " ", "\n"])
+def test_nothing_is_left_behind_a_clean_answer(behind: str) -> None:
+    assert TAGS.parse(GOOD + behind, FRAME).rest == "" == POINTS.parse(GOOD_POINTS + behind, FRAME).rest
+
+
+def test_what_is_said_behind_the_answer_is_kept_and_spoils_nothing() -> None:
+    for parsed in (TAGS.parse(f"{GOOD}531,1000 ", FRAME), POINTS.parse(f"{GOOD_POINTS} 531,1000", FRAME)):
+        assert (parsed.fault, parsed.rest) == (None, "531,1000")
+
+
+@pytest.mark.parametrize(
+    ("said", "needed"),
+    [
+        (Parsed(prompt=MaskPrompt.of([], [[0.5, 0.5]], [1])), "1 to 3 boxes"),
+        (Parsed(prompt=MaskPrompt.of([[0, 0, 1, 1]] * 4, [[0.5, 0.5]], [1])), "1 to 3 boxes"),
+        (Parsed(prompt=MaskPrompt.of([[0, 0, 1, 1]])), "1 to 4 points"),
+        (Parsed(prompt=MaskPrompt.of([[0, 0, 1, 1]], [[0.5, 0.5]] * 5, [1] * 5)), "1 to 4 points"),
+        (Parsed(thought="a </think> b", prompt=MaskPrompt.of([[0, 0, 1, 1]], [[0.5, 0.5]], [1])), "think"),
+    ],
+)
+def test_what_could_not_be_read_back_is_not_written(said: Parsed, needed: str) -> None:
+    with pytest.raises(ValueError, match=needed):
+        TAGS.render(said, FRAME)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from segrl.rewards.mixture import RewardMixture
-from segrl.rewards.text import point_count, well_formed
+from segrl.rewards.text import parses, point_count, well_formed
 from segrl.types import MaskPrompt, Parsed, ParseFault, Sample
 
 MASK = np.zeros((2, 2), bool)
@@ -96,6 +96,12 @@ def test_the_format_term_pays_sentences_and_no_fault() -> None:
     assert [well_formed(Parsed(fault=fault), "", MASK, sample) for fault in ParseFault] == [0.0] * len(
         ParseFault
     )
+
+
+def test_rambling_on_behind_the_answer_costs_the_format_but_not_as_published() -> None:
+    sample, rambling = samples(1)[0], Parsed(prompt=MaskPrompt.of([], [[0.5, 0.5]], [1]), rest="and so on")
+    assert (well_formed(rambling, "", MASK, sample), parses(rambling, "", MASK, sample)) == (0.0, 1.0)
+    assert parses(Parsed(fault=ParseFault.NO_BOX), "", MASK, sample) == 0.0
 
 
 def test_the_point_count_term_is_a_bell_around_its_ideal() -> None:

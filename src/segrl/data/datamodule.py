@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from segrl.data.batching import Collate, Share, Shuffled
+from segrl.protocols import SampleSet
 from segrl.types import Sample
 
 
@@ -27,9 +28,9 @@ class SegDataModule(lightning.LightningDataModule):
 
     def __init__(
         self,
-        train: Dataset[Sample],
-        val: dict[str, Dataset[Sample]],
-        test: dict[str, Dataset[Sample]],
+        train: SampleSet,
+        val: dict[str, SampleSet],
+        test: dict[str, SampleSet],
         batch_size: int,
         eval_batch_size: int,
         workers: int,
@@ -53,7 +54,7 @@ class SegDataModule(lightning.LightningDataModule):
 
     def _check_batch(self, ranks: int) -> int:
         """Number of training samples; raises ValueError if they do not fill one batch."""
-        length = len(cast("list[Sample]", self.train))
+        length = len(self.train)
         if length < self.batch_size * ranks:
             raise ValueError(
                 f"data.batch_size: at most {length // ranks} fit the {length} training samples on {ranks} rank(s); "
@@ -69,7 +70,7 @@ class SegDataModule(lightning.LightningDataModule):
         rank, ranks = self._ranks()
         length = self._check_batch(ranks)
         return StatefulDataLoader(
-            self.train,
+            cast("Dataset[Sample]", self.train),
             batch_size=self.batch_size,
             sampler=Shuffled(length, self.seed, rank, ranks),
             num_workers=self.workers,
@@ -78,12 +79,12 @@ class SegDataModule(lightning.LightningDataModule):
             persistent_workers=self.workers > 0,
         )
 
-    def _eval_loaders(self, datasets: dict[str, Dataset[Sample]]) -> list[StatefulDataLoader[Sample]]:
+    def _eval_loaders(self, datasets: dict[str, SampleSet]) -> list[StatefulDataLoader[Sample]]:
         return [
             StatefulDataLoader(
-                dataset,
+                cast("Dataset[Sample]", dataset),
                 batch_size=self.eval_batch_size,
-                sampler=Share(len(cast("list[Sample]", dataset)), *self._ranks()),
+                sampler=Share(len(dataset), *self._ranks()),
                 num_workers=self.workers,
                 collate_fn=self.eval_collate,
             )

@@ -90,10 +90,16 @@ class ImageMaskFolders(Dataset[Sample]):
         """Number of pairs."""
         return len(self.pairs)
 
+    @property
+    def ids(self) -> list[str]:
+        """Of all samples, in order: the image's name, with its folder where there are several that may share names."""
+        return [self._id(image) for image, _ in self.pairs]
+
+    def _id(self, image: Path) -> str:
+        return image.relative_to(self.root).with_suffix("").as_posix() if self.several else image.stem
+
     def __getitem__(self, index: int) -> Sample:
         """Read one pair."""
         image, mask = self.pairs[index]
-        sample = read_pair(image, mask)
-        if self.several:  # folders may use the same names
-            sample = replace(sample, id=image.relative_to(self.root).with_suffix("").as_posix())
+        sample = replace(read_pair(image, mask), id=self._id(image))
         return sample if self.side is None else squash(sample, self.side)

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from segrl.types import Sample
 
 _MIN_VISIBLE = 0.01  # an object that shows less of the image than this is drawn again
+_MOST_OBJECTS = 8  # more would hardly all show
 
 
 @lru_cache(maxsize=64)
@@ -124,14 +125,24 @@ class SyntheticScenes(Dataset[Sample]):
             raise ValueError(
                 f"data.contrast: a range low <= high within [0, 1] is needed; got {list(contrast)}"
             )
-        if not 1 <= objects[0] <= objects[1]:
-            raise ValueError(f"data.objects: a range 1 <= fewest <= most is needed; got {list(objects)}")
+        if not 1 <= objects[0] <= objects[1] <= _MOST_OBJECTS:
+            raise ValueError(
+                f"data.objects: a range 1 <= fewest <= most <= {_MOST_OBJECTS} is needed; got {list(objects)}"
+            )
         self.split, self.length, self.seed, self.size = split, length, seed, size
         self.contrast, self.objects = (contrast[0], contrast[1]), (objects[0], objects[1])
 
     def __len__(self) -> int:
         """Number of scenes."""
         return self.length
+
+    @property
+    def ids(self) -> list[str]:
+        """Of all scenes, in order."""
+        return [self._id(index) for index in range(self.length)]
+
+    def _id(self, index: int) -> str:
+        return f"synthetic-{self.split}-{index:06d}"
 
     def stream(self, index: int) -> np.random.Generator:
         """The random stream of one scene."""
@@ -146,4 +157,4 @@ class SyntheticScenes(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """The scene as a sample: its mask is the union of its objects."""
         image, masks = self.scene(index)
-        return Sample(id=f"synthetic-{self.split}-{index:06d}", image=image, mask=np.logical_or.reduce(masks))
+        return Sample(id=self._id(index), image=image, mask=np.logical_or.reduce(masks))

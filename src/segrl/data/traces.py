@@ -22,7 +22,9 @@ def tight_box(mask: np.ndarray) -> np.ndarray:
 
 
 def inner_point(mask: np.ndarray) -> np.ndarray:
-    """Unit centre float32 `[2]` of the largest circle inside the true pixels of bool `[H, W]`."""
+    """Unit centre float32 `[2]` of the largest circle inside the true pixels of bool `[H, W]`; raises ValueError on an empty mask."""
+    if not mask.any():
+        raise ValueError("an object is needed to put a point into; the mask is empty")
     depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
     row, column = np.unravel_index(int(depth.argmax()), mask.shape)
     return np.array(((column + 0.5) / mask.shape[1], (row + 0.5) / mask.shape[0]), np.float32)
@@ -59,7 +61,7 @@ class Annotator:
         if not parts:
             raise ValueError("an object is needed to write a trace of; the mask is empty")
         boxes = [self._loosen(tight_box(part), rng) for part in parts]
-        points = [self._snap(inner_point(part)) for part in parts]
+        points = [self._inside(part) for part in parts]
         return Parsed(
             thought=self._thought(parts, points), prompt=MaskPrompt.of(boxes, points, [1] * len(points))
         )
@@ -67,6 +69,13 @@ class Annotator:
     def _snap(self, values: np.ndarray) -> np.ndarray:
         """To the grid."""
         return np.rint(values * self.grid) / self.grid
+
+    def _inside(self, part: np.ndarray) -> np.ndarray:
+        """The innermost point, on the grid unless the part is so thin that this would leave it."""
+        exact = inner_point(part)
+        snapped = self._snap(exact)
+        column, row = np.minimum(snapped * part.shape[::-1], np.array(part.shape[::-1]) - 1).astype(int)
+        return snapped if part[row, column] else exact
 
     def _loosen(self, box: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Each side outwards, then to the grid, never closed."""

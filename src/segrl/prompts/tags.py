@@ -36,6 +36,12 @@ def _fields(text: str, tag: str) -> list[str]:
     return found
 
 
+def _rest(text: str) -> str:
+    """What follows the last field."""
+    end = max(text.rfind(tag) + len(tag) for tag in ("</bbox>", "</points>", "</labels>"))
+    return text[end:].strip()
+
+
 def _only(text: str, tag: str, missing: ParseFault) -> str:
     """The content of the one `<tag>`."""
     match _fields(text, tag):
@@ -97,8 +103,10 @@ def _opened(box: np.ndarray, frame: Frame) -> list[int]:
     return corners
 
 
-def _write_points(prompt: MaskPrompt, frame: Frame, between: str) -> str:
+def _write_points(prompt: MaskPrompt, frame: Frame, between: str, limit: int) -> str:
     """The points field and its labels."""
+    if not 1 <= len(prompt.points) <= limit:
+        raise ValueError(f"1 to {limit} points are needed to write a completion; got {len(prompt.points)}")
     pairs = ",".join(f"[{x},{y}]" for x, y in from_unit(prompt.points, frame).tolist())
     labels = ",".join(str(v) for v in prompt.labels.tolist())
     return f"<points>[{pairs}]</points>{between}<labels>[{labels}]</labels>"
@@ -128,14 +136,21 @@ class SegR1Tags:
         ]
 
     def render(self, parsed: Parsed, frame: Frame) -> str:
-        """Raises ValueError if `parsed` holds no mask prompt."""
+        """Raises ValueError if `parsed` is nothing that this grammar could read back."""
         if parsed.prompt is None:
             raise ValueError(f"a mask prompt is needed to write a completion; got the fault {parsed.fault}")
+        if not 1 <= len(parsed.prompt.boxes) <= self.max_boxes:
+            raise ValueError(
+                f"1 to {self.max_boxes} boxes are needed to write a completion; got {len(parsed.prompt.boxes)}"
+            )
+        if "<think>" in parsed.thought or "</think>" in parsed.thought:
+            raise ValueError("a thought without think tags is needed to write a completion; it holds one")
         boxes = ", ".join(
             "<bbox>[{},{},{},{}]</bbox>".format(*_opened(box, frame))
             for box in from_unit(parsed.prompt.boxes, frame)
         )
-        return f"<think> {parsed.thought} </think> {boxes}, {_write_points(parsed.prompt, frame, ', ')}"
+        points = _write_points(parsed.prompt, frame, ", ", self.max_points)
+        return f"<think> {parsed.thought} </think> {boxes}, {points}"
 
     def parse(self, text: str, frame: Frame) -> Parsed:
         """Read thought, boxes, points and labels; all four are needed."""
@@ -155,7 +170,8 @@ class SegR1Tags:
             points, labels = _read_points(answer, frame, self.max_points)
         except _Fault as fault:
             return Parsed(thought=thoughts[0].strip() if thoughts else "", fault=fault.kind)
-        return Parsed(thought=thoughts[0].strip(), prompt=MaskPrompt.of(corners, points, labels))
+        prompt = MaskPrompt.of(corners, points, labels)
+        return Parsed(thought=thoughts[0].strip(), prompt=prompt, rest=_rest(answer))
 
 
 class SegR1Points:
@@ -181,7 +197,7 @@ class SegR1Points:
         """Points and labels; boxes and thought have no words here. Raises ValueError without a mask prompt."""
         if parsed.prompt is None:
             raise ValueError(f"a mask prompt is needed to write a completion; got the fault {parsed.fault}")
-        return _write_points(parsed.prompt, frame, " ")
+        return _write_points(parsed.prompt, frame, " ", self.max_points)
 
     def parse(self, text: str, frame: Frame) -> Parsed:
         """Read points and labels."""
@@ -189,4 +205,4 @@ class SegR1Points:
             points, labels = _read_points(text, frame, self.max_points)
         except _Fault as fault:
             return Parsed(fault=fault.kind)
-        return Parsed(prompt=MaskPrompt.of((), points, labels))
+        return Parsed(prompt=MaskPrompt.of((), points, labels), rest=_rest(text))

@@ -10,7 +10,12 @@ from segrl.types import Parsed, Sample
 
 
 def well_formed(parsed: Parsed, text: str, mask: np.ndarray, sample: Sample) -> float:
-    """1 for a sentence of the grammar, 0 for a fault (Seg-R1's format reward)."""
+    """1 for a sentence of the grammar that ends with its answer, 0 for a fault or for rambling on behind it."""
+    return 0.0 if parsed.fault or parsed.rest else 1.0
+
+
+def parses(parsed: Parsed, text: str, mask: np.ndarray, sample: Sample) -> float:
+    """1 for whatever can be read, 0 for a fault: Seg-R1's `format_reward`, which does not look behind the answer."""
     return 0.0 if parsed.fault else 1.0
 
 

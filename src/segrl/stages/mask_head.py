@@ -23,6 +23,8 @@ _SHAPES = (
     (False, 1, 0), (False, 2, 1), (False, 3, 2),
 )  # fmt: skip
 
+_FITS = 0.4  # IoU of a box with an object's own box from which on it names that object
+
 
 def _pick(rng: np.random.Generator, mask: np.ndarray, count: int) -> np.ndarray:
     """`count` unit points on true pixels, float32 `[count, 2]`."""
@@ -44,17 +46,29 @@ def _prompt(
     return MaskPrompt.of([np.clip(moved, 0, 1)] if has_box else [], points, [1] * inside + [0] * outside)
 
 
+def _held(box: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """The pixels of bool `[H, W]` whose centres lie in a unit box."""
+    y, x = ((np.arange(side) + 0.5) / side for side in size)
+    return np.outer((y >= box[1]) & (y <= box[3]), (x >= box[0]) & (x <= box[2]))
+
+
 def _astray(
-    rng: np.random.Generator, mask: np.ndarray, shape: tuple[bool, int, int]
+    rng: np.random.Generator, mask: np.ndarray, parts: list[np.ndarray], shape: tuple[bool, int, int]
 ) -> tuple[MaskPrompt, np.ndarray]:
-    """A box drawn anywhere, and what of the object it holds: a head that ignores its prompt rewards any answer."""
+    """A box drawn anywhere, and what it names: the part that it fits, or else all that it holds.
+
+    A head that looks for an object wherever a box is large rewards a policy for boxing the whole image.
+    """
     _, inside, outside = shape
-    corner, extent = rng.uniform(0, 0.8, 2), rng.uniform(0.15, 0.7, 2)
-    box = np.clip(np.concatenate([corner, corner + extent]), 0, 1).astype(np.float32)
-    y, x = ((np.arange(side) + 0.5) / side for side in mask.shape)
-    held = np.outer((y >= box[1]) & (y <= box[3]), (x >= box[0]) & (x <= box[2]))
-    points = np.concatenate([_pick(rng, held, inside), _pick(rng, ~mask, outside)])
-    return MaskPrompt.of([box], points, [1] * inside + [0] * outside), mask & held
+    corner = rng.uniform(0, 0.8, 2)
+    box = np.concatenate([corner * rng.integers(0, 2, 2), corner + rng.uniform(0.15, 1.0, 2)])
+    held = _held(np.clip(box, 0, 1).astype(np.float32), mask.shape)
+    fits = [iou(_held(tight_box(part), mask.shape), held) for part in parts]
+    best = int(np.argmax(fits))
+    answer = parts[best] if fits[best] >= _FITS else held
+    points = np.concatenate([_pick(rng, answer & held, inside), _pick(rng, ~mask, outside)])
+    prompt = MaskPrompt.of([np.clip(box, 0, 1)], points, [1] * inside + [0] * outside)
+    return prompt, answer
 
 
 def mask_loss(logits: Tensor, truth: Tensor) -> Tensor:
@@ -72,7 +86,7 @@ class MaskHeadStage(Stage):
     Args:
         head: learns here, and only here.
         jitter: boxes are moved by up to this share of their extent.
-        astray: share of boxes that are drawn anywhere instead; the answer is what of the object they hold.
+        astray: share of boxes that are drawn anywhere instead; see `_astray`.
         optimizer, schedule, max_grad_norm, seed: see `Stage`.
     """
 
@@ -112,9 +126,9 @@ class MaskHeadStage(Stage):
         self, rng: np.random.Generator, mask: np.ndarray, shape: tuple[bool, int, int]
     ) -> tuple[MaskPrompt, np.ndarray]:
         """A prompt of one shape and the mask that answers it."""
-        if shape[0] and rng.random() < self.astray:
-            return _astray(rng, mask, shape)
         parts = components(mask, least=0.005, most=3)
+        if shape[0] and rng.random() < self.astray:
+            return _astray(rng, mask, parts, shape)
         part = parts[int(rng.integers(len(parts)))]
         return _prompt(rng, part, shape, self.jitter), part
 

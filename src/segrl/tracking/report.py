@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,14 +71,20 @@ Table = dict[str, dict[str, Comparison]]
 """dataset -> metric -> comparison."""
 
 
-def compare(before: Scores, after: Scores, seed: int) -> Table:
-    """Means over the same samples; raises ValueError if the two did not score the same ones."""
-    table: Table = {}
-    for dataset, scored in after.items():
-        if set(scored) != set(before.get(dataset, {})):
+def check_same_samples(before: Scores, ids: Mapping[str, Iterable[str]]) -> None:
+    """Raises ValueError unless `ids` (of each dataset) are the samples scored before."""
+    for dataset, wanted in ids.items():
+        if set(wanted) != set(before.get(dataset, {})):
             raise ValueError(
                 f"evaluation: the samples of {dataset} must be those scored before; the ids differ"
             )
+
+
+def compare(before: Scores, after: Scores, seed: int) -> Table:
+    """Means over the same samples; raises ValueError if the two did not score the same ones."""
+    check_same_samples(before, after)
+    table: Table = {}
+    for dataset, scored in after.items():
         table[dataset] = {}
         for name in NAMES:
             old = np.array([before[dataset][i][name] for i in scored])
