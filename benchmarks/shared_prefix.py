@@ -25,7 +25,7 @@ def update(policy: HFPolicy, prefixes: list, group: int, repeats: int) -> tuple[
     """CPU seconds of sampling and of a forward and backward pass; and the log-probabilities."""
     began = time.process_time()
     rows = [prefix for prefix in prefixes for _ in range(repeats)]
-    completions = SharedPrefixEngine(TOKENS).sample(policy, rows, group, torch.Generator().manual_seed(0))
+    completions = SharedPrefixEngine(TOKENS).sample(policy, rows, group, range(len(rows) * group))
     policy.zero_grad()
     logprobs = policy.logprobs(rows, completions)
     logprobs.sum().backward()

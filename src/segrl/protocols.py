@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from segrl.types import Completions, Frame, MaskPrompt, Parsed, Prefix, Sample
+from segrl.types import Answer, Completions, Frame, MaskPrompt, Parsed, Prefix, Sample
 
 Message = Mapping[str, object]
 
@@ -81,9 +80,9 @@ class RolloutEngine(Protocol):
     """Samples completions."""
 
     def sample(
-        self, policy: Policy, prefixes: Sequence[Prefix], group_size: int, generator: torch.Generator
+        self, policy: Policy, prefixes: Sequence[Prefix], group_size: int, seeds: Sequence[int]
     ) -> Completions:
-        """`group_size` completions of each prefix, groups contiguous."""
+        """`group_size` completions of each prefix, groups contiguous; one seed per completion."""
         ...
 
     def greedy(self, policy: Policy, prefixes: Sequence[Prefix]) -> Completions:
@@ -104,6 +103,6 @@ class MaskHead(Protocol):
 class RewardTerm(Protocol):
     """One named number per completion."""
 
-    def __call__(self, parsed: Parsed, text: str, mask: np.ndarray, sample: Sample) -> float:
-        """Reward of one completion, whose mask is bool `[H, W]` like the sample's; a fault's mask is empty."""
+    def __call__(self, answer: Answer, sample: Sample) -> float:
+        """Reward of one answer to one sample; their masks are of one size."""
         ...

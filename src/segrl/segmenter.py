@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
-
 from segrl.protocols import Grammar, MaskHead, Policy, RolloutEngine
-from segrl.types import Batch, Parsed
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Segmentation:
-    """One answer and what it led to."""
-
-    text: str
-    parsed: Parsed
-    mask: np.ndarray
-    """bool `[H, W]` of the image's own size; empty where the answer could not be parsed."""
+from segrl.types import Answer, Batch, Completions
 
 
 class Segmenter:
-    """Answers a batch greedily.
+    """Samples and their completions to answers, the same in training, evaluation and use.
 
     Args:
         policy, grammar, engine, head: the same objects that train.
@@ -30,12 +16,24 @@ class Segmenter:
     def __init__(self, policy: Policy, grammar: Grammar, engine: RolloutEngine, head: MaskHead) -> None:
         self.policy, self.grammar, self.engine, self.head = policy, grammar, engine, head
 
-    def __call__(self, batch: Batch) -> list[Segmentation]:
-        """One segmentation per sample."""
-        texts = self.engine.greedy(self.policy, batch.prefixes).texts
-        parsed = [self.grammar.parse(t, p.frame) for t, p in zip(texts, batch.prefixes, strict=True)]
-        masks = self.head.segment([s.image for s in batch.samples], [[p.prompt] for p in parsed])
-        return [
-            Segmentation(text=text, parsed=answer, mask=mask)
-            for text, answer, (mask,) in zip(texts, parsed, masks, strict=True)
+    def __call__(self, batch: Batch) -> list[Answer]:
+        """One greedy answer per sample."""
+        return self.read(batch, self.engine.greedy(self.policy, batch.prefixes), 1)
+
+    def read(self, batch: Batch, completions: Completions, group_size: int) -> list[Answer]:
+        """Parse and draw N = B*G completions; each image is encoded once for its group."""
+        frames = [prefix.frame for prefix in batch.prefixes for _ in range(group_size)]
+        parsed = [self.grammar.parse(t, f) for t, f in zip(completions.texts, frames, strict=True)]
+        prompts = [
+            [p.prompt for p in parsed[b * group_size : (b + 1) * group_size]] for b in range(len(batch))
         ]
+        masks = [m for group in self.head.segment([s.image for s in batch.samples], prompts) for m in group]
+        rows = zip(
+            completions.texts,
+            parsed,
+            masks,
+            completions.lengths.tolist(),
+            completions.finished.tolist(),
+            strict=True,
+        )
+        return [Answer(text=t, parsed=p, mask=m, length=n, finished=f) for t, p, m, n, f in rows]

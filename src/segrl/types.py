@@ -79,6 +79,20 @@ class Parsed:
     """What the completion rambles on with behind its answer; it does not spoil the answer."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One completion, understood and drawn: all that a reward or a metric may look at."""
+
+    text: str
+    parsed: Parsed
+    mask: np.ndarray
+    """bool `[H, W]` of the image's own size; empty where the completion could not be parsed."""
+    length: int
+    """Tokens spent."""
+    finished: bool
+    """Whether it ended by itself, and was not cut off at the limit."""
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
     """The coordinate frame in which a policy writes about one image: x runs 0..width, y 0..height."""
@@ -143,6 +157,8 @@ class Completions:
     """bool `[N, T]`, true up to and including the stop token."""
     texts: list[str]
     """N strings, special tokens left out."""
+    finished: Tensor
+    """bool `[N]`, true where the last token is a stop token; the others were cut off."""
 
     @property
     def lengths(self) -> Tensor:
@@ -151,7 +167,12 @@ class Completions:
 
     def rows(self, rows: slice) -> Completions:
         """A run of completions."""
-        return Completions(tokens=self.tokens[rows], mask=self.mask[rows], texts=self.texts[rows])
+        return Completions(
+            tokens=self.tokens[rows],
+            mask=self.mask[rows],
+            texts=self.texts[rows],
+            finished=self.finished[rows],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -134,7 +134,7 @@ def test_names_of_logged_scalars_are_api():
         logged |= set(re.findall(r'"((?:reward|policy|rollout|sft|head|tower)/[\w/]+)"', path.read_text()))
     assert logged == {
         "reward/total", "reward/iou", "reward/structure", "reward/spread", "policy/grad_norm",
-        "rollout/length", "rollout/fault_rate", "rollout/dead_groups",
+        "rollout/length", "rollout/fault_rate", "rollout/cut_off", "rollout/dead_groups",
         "sft/loss", "head/loss", "head/iou", "head/quality_loss", "tower/cell_loss", "tower/box_loss",
     }  # fmt: skip
 

@@ -11,7 +11,7 @@ from scipy.ndimage import binary_dilation, binary_erosion
 from segrl.rewards.mask import iou, segment_as_published, structure
 from segrl.rewards.mixture import RewardMixture
 from segrl.rewards.text import well_formed
-from segrl.types import MaskPrompt, Parsed, ParseFault, Sample
+from segrl.types import Answer, MaskPrompt, Parsed, ParseFault, Sample
 
 SIDE = 100
 ANSWER = Parsed(thought="there", prompt=MaskPrompt.of([[0, 0, 1, 1]], [[0.5, 0.5]], [1]))
@@ -23,6 +23,10 @@ MIXTURE = RewardMixture({
     "format": {"fn": well_formed, "weight": 1.0},
 })  # fmt: skip
 TERMS = [iou, structure, segment_as_published]
+
+
+def answer(parsed: Parsed, mask: np.ndarray) -> Answer:
+    return Answer(text="text", parsed=parsed, mask=mask, length=1, finished=True)
 
 
 def sample(truth: np.ndarray) -> Sample:
@@ -57,11 +61,11 @@ TRUTHS = [
 
 
 def paid(term: Callable[..., float], mask: np.ndarray, truth: np.ndarray, parsed: Parsed = ANSWER) -> float:
-    return term(parsed, "text", mask, sample(truth))
+    return term(answer(parsed, mask), sample(truth))
 
 
 def mixed(mask: np.ndarray, truth: np.ndarray, parsed: Parsed = ANSWER) -> float:
-    return MIXTURE([parsed], ["text"], [mask], [sample(truth)]).total.item()
+    return MIXTURE([answer(parsed, mask)], [sample(truth)]).total.item()
 
 
 # --- each term

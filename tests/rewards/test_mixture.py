@@ -6,21 +6,29 @@ import torch
 
 from segrl.rewards.mixture import RewardMixture
 from segrl.rewards.text import parses, point_count, well_formed
-from segrl.types import MaskPrompt, Parsed, ParseFault, Sample
+from segrl.types import Answer, MaskPrompt, Parsed, ParseFault, Sample
 
 MASK = np.zeros((2, 2), bool)
 
 
-def length(parsed: Parsed, text: str, mask: np.ndarray, sample: Sample) -> float:
-    return float(len(text))
+def length(answer: Answer, sample: Sample) -> float:
+    return float(len(answer.text))
 
 
-def area(parsed: Parsed, text: str, mask: np.ndarray, sample: Sample) -> float:
-    return float(mask.sum())
+def area(answer: Answer, sample: Sample) -> float:
+    return float(answer.mask.sum())
 
 
-def whose(parsed: Parsed, text: str, mask: np.ndarray, sample: Sample) -> float:
+def whose(answer: Answer, sample: Sample) -> float:
     return float(sample.id)
+
+
+def read(parsed: Parsed, text: str = "", mask: np.ndarray = MASK) -> Answer:
+    return Answer(text=text, parsed=parsed, mask=mask, length=1, finished=True)
+
+
+def said(texts: list[str], masks: list[np.ndarray]) -> list[Answer]:
+    return [read(Parsed(), text, mask) for text, mask in zip(texts, masks, strict=True)]
 
 
 def samples(count: int) -> list[Sample]:
@@ -34,7 +42,7 @@ def points(count: int) -> Parsed:
 def test_the_total_is_the_weighted_sum_and_the_breakdown_is_kept_unweighted() -> None:
     mixture = RewardMixture({"length": {"fn": length, "weight": 0.5}, "area": {"fn": area, "weight": 2.0}})
     masks = [np.array([[True, False], [False, False]]), np.array([[True, True], [True, False]])]
-    scores = mixture([Parsed()] * 2, ["ab", "abcd"], masks, samples(1))
+    scores = mixture(said(["ab", "abcd"], masks), samples(1))
     assert scores.total.tolist() == [[0.5 * 2 + 2 * 1, 0.5 * 4 + 2 * 3]]
     assert {name: term.tolist() for name, term in scores.terms.items()} == {
         "length": [[2.0, 4.0]],
@@ -47,7 +55,7 @@ def test_the_total_is_the_weighted_sum_and_the_breakdown_is_kept_unweighted() ->
 def test_groups_are_contiguous_and_each_completion_meets_its_own_sample() -> None:
     mixture = RewardMixture({"whose": {"fn": whose, "weight": 1.0}, "length": {"fn": length, "weight": 10.0}})
     texts = ["", "a", "aa", "aaa", "aaaa", "aaaaa"]
-    scores = mixture([Parsed()] * 6, texts, [MASK] * 6, samples(3))
+    scores = mixture(said(texts, [MASK] * 6), samples(3))
     assert scores.terms["whose"].tolist() == [[0, 0], [1, 1], [2, 2]]
     assert scores.terms["length"].tolist() == [[0, 1], [2, 3], [4, 5]]
     assert scores.total.tolist() == [[0, 10], [21, 31], [42, 52]]
@@ -56,13 +64,11 @@ def test_groups_are_contiguous_and_each_completion_meets_its_own_sample() -> Non
 def test_a_term_is_asked_once_per_completion() -> None:
     asked = []
 
-    def counting(parsed: Parsed, text: str, mask: np.ndarray, sample: Sample) -> float:
-        asked.append((text, sample.id))
+    def counting(answer: Answer, sample: Sample) -> float:
+        asked.append((answer.text, sample.id))
         return 1.0
 
-    RewardMixture({"counting": {"fn": counting, "weight": 1.0}})(
-        [Parsed()] * 4, list("abcd"), [MASK] * 4, samples(2)
-    )
+    RewardMixture({"counting": {"fn": counting, "weight": 1.0}})(said(list("abcd"), [MASK] * 4), samples(2))
     assert asked == [("a", "0"), ("b", "0"), ("c", "1"), ("d", "1")]
 
 
@@ -77,35 +83,31 @@ def test_no_terms_are_refused_by_their_key() -> None:
         RewardMixture({})
 
 
-def test_as_many_masks_and_texts_as_completions_are_needed() -> None:
+def test_groups_are_whole() -> None:
     mixture = RewardMixture({"area": {"fn": area, "weight": 1.0}})
-    with pytest.raises(ValueError, match="zip"):
-        mixture([Parsed()] * 2, ["a", "b"], [MASK], samples(1))
-    with pytest.raises(ValueError, match="zip"):
-        mixture([Parsed()] * 2, ["a"], [MASK] * 2, samples(1))
+    with pytest.raises(AssertionError, match="whole"):
+        mixture(said(["a"] * 3, [MASK] * 3), samples(2))
 
 
 def test_a_whole_number_from_the_config_is_a_weight() -> None:
-    scores = RewardMixture({"area": {"fn": area, "weight": 3}})([Parsed()], ["a"], [~MASK], samples(1))
+    scores = RewardMixture({"area": {"fn": area, "weight": 3}})(said(["a"], [~MASK]), samples(1))
     assert scores.total.item() == 12.0
 
 
 def test_the_format_term_pays_sentences_and_no_fault() -> None:
     sample = samples(1)[0]
-    assert well_formed(points(1), "", MASK, sample) == 1.0
-    assert [well_formed(Parsed(fault=fault), "", MASK, sample) for fault in ParseFault] == [0.0] * len(
-        ParseFault
-    )
+    assert well_formed(read(points(1)), sample) == 1.0
+    assert [well_formed(read(Parsed(fault=fault)), sample) for fault in ParseFault] == [0.0] * len(ParseFault)
 
 
 def test_rambling_on_behind_the_answer_costs_the_format_but_not_as_published() -> None:
     sample, rambling = samples(1)[0], Parsed(prompt=MaskPrompt.of([], [[0.5, 0.5]], [1]), rest="and so on")
-    assert (well_formed(rambling, "", MASK, sample), parses(rambling, "", MASK, sample)) == (0.0, 1.0)
-    assert parses(Parsed(fault=ParseFault.NO_BOX), "", MASK, sample) == 0.0
+    assert (well_formed(read(rambling), sample), parses(read(rambling), sample)) == (0.0, 1.0)
+    assert parses(read(Parsed(fault=ParseFault.NO_BOX)), sample) == 0.0
 
 
 def test_the_point_count_term_is_a_bell_around_its_ideal() -> None:
     sample = samples(1)[0]
-    paid = [point_count(points(n), "", MASK, sample, ideal=8, width=2) for n in (4, 6, 8, 10, 12)]
+    paid = [point_count(read(points(n)), sample, ideal=8, width=2) for n in (4, 6, 8, 10, 12)]
     assert paid == pytest.approx([np.exp(-2), np.exp(-0.5), 1.0, np.exp(-0.5), np.exp(-2)])
-    assert point_count(Parsed(fault=ParseFault.NO_POINTS), "", MASK, sample, ideal=0, width=2) == 0.0
+    assert point_count(read(Parsed(fault=ParseFault.NO_POINTS)), sample, ideal=0, width=2) == 0.0

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
-import numpy as np
 import torch
 
 from segrl.protocols import RewardTerm
-from segrl.types import Parsed, Sample, Scores
+from segrl.types import Answer, Sample, Scores
 
 
 class Term(TypedDict):
@@ -39,22 +38,13 @@ class RewardMixture:
                 )
         self.terms = {name: (term["fn"], float(term["weight"])) for name, term in terms.items()}
 
-    def __call__(
-        self,
-        parsed: Sequence[Parsed],
-        texts: Sequence[str],
-        masks: Sequence[np.ndarray],
-        samples: Sequence[Sample],
-    ) -> Scores:
-        """Score N = B*G completions of B samples, groups contiguous."""
-        group = len(parsed) // len(samples)
-        assert group * len(samples) == len(parsed), "groups are whole"
+    def __call__(self, answers: Sequence[Answer], samples: Sequence[Sample]) -> Scores:
+        """Score N = B*G answers to B samples, groups contiguous."""
+        group = len(answers) // len(samples)
+        assert group * len(samples) == len(answers), "groups are whole"
         terms = {}
         for name, (fn, _) in self.terms.items():
-            values = [
-                fn(p, t, m, samples[n // group])
-                for n, (p, t, m) in enumerate(zip(parsed, texts, masks, strict=True))
-            ]
+            values = [fn(answer, samples[n // group]) for n, answer in enumerate(answers)]
             terms[name] = torch.tensor(values, dtype=torch.float32).view(len(samples), group)
         total = torch.stack([weight * terms[name] for name, (_, weight) in self.terms.items()]).sum(0)
         return Scores(total=total, terms=terms)

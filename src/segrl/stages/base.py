@@ -16,8 +16,8 @@ from segrl.data.datamodule import SegDataModule
 from segrl.metrics.saliency import SaliencyScores, score
 from segrl.models.hf_vlm import HFPolicy
 from segrl.protocols import Grammar, MaskHead, RolloutEngine
-from segrl.segmenter import Segmentation, Segmenter
-from segrl.types import Batch, Sample
+from segrl.segmenter import Segmenter
+from segrl.types import Answer, Batch, Sample
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -37,14 +37,14 @@ class Record:
     """One evaluated sample."""
 
     sample: Sample
-    answer: Segmentation
+    answer: Answer
     scores: dict[str, float]
 
 
 class Stage(lightning.LightningModule):
     """Optimizer, noise and lean checkpoints.
 
-    Whatever is random in a step is a function of (seed, step, rank), so a checkpoint needs no generator's state,
+    Whatever is random in a step is a function of (seed, step, place in it), so a checkpoint needs no generator's state,
     and a resumed run repeats what the killed one would have done.
 
     Args:
@@ -84,15 +84,13 @@ class Stage(lightning.LightningModule):
         """Of this run."""
         return cast("SegDataModule", self.trainer.datamodule)  # type: ignore[attr-defined]
 
-    def noise_seed(self) -> int:
-        """Of this step on this rank."""
-        return int(
-            np.random.SeedSequence([self.seed, self.global_step, self.global_rank]).generate_state(1)[0]
-        )
+    def noise_seed(self, *keys: int) -> int:
+        """Of this step, and of whatever in it the keys number."""
+        return int(np.random.SeedSequence([self.seed, self.global_step, *keys]).generate_state(1)[0])
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Whatever draws from the global generator (dropout) repeats itself after a resume, too."""
-        torch.manual_seed(self.noise_seed())
+        torch.manual_seed(self.noise_seed(self.global_rank))
 
     def remember(self, scalars: dict[str, Tensor | float]) -> None:
         """Log scalars of this step; their names are API."""

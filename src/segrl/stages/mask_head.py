@@ -100,7 +100,7 @@ class MaskHeadStage(Stage):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One update: one prompt per image, all of one shape."""
-        rng = np.random.default_rng(self.noise_seed())
+        rng = np.random.default_rng(self.noise_seed(self.global_rank))
         shape = _SHAPES[int(rng.integers(len(_SHAPES)))]
         questions = [self._question(rng, sample.mask, shape) for sample in batch.samples]
         prompts, truths = [prompt for prompt, _ in questions], [truth for _, truth in questions]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from statistics import mean
 from typing import cast
 
 import torch
@@ -14,9 +15,8 @@ from segrl.models.hf_vlm import HFPolicy
 from segrl.models.reference import FrozenCopy
 from segrl.protocols import Grammar, MaskHead, RolloutEngine
 from segrl.rewards.mixture import RewardMixture
-from segrl.rollout.scorer import Scored, Scorer
 from segrl.stages.base import MakeOptimizer, MakeSchedule, SegStage
-from segrl.types import Batch, Completions, Experience, LossOutput, Scores
+from segrl.types import Answer, Batch, Completions, Experience, LossOutput, Scores
 
 
 class PolicyGradientStage(SegStage):
@@ -45,11 +45,11 @@ class PolicyGradientStage(SegStage):
         super().__init__(policy, grammar, head, engine, optimizer, schedule, max_grad_norm, seed)
         self.automatic_optimization = False
         self.reference = None if reference is None else reference(policy)
-        self.scorer = Scorer(grammar, head, reward)
+        self.reward = reward
         self.group_size, self.micro_batch_size = group_size, micro_batch_size
         self.updates_per_rollout, self.epochs_per_rollout = updates_per_rollout, epochs_per_rollout
         self.token_weights = token_weights
-        self.last_rollout: tuple[Batch, Completions, Scored] | None = None
+        self.last_rollout: tuple[Batch, list[Answer], Scores] | None = None
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """The reference starts there, too."""
@@ -67,18 +67,19 @@ class PolicyGradientStage(SegStage):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One rollout and its updates."""
-        completions = self.engine.sample(self.policy, batch.prefixes, self.group_size, self.noise())
-        scored = self.scorer(batch, completions, self.group_size)
+        completions = self.engine.sample(self.policy, batch.prefixes, self.group_size, self.seeds(len(batch)))
+        answers = self.segmenter.read(batch, completions, self.group_size)
+        scores = self.reward(answers, batch.samples)
         experience = Experience(
             prefixes=batch.prefixes,
             completions=completions,
-            advantages=self.advantages(scored.scores).flatten().to(self.device),
+            advantages=self.advantages(scores).flatten().to(self.device),
             old_logprobs=self.old_logprobs(batch, completions),
             reference_logprobs=self.reference_logprobs(batch, completions),
         )
         stats = [self.update(minibatch) for minibatch in self.minibatches(experience)]
-        self.last_rollout = batch, completions, scored
-        self.remember({**self.rollout_stats(completions, scored), **stats[-1]})
+        self.last_rollout = batch, answers, scores
+        self.remember({**self.rollout_stats(answers, scores), **stats[-1]})
 
     def minibatches(self, experience: Experience) -> Iterator[Experience]:
         """Whole groups, as many minibatches as there are updates, anew in each epoch over the rollout."""
@@ -86,9 +87,11 @@ class PolicyGradientStage(SegStage):
         for _ in range(self.epochs_per_rollout):
             yield from (minibatch for minibatch, _ in experience.split(size))
 
-    def noise(self) -> torch.Generator:
-        """Of this step's sampling."""
-        return torch.Generator(self.device).manual_seed(self.noise_seed())
+    def seeds(self, samples: int) -> list[int]:
+        """One per completion, by the sample's place in the batch of all ranks: their number changes nothing."""
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        keys = [(b * ranks + rank, g) for b in range(samples) for g in range(self.group_size)]
+        return [self.noise_seed(*key) for key in keys]
 
     @torch.no_grad()
     def old_logprobs(self, batch: Batch, completions: Completions) -> Tensor | None:
@@ -129,14 +132,15 @@ class PolicyGradientStage(SegStage):
             cast("torch.optim.lr_scheduler.LRScheduler", schedule).step()
         return {**{f"policy/{name}": value for name, value in stats.items()}, "policy/grad_norm": norm}
 
-    def rollout_stats(self, completions: Completions, scored: Scored) -> dict[str, Tensor | float]:
+    def rollout_stats(self, answers: list[Answer], scores: Scores) -> dict[str, Tensor | float]:
         """What the rollout earned, and how."""
-        total = scored.scores.total
+        total = scores.total
         return {
             "reward/total": total.mean(),
-            **{f"reward/{name}": value.mean() for name, value in scored.scores.terms.items()},
+            **{f"reward/{name}": value.mean() for name, value in scores.terms.items()},
             "reward/spread": total.std(1).mean(),
-            "rollout/length": completions.lengths.float().mean(),
-            "rollout/fault_rate": scored.fault_rate,
+            "rollout/length": mean(answer.length for answer in answers),
+            "rollout/fault_rate": mean(answer.parsed.fault is not None for answer in answers),
+            "rollout/cut_off": mean(not answer.finished for answer in answers),
             "rollout/dead_groups": (total.amax(1) == total.amin(1)).float().mean(),
         }

@@ -19,7 +19,9 @@ class SFTStage(SegStage):
         if batch.answers is None:
             raise ValueError("stage.trace: a trace writer is needed to imitate; got none")
         tokens, mask = pad_right(batch.answers, self.policy.pad_id)
-        logprobs = self.policy.logprobs(batch.prefixes, Completions(tokens=tokens, mask=mask, texts=[]))
+        finished = mask.any(1)
+        answers = Completions(tokens=tokens, mask=mask, texts=[], finished=finished)
+        logprobs = self.policy.logprobs(batch.prefixes, answers)
         out = sft(logprobs, per_token(mask))
         self.remember({"sft/loss": out.stats["loss"]})
         return out.loss

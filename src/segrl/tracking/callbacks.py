@@ -106,15 +106,15 @@ class SampleSheets(lightning.Callback):
         if trainer.global_step // self.every_n_steps == self.drawn_at // self.every_n_steps:
             return
         self.drawn_at = trainer.global_step
-        batch, completions, scored = pl_module.last_rollout
+        batch, answers, scores = pl_module.last_rollout
         rows, group = [], pl_module.group_size
         for b, sample in enumerate(batch.samples[:4]):
-            order = scored.scores.total[b].argsort(descending=True)[:4].tolist()
+            order = scores.total[b].argsort(descending=True)[:4].tolist()
             rows.append([
                 Cell(
-                    image=sample.image, truth=sample.mask, mask=scored.masks[b * group + g],
-                    prompt=scored.parsed[b * group + g].prompt,
-                    caption=f"reward {scored.scores.total[b, g]:.2f}\n{completions.texts[b * group + g]}",
+                    image=sample.image, truth=sample.mask, mask=answers[b * group + g].mask,
+                    prompt=answers[b * group + g].parsed.prompt,
+                    caption=f"reward {scores.total[b, g]:.2f}\n{answers[b * group + g].text}",
                 )
                 for g in order
             ])  # fmt: skip
