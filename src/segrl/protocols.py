@@ -34,6 +34,11 @@ class SampleSet(Protocol):
 class Grammar(Protocol):
     """The language of completions: it asks, it writes, it reads."""
 
+    @property
+    def says(self) -> frozenset[str]:
+        """What it has words for: of "thought", "boxes", "points", "nothing" (no object), "ends" (`Parsed.ends`)."""
+        ...
+
     def messages(self, query: str | None) -> list[Message]:
         """The chat that asks for a mask prompt; the image stands as `{"type": "image"}`."""
         ...
@@ -60,6 +65,10 @@ class Encoder(Protocol):
 
     def decode(self, tokens: Tensor, mask: Tensor) -> list[str]:
         """int64 `[N, T]` and bool `[N, T]` to N texts."""
+        ...
+
+    def token_at(self, tokens: Tensor, end: int) -> int:
+        """Which of the tokens int64 `[T]` completes the first `end` characters of their text."""
         ...
 
 

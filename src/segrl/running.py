@@ -114,10 +114,9 @@ class Run:
             stage.start_from(
                 {k.removeprefix("policy."): v for k, v in weights.items() if k.startswith("policy.")}
             )
-        except RuntimeError as error:
-            first = (str(error).splitlines()[1:] or [str(error)])[0].strip()[:160]
+        except ValueError as error:
             raise ValueError(
-                f"init_from: a policy of this architecture is needed; {checkpoint} has another ({first})"
+                f"init_from: a policy of this architecture is needed; {checkpoint} has another ({error})"
             ) from None
 
     @property

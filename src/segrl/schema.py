@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Weight = Annotated[float, Field(ge=0)]
@@ -26,6 +26,13 @@ class Optimizer(_Node):
     lr: float = Field(gt=0, lt=1)
 
 
+class Surrogate(_Node):
+    """`stage.surrogate`."""
+
+    low: Bound
+    high: Bound
+
+
 class Stage(_Node):
     """`stage`."""
 
@@ -37,8 +44,17 @@ class Stage(_Node):
     updates_per_rollout: Count = 1
     epochs_per_rollout: Count = 1
     kl_weight: Weight = 0.0
-    clip: tuple[Bound, Bound] = (0.2, 0.2)
-    advantage_floor: float = Field(1e-4, gt=0)
+    kl_reward: Weight = 0.0
+    surrogate: Surrogate | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Stage:
+        """A divergence in the loss and in the reward would be paid twice."""
+        if self.kl_weight > 0 and self.kl_reward > 0:
+            raise ValueError(
+                "kl_weight and kl_reward: the divergence stands in the loss or in the reward, not in both"
+            )
+        return self
 
 
 class Policy(_Node):

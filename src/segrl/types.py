@@ -7,8 +7,9 @@ Q points, H W pixels. Coordinates are unit xy: (0, 0) is the image's top left co
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,10 @@ class Sample:
     """bool `[H, W]`, true on the object."""
     query: str | None = None
     """What to segment; none where the task's constant instruction says it all."""
+    objects: np.ndarray | None = None
+    """bool `[n, H, W]`, the mask's objects one by one; none where the dataset does not tell them apart."""
+    trace: Parsed | None = None
+    """What an annotator answered, where the dataset has it; such samples may have an empty mask."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +62,8 @@ class ParseFault(enum.Enum):
     """Why a completion is not a sentence of its grammar. A fault is data: rewards price it, figures count it."""
 
     NO_THOUGHT = "no closed <think>"
+    NO_ANSWER = "no closed <answer>"
+    BAD_JSON = "an answer that is no JSON of the right shape"
     NO_BOX = "no closed <bbox>"
     NO_POINTS = "no closed <points>"
     NO_LABELS = "no closed <labels>"
@@ -75,6 +82,8 @@ class Parsed:
     thought: str = ""
     prompt: MaskPrompt | None = None
     fault: ParseFault | None = None
+    ends: tuple[int, ...] = ()
+    """Where in the text each box, then each point, is complete; empty where a grammar does not say."""
     rest: str = ""
     """What the completion rambles on with behind its answer; it does not spoil the answer."""
 
@@ -139,6 +148,15 @@ class Batch:
         """B."""
         return len(self.samples)
 
+    def take(self, places: Sequence[int]) -> Batch:
+        """Some of the samples, in the given order."""
+        return replace(
+            self,
+            samples=[self.samples[b] for b in places],
+            prefixes=[self.prefixes[b] for b in places],
+            answers=None if self.answers is None else [self.answers[b] for b in places],
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """Move what the policy reads; pixels of the samples stay on the host until the mask head wants them."""
         answers = (
@@ -174,6 +192,30 @@ class Completions:
             finished=self.finished[rows],
         )
 
+    def take(self, rows: Sequence[int]) -> Completions:
+        """Some of the completions, in the given order."""
+        return Completions(
+            tokens=self.tokens[rows],
+            mask=self.mask[rows],
+            texts=[self.texts[n] for n in rows],
+            finished=self.finished[rows],
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Completions]) -> Completions:
+        """One after the other, padded to the longest."""
+        longest = max(part.tokens.shape[1] for part in parts)
+
+        def widened(rows: Tensor) -> Tensor:
+            return torch.nn.functional.pad(rows, (0, longest - rows.shape[1]))
+
+        return cls(
+            tokens=torch.cat([widened(part.tokens) for part in parts]),
+            mask=torch.cat([widened(part.mask) for part in parts]),
+            texts=[text for part in parts for text in part.texts],
+            finished=torch.cat([part.finished for part in parts]),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
@@ -184,6 +226,20 @@ class Scores:
     terms: dict[str, Tensor]
     """Each float32 `[B, G]`, unweighted, keyed by the term's name in the config."""
 
+    def take(self, places: Sequence[int]) -> Scores:
+        """Of some samples, in the given order."""
+        return Scores(
+            total=self.total[places], terms={name: value[places] for name, value in self.terms.items()}
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Scores]) -> Scores:
+        """One after the other."""
+        return cls(
+            total=torch.cat([part.total for part in parts]),
+            terms={name: torch.cat([part.terms[name] for part in parts]) for name in parts[0].terms},
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experience:
@@ -192,24 +248,37 @@ class Experience:
     prefixes: list[Prefix]
     """B of them."""
     completions: Completions
+    counts: Tensor
+    """bool `[N, T]`, tokens that count in the loss."""
     advantages: Tensor
-    """float32 `[N]`."""
-    old_logprobs: Tensor | None
+    """float32 `[N, T]`."""
+    old_logprobs: Tensor | None = None
     """float32 `[N, T]`, or none with one update per rollout: then old is new, detached."""
-    reference_logprobs: Tensor | None
-    """float32 `[N, T]`, or none where the KL weight is zero."""
+    reference_logprobs: Tensor | None = None
+    """float32 `[N, T]`, or none where nothing is measured against a reference."""
+    values: Tensor | None = None
+    """float32 `[N, T]`, what the critic expected before each token; none without a critic."""
+    returns: Tensor | None = None
+    """float32 `[N, T]`, what it should have expected."""
+    insight: Tensor | None = None
+    """float32 `[N, I]`, what only the critic is told; none where it is told nothing."""
 
     def split(self, size: int) -> Iterator[tuple[Experience, slice]]:
         """Runs of at most `size` samples, each with its rows of N. Groups stay whole."""
         group = len(self.advantages) // len(self.prefixes)
         for start in range(0, len(self.prefixes), size):
             rows = slice(start * group, (start + size) * group)
-            part = Experience(
+            tensors: dict[str, Any] = {
+                name: None if (value := getattr(self, name)) is None else value[rows]
+                for name in (
+                    "counts", "advantages", "old_logprobs", "reference_logprobs", "values", "returns", "insight"
+                )
+            }  # fmt: skip
+            part = replace(
+                self,
                 prefixes=self.prefixes[start : start + size],
                 completions=self.completions.rows(rows),
-                advantages=self.advantages[rows],
-                old_logprobs=None if self.old_logprobs is None else self.old_logprobs[rows],
-                reference_logprobs=None if self.reference_logprobs is None else self.reference_logprobs[rows],
+                **tensors,
             )
             yield part, rows
 

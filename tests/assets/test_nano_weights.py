@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from segrl.data.synthetic import SyntheticScenes
-from segrl.data.traces import tight_box
 from segrl.front_door import asset
+from segrl.metrics.functional.shape import tight_box
 from segrl.models.hf_vlm import HFPolicy
 from segrl.prompts.tags import SegR1Tags
 from segrl.rollout.shared_prefix import SharedPrefixEngine
@@ -44,7 +44,10 @@ def test_weights_are_small_and_have_cards():
 
 
 def test_cold_start_parses_and_beats_every_constant_box():
-    policy, grammar = HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", "sdpa"), SegR1Tags(16, 64)
+    policy, grammar = (
+        HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", "sdpa", None, True),
+        SegR1Tags(16, 64),
+    )
     scenes = SyntheticScenes("test", 192, 0, 128, (0.3, 1.0), (1, 1))
     samples = [scenes[i] for i in range(len(scenes))]
     prefixes = [policy.encoder.encode(grammar.messages(None), s.image) for s in samples]

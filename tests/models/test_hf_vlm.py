@@ -155,7 +155,7 @@ def test_every_declared_stop_token_ends_a_completion(nano_weights):
     folder = nano_weights("qwen2_5_vl").with_name("two_stops")
     shutil.copytree(nano_weights("qwen2_5_vl"), folder, dirs_exist_ok=True)
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
-    policy = HFPolicy(str(folder), 112, None, 1.0, "float32", "sdpa")
+    policy = HFPolicy(str(folder), 112, None, 1.0, "float32", "sdpa", None, True)
     tokenizer = policy.encoder.processor.tokenizer
     assert set(policy.stop_ids.tolist()) == {5, 7, tokenizer.eos_token_id}
 
@@ -177,7 +177,7 @@ def test_a_folder_without_a_model_is_refused_by_its_key(tmp_path, nano_policy):
     from segrl.models.hf_vlm import HFPolicy
 
     with pytest.raises(ValueError, match=r"policy\.weights: .*config\.json"):
-        HFPolicy(str(tmp_path), None, None, 1.0, "float32", "sdpa")
+        HFPolicy(str(tmp_path), None, None, 1.0, "float32", "sdpa", None, True)
 
 
 def test_padding_right_marks_what_is_real():

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from segrl.data.synthetic import SyntheticScenes
-from segrl.data.traces import inner_point, tight_box
 from segrl.metrics.functional.overlap import iou
+from segrl.metrics.functional.shape import inner_point, tight_box
 from segrl.models.sam2_head import Sam2Head, split_by_box
 from segrl.types import MaskPrompt
 
@@ -88,7 +88,7 @@ def test_each_image_is_encoded_once_whatever_its_prompts(head, monkeypatch):
 
 def test_several_boxes_are_united_and_points_stay_with_their_box(head):
     two = SyntheticScenes("test", 40, 1, 128, (0.8, 1.0), (2, 2))
-    from segrl.data.traces import components
+    from segrl.metrics.functional.shape import components
 
     scene, parts = next((two[i], c) for i in range(40) if len(c := components(two[i].mask, 0.01, 2)) == 2)
     boxes = [tight_box(part) for part in parts]

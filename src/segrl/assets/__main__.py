@@ -61,7 +61,7 @@ def blank(folder: Path) -> Path:
 def box_scores(run: Path) -> dict[str, float]:
     """Of a run's answers: mean IoU of the first box with the true one, and that of the best constant box."""
     from segrl.data.synthetic import SyntheticScenes
-    from segrl.data.traces import tight_box
+    from segrl.metrics.functional.shape import tight_box
 
     lines = [json.loads(line) for line in (run / "evaluation" / "after.jsonl").read_text().splitlines()]
     from omegaconf import OmegaConf

@@ -157,4 +157,5 @@ class SyntheticScenes(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """The scene as a sample: its mask is the union of its objects."""
         image, masks = self.scene(index)
-        return Sample(id=self._id(index), image=image, mask=np.logical_or.reduce(masks))
+        mask = np.logical_or.reduce(masks)
+        return Sample(id=self._id(index), image=image, mask=mask, objects=masks)

@@ -134,9 +134,20 @@ def read_pair(image_path: Path, mask_path: Path, query: str | None = None) -> Sa
 
 
 def squash(sample: Sample, side: int) -> Sample:
-    """Resize to a square, as Seg-R1 trains: the image bicubic, the mask by its share of each new pixel, above half."""
+    """Resize to a square, as Seg-R1 trains: the image bicubic, the mask by its share of each new pixel."""
     if sample.mask.shape == (side, side):
         return sample
     image = Image.fromarray(sample.image).resize((side, side), Image.Resampling.BICUBIC)
-    share = Image.fromarray(sample.mask.astype(np.uint8) * 255).resize((side, side), Image.Resampling.BOX)
-    return replace(sample, image=np.asarray(image), mask=np.asarray(share) > 127)
+    objects = sample.objects
+    return replace(
+        sample,
+        image=np.asarray(image),
+        mask=_squashed(sample.mask, side),
+        objects=None if objects is None else np.stack([_squashed(mask, side) for mask in objects]),
+    )
+
+
+def _squashed(mask: np.ndarray, side: int) -> np.ndarray:
+    """Bool `[H, W]` to bool `[side, side]`: pixels of which at least half is object."""
+    share = Image.fromarray(mask.astype(np.uint8) * 255).resize((side, side), Image.Resampling.BOX)
+    return np.asarray(share) > 127

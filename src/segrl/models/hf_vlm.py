@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -17,6 +19,14 @@ from segrl.protocols import Message
 from segrl.types import Completions, Frame, Prefix
 
 _FRAMES: dict[str, Callable[[int, int], Frame]] = {"qwen2_5_vl": absolute_pixels, "qwen3_vl": permille}
+
+
+class Lora(TypedDict):
+    """A low-rank adapter (arXiv 2106.09685)."""
+
+    rank: int
+    alpha: int
+    dropout: float
 
 
 class HFEncoder:
@@ -69,6 +79,15 @@ class HFEncoder:
         texts: list[str] = self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return texts
 
+    def token_at(self, tokens: Tensor, end: int) -> int:
+        """Which of the tokens completes the first `end` characters, by bisection: a token may close more than one thing."""
+        ids, tokenizer = tokens.tolist(), self.processor.tokenizer
+
+        def length(count: int) -> int:
+            return len(tokenizer.decode(ids[:count], skip_special_tokens=True))
+
+        return bisect_left(range(1, len(ids) + 1), end, key=length)
+
 
 class HFPolicy(nn.Module):
     """The MLLM being trained, over a Hugging Face folder.
@@ -82,6 +101,8 @@ class HFPolicy(nn.Module):
         temperature: divides the logits, in sampling and in every log-probability.
         dtype: of the weights, a torch name such as "bfloat16".
         attention: transformers' name of the attention implementation.
+        lora: an adapter on the language model learns instead of the weights; none trains the weights.
+        train_vision: whether the vision tower's weights learn, where weights learn.
     """
 
     def __init__(
@@ -92,6 +113,8 @@ class HFPolicy(nn.Module):
         temperature: float,
         dtype: str,
         attention: str,
+        lora: Lora | None,
+        train_vision: bool,
     ) -> None:
         super().__init__()
         from transformers import AutoModelForImageTextToText
@@ -104,7 +127,11 @@ class HFPolicy(nn.Module):
         self.model: Any = AutoModelForImageTextToText.from_pretrained(
             weights, dtype=getattr(torch, dtype), attn_implementation=attention, local_files_only=True
         )
-        self.temperature = temperature
+        self.temperature, self.lora = temperature, lora
+        self.model.model.visual.requires_grad_(train_vision)
+        if lora is not None:
+            self.model.requires_grad_(False)
+            self.add_adapter("policy", lora)
         tokenizer, config = self.encoder.processor.tokenizer, self.model.config
         self.pad_id = int(tokenizer.pad_token_id)
         self.never_sampled: Tensor
@@ -165,13 +192,68 @@ class HFPolicy(nn.Module):
         logits = self.model.lm_head(hidden).float() / self.temperature
         return logits.index_fill(-1, self.never_sampled, float("-inf")).log_softmax(-1)
 
-    def logprobs(self, prefixes: Sequence[Prefix], completions: Completions) -> Tensor:
-        """Log-probability of each completion token, float32 `[N, T]`; zero off the mask.
+    def read(self, prefixes: Sequence[Prefix], completions: Completions) -> Tensor:
+        """Hidden states `[N, T, D]`, each of the place in front of a completion token: the state in which it was chosen.
 
         Each prefix is read once and shared by its group; the first token is predicted by the prefix's last row.
         """
-        tokens, mask = completions.tokens, completions.mask
-        cache = self.prefill(prefixes).repeated(len(tokens) // len(prefixes))
-        hidden = torch.cat([cache.last_hidden[:, None], self.extend(cache, tokens[:, :-1])], 1)
-        picked = self.log_distribution(hidden).gather(-1, tokens[..., None])[..., 0]
-        return picked.masked_fill(~mask, 0.0)
+        cache = self.prefill(prefixes).repeated(len(completions.tokens) // len(prefixes))
+        return torch.cat([cache.last_hidden[:, None], self.extend(cache, completions.tokens[:, :-1])], 1)
+
+    def logprobs_of(self, hidden: Tensor, completions: Completions) -> Tensor:
+        """Log-probability of each completion token, float32 `[N, T]`, from the states of `read`; zero off the mask."""
+        picked = self.log_distribution(hidden).gather(-1, completions.tokens[..., None])[..., 0]
+        return picked.masked_fill(~completions.mask, 0.0)
+
+    def logprobs(self, prefixes: Sequence[Prefix], completions: Completions) -> Tensor:
+        """As `logprobs_of`, of what `read` reads."""
+        return self.logprobs_of(self.read(prefixes, completions), completions)
+
+    def take_over(self, weights: dict[str, Tensor]) -> None:
+        """Load a checkpoint of an earlier stage: all weights, or those of an adapter like this policy's own.
+
+        Raises:
+            ValueError: if it is another architecture's, or an adapter's where this policy has none.
+        """
+        if self.lora is None and any(".lora_" in name for name in weights):
+            raise ValueError(
+                "these are an adapter's weights: set policy.lora as it was trained, or export them and set policy.weights"
+            )
+        names = {name.replace(".base_layer.", "."): name for name in self.state_dict()}
+        found = {names.get(name, name): value for name, value in weights.items()}
+        try:
+            missing, unexpected = self.load_state_dict(found, strict=False)
+        except RuntimeError as error:
+            raise ValueError((str(error).splitlines()[1:] or [str(error)])[0].strip()[:160]) from None
+        adapter = any(".lora_" in name for name in found)
+        frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+        needed = [name for name in missing if ".lora_" not in name and not (adapter or name in frozen)]
+        if unexpected or needed:
+            raise ValueError(f"it has no {needed[0]}" if needed else f"it also has {unexpected[0]}")
+
+    def add_adapter(self, name: str, lora: Lora) -> None:
+        """Put a low-rank adapter on the language model's linear layers; it starts as the identity."""
+        from peft import LoraConfig
+
+        layers = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+        config = LoraConfig(
+            r=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"], target_modules=layers
+        )
+        self.model.add_adapter(config, adapter_name=name)
+
+    @contextmanager
+    def speaking_with(self, adapter: str | None) -> Iterator[None]:
+        """Inside, another adapter is on, or none; outside the policy's own."""
+        assert self.lora is not None, "without adapters there is nothing to change"
+        if adapter is None:
+            self.model.disable_adapters()
+        else:
+            self.model.set_adapter(adapter)
+        try:
+            yield
+        finally:
+            self.model.enable_adapters()
+            self.model.set_adapter("policy")
+            for name, parameter in self.model.named_parameters():  # switching froze those that were off
+                if ".lora_" in name:
+                    parameter.requires_grad_(True)

@@ -12,28 +12,13 @@ import numpy as np
 
 from segrl.prompts import instructions
 from segrl.prompts.frames import from_unit, to_unit
+from segrl.prompts.scan import Fault, fields, opened
 from segrl.protocols import Message
 from segrl.types import Frame, MaskPrompt, Parsed, ParseFault
 
 _NUMBER = r"(-?[0-9]{1,6}(?:\.[0-9]{1,6})?)"
 _BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 _PAIR = re.compile(rf"{_NUMBER},{_NUMBER}")
-
-
-class _Fault(Exception):
-    """Carries a fault from the scanners to `parse`; never leaves this module."""
-
-    def __init__(self, kind: ParseFault) -> None:
-        self.kind = kind
-
-
-def _fields(text: str, tag: str) -> list[str]:
-    """Contents of every closed `<tag>...</tag>`, in order."""
-    opening, closing, found, at = f"<{tag}>", f"</{tag}>", [], 0
-    while (start := text.find(opening, at)) >= 0 and (end := text.find(closing, start)) >= 0:
-        found.append(text[start + len(opening) : end])
-        at = end + len(closing)
-    return found
 
 
 def _rest(text: str) -> str:
@@ -44,13 +29,13 @@ def _rest(text: str) -> str:
 
 def _only(text: str, tag: str, missing: ParseFault) -> str:
     """The content of the one `<tag>`."""
-    match _fields(text, tag):
+    match fields(text, tag):
         case []:
-            raise _Fault(missing)
+            raise Fault(missing)
         case [content]:
             return content
         case _:
-            raise _Fault(ParseFault.DUPLICATE_FIELD)
+            raise Fault(ParseFault.DUPLICATE_FIELD)
 
 
 def _squeeze(content: str) -> str:
@@ -67,10 +52,10 @@ def _read_box(content: str, frame: Frame) -> np.ndarray:
     """`[x1,y1,x2,y2]` to unit float32 `[4]`."""
     match = _BOX.fullmatch(_squeeze(content))
     if match is None:
-        raise _Fault(ParseFault.BAD_NUMBERS)
+        raise Fault(ParseFault.BAD_NUMBERS)
     box = to_unit(np.array([float(v) for v in match.groups()]), frame)
     if box[2] <= box[0] or box[3] <= box[1]:
-        raise _Fault(ParseFault.DEGENERATE_BOX)
+        raise Fault(ParseFault.DEGENERATE_BOX)
     return box
 
 
@@ -81,26 +66,19 @@ def _read_points(text: str, frame: Frame, limit: int) -> tuple[np.ndarray, np.nd
     if not (
         points.startswith("[[") and points.endswith("]]") and labels.startswith("[") and labels.endswith("]")
     ):
-        raise _Fault(ParseFault.BAD_NUMBERS)
+        raise Fault(ParseFault.BAD_NUMBERS)
     if points.count("[") > limit + 1:
-        raise _Fault(ParseFault.TOO_MANY)
+        raise Fault(ParseFault.TOO_MANY)
     pairs = [_PAIR.fullmatch(pair) for pair in points[2:-2].split("],[")]
     if any(pair is None for pair in pairs):
-        raise _Fault(ParseFault.BAD_NUMBERS)
+        raise Fault(ParseFault.BAD_NUMBERS)
     values = labels[1:-1].split(",")
     if any(value not in ("0", "1") for value in values):
-        raise _Fault(ParseFault.BAD_LABEL)
+        raise Fault(ParseFault.BAD_LABEL)
     if len(values) != len(pairs):
-        raise _Fault(ParseFault.LABEL_COUNT)
+        raise Fault(ParseFault.LABEL_COUNT)
     xy = np.array([[float(v) for v in pair.groups()] for pair in pairs if pair is not None])
     return to_unit(xy, frame), np.array([int(v) for v in values], np.int64)
-
-
-def _opened(box: np.ndarray, frame: Frame) -> list[int]:
-    """Integer corners with at least one unit between them: rounding may not close a thin box."""
-    low = np.minimum(box[:2], np.array([frame.width, frame.height]) - 1)
-    corners: list[int] = np.concatenate([low, np.maximum(box[2:], low + 1)]).astype(int).tolist()
-    return corners
 
 
 def _write_points(prompt: MaskPrompt, frame: Frame, between: str, limit: int) -> str:
@@ -122,6 +100,8 @@ class SegR1Tags:
         max_boxes: more are a fault (each box is one more mask to decode).
         max_points: more are a fault.
     """
+
+    says = frozenset({"thought", "boxes", "points"})
 
     def __init__(self, max_boxes: int, max_points: int) -> None:
         self.max_boxes = max_boxes
@@ -146,7 +126,7 @@ class SegR1Tags:
         if "<think>" in parsed.thought or "</think>" in parsed.thought:
             raise ValueError("a thought without think tags is needed to write a completion; it holds one")
         boxes = ", ".join(
-            "<bbox>[{},{},{},{}]</bbox>".format(*_opened(box, frame))
+            "<bbox>[{},{},{},{}]</bbox>".format(*opened(box, frame))
             for box in from_unit(parsed.prompt.boxes, frame)
         )
         points = _write_points(parsed.prompt, frame, ", ", self.max_points)
@@ -154,21 +134,21 @@ class SegR1Tags:
 
     def parse(self, text: str, frame: Frame) -> Parsed:
         """Read thought, boxes, points and labels; all four are needed."""
-        thoughts = _fields(text, "think")
+        thoughts = fields(text, "think")
         try:
             if not thoughts:
-                raise _Fault(ParseFault.NO_THOUGHT)
+                raise Fault(ParseFault.NO_THOUGHT)
             if len(thoughts) > 1:
-                raise _Fault(ParseFault.DUPLICATE_FIELD)
+                raise Fault(ParseFault.DUPLICATE_FIELD)
             answer = text[text.find("</think>", text.find("<think>")) :]
-            boxes = _fields(answer, "bbox")
+            boxes = fields(answer, "bbox")
             if not boxes:
-                raise _Fault(ParseFault.NO_BOX)
+                raise Fault(ParseFault.NO_BOX)
             if len(boxes) > self.max_boxes:
-                raise _Fault(ParseFault.TOO_MANY)
+                raise Fault(ParseFault.TOO_MANY)
             corners = [_read_box(box, frame) for box in boxes]
             points, labels = _read_points(answer, frame, self.max_points)
-        except _Fault as fault:
+        except Fault as fault:
             return Parsed(thought=thoughts[0].strip() if thoughts else "", fault=fault.kind)
         prompt = MaskPrompt.of(corners, points, labels)
         return Parsed(thought=thoughts[0].strip(), prompt=prompt, rest=_rest(answer))
@@ -180,6 +160,8 @@ class SegR1Points:
     Args:
         max_points: more are a fault.
     """
+
+    says = frozenset({"points"})
 
     def __init__(self, max_points: int) -> None:
         self.max_points = max_points
@@ -203,6 +185,6 @@ class SegR1Points:
         """Read points and labels."""
         try:
             points, labels = _read_points(text, frame, self.max_points)
-        except _Fault as fault:
+        except Fault as fault:
             return Parsed(fault=fault.kind)
         return Parsed(prompt=MaskPrompt.of((), points, labels), rest=_rest(text))

@@ -8,6 +8,7 @@ from typing import TypedDict
 import torch
 
 from segrl.protocols import RewardTerm
+from segrl.rewards.mask import Quantile
 from segrl.types import Answer, Sample, Scores
 
 
@@ -37,6 +38,16 @@ class RewardMixture:
                     f"reward.terms.{name}.weight: a positive number is needed; got {term['weight']}"
                 )
         self.terms = {name: (term["fn"], float(term["weight"])) for name, term in terms.items()}
+
+    def state(self) -> dict[str, list[float]]:
+        """What terms remember of earlier answers, by name: part of a checkpoint."""
+        return {name: fn.remembered() for name, (fn, _) in self.terms.items() if isinstance(fn, Quantile)}
+
+    def restore(self, state: Mapping[str, list[float]]) -> None:
+        """From a checkpoint."""
+        for name, (fn, _) in self.terms.items():
+            if isinstance(fn, Quantile) and name in state:
+                fn.remember(state[name])
 
     def __call__(self, answers: Sequence[Answer], samples: Sequence[Sample]) -> Scores:
         """Score N = B*G answers to B samples, groups contiguous."""

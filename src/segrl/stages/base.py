@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 import lightning
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from segrl.data.batching import Collate, Trace
 from segrl.data.datamodule import SegDataModule
@@ -19,7 +19,7 @@ from segrl.protocols import Grammar, MaskHead, RolloutEngine
 from segrl.segmenter import Segmenter
 from segrl.types import Answer, Batch, Sample
 
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+MakeOptimizer = Callable[[Iterable[Any]], torch.optim.Optimizer]
 
 
 class MakeSchedule(Protocol):
@@ -69,7 +69,10 @@ class Stage(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own union
         """Over the parameters that learn."""
-        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        return self.scheduled(self.make_optimizer([p for p in self.parameters() if p.requires_grad]))
+
+    def scheduled(self, optimizer: torch.optim.Optimizer) -> Any:  # noqa: ANN401 - Lightning's own union
+        """The optimizer with its schedule, if there is one."""
         if self.make_schedule is None:
             return optimizer
         schedule = self.make_schedule(optimizer, total_steps=int(self.trainer.estimated_stepping_batches))
@@ -92,13 +95,25 @@ class Stage(lightning.LightningModule):
         """Whatever draws from the global generator (dropout) repeats itself after a resume, too."""
         torch.manual_seed(self.noise_seed(self.global_rank))
 
+    def over_ranks(self, value: Tensor) -> Tensor:
+        """Mean over the ranks."""
+        return cast("Tensor", self.trainer.strategy.reduce(value.float(), reduce_op="mean"))
+
     def remember(self, scalars: dict[str, Tensor | float]) -> None:
-        """Log scalars of this step; their names are API."""
-        self.latest = {name: float(value) for name, value in scalars.items()}
+        """Log scalars of this step, as their means over the ranks; their names are API."""
+        values = torch.stack(
+            [torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in scalars.values()]
+        )
+        self.latest = dict(zip(scalars, self.over_ranks(values).tolist(), strict=True))
         self.log_dict(self.latest, on_step=True, on_epoch=False)
 
     def _learned(self) -> dict[str, Tensor]:
-        return {k: v for k, v in self.state_dict().items() if not k.startswith(self.frozen or ("\0",))}
+        still = {name for name, p in self.named_parameters() if not p.requires_grad}
+        return {
+            k: v
+            for k, v in self.state_dict().items()
+            if k not in still and not k.startswith(self.frozen or ("\0",))
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what is frozen: it is rebuilt from its own files."""
@@ -142,8 +157,8 @@ class SegStage(Stage):
         self.records: dict[str, list[Record]] = {}
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
-        """Take over the policy of an earlier stage; raises RuntimeError if its architecture is another."""
-        self.policy.load_state_dict(weights)
+        """Take over the policy of an earlier stage; raises ValueError if its architecture is another."""
+        self.policy.take_over(weights)
 
     def evaluate_batch(self, batch: Batch) -> list[Record]:
         """Segment a batch and score it at the size of its masks."""

@@ -1,61 +1,111 @@
-"""GRPO: advantages relative to the group, a clipped surrogate, and the divergence from the reference in the loss."""
+"""Without a critic: a completion's advantage is its reward relative to its group."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import cast
 
 from torch import Tensor
 
 from segrl.models.hf_vlm import HFPolicy
-from segrl.models.reference import FrozenCopy
-from segrl.objectives.advantages import group_relative
-from segrl.objectives.grpo import grpo
+from segrl.objectives.policy_gradient import Divergence, MakeSurrogate
 from segrl.protocols import Grammar, MaskHead, RolloutEngine
 from segrl.rewards.mixture import RewardMixture
 from segrl.stages.base import MakeOptimizer, MakeSchedule
-from segrl.stages.policy_gradient import PolicyGradientStage
-from segrl.types import Experience, LossOutput, Scores
+from segrl.stages.policy_gradient import MakeReference, PolicyGradientStage, Rollout, TokenWeights
+from segrl.types import Batch, Completions, Experience, Scores
 
 
 class GRPOStage(PolicyGradientStage):
-    """Group Relative Policy Optimization (arXiv 2402.03300).
+    """Group Relative Policy Optimization (arXiv 2402.03300) and its kin: SAM-R1, Dr.GRPO, GSPO, CISPO, RLOO, REINFORCE++.
 
     Args:
-        kl_weight: beta; zero needs no reference and makes no pass for one.
-        clip: how far the ratio may fall below and rise above 1.
-        advantage_floor: added to a group's deviation.
+        advantage: rewards of groups `[B, G]`, of all ranks, to advantages; see `objectives.advantages`.
         policy, grammar, head, engine, reward, reference, optimizer, schedule, max_grad_norm, seed, group_size,
-            micro_batch_size, updates_per_rollout, epochs_per_rollout, token_weights: see `PolicyGradientStage`.
-
-    Raises:
-        ValueError: if a positive `kl_weight` has no reference to be measured against.
+            micro_batch_size, updates_per_rollout, epochs_per_rollout, surrogate, token_weights, divergence, kl_weight,
+            kl_reward: see `PolicyGradientStage`.
     """
 
     def __init__(
         self, policy: HFPolicy, grammar: Grammar, head: MaskHead, engine: RolloutEngine, reward: RewardMixture,
-        reference: Callable[[HFPolicy], FrozenCopy] | None,
+        reference: MakeReference | None,
         optimizer: MakeOptimizer, schedule: MakeSchedule | None, max_grad_norm: float, seed: int,
         group_size: int, micro_batch_size: int, updates_per_rollout: int, epochs_per_rollout: int,
-        token_weights: Callable[[Tensor], Tensor],
-        kl_weight: float, clip: tuple[float, float], advantage_floor: float,
+        surrogate: MakeSurrogate, token_weights: TokenWeights, divergence: Divergence, kl_weight: float, kl_reward: float,
+        advantage: Callable[[Tensor], Tensor],
     ) -> None:  # fmt: skip
-        if kl_weight > 0 and reference is None:
-            raise ValueError(
-                f"reference: frozen_copy is needed to measure a KL of weight {kl_weight}; got none"
-            )
         super().__init__(
-            policy, grammar, head, engine, reward, reference if kl_weight > 0 else None, optimizer, schedule,
-            max_grad_norm, seed, group_size, micro_batch_size, updates_per_rollout, epochs_per_rollout, token_weights,
+            policy, grammar, head, engine, reward, reference, optimizer, schedule, max_grad_norm, seed, group_size,
+            micro_batch_size, updates_per_rollout, epochs_per_rollout, surrogate, token_weights, divergence,
+            kl_weight, kl_reward,
         )  # fmt: skip
-        self.kl_weight, self.clip, self.advantage_floor = kl_weight, (clip[0], clip[1]), advantage_floor
+        self.advantage = advantage
 
-    def advantages(self, scores: Scores) -> Tensor:
-        """Relative to the group."""
-        return group_relative(scores.total, self.advantage_floor)
+    def credit(self, experience: Experience, rollout: Rollout) -> Experience:
+        """Every token has its completion's advantage."""
+        rewards = self.rewards(experience, rollout).sum(1).view(-1, self.group_size)
+        everywhere = cast("Tensor", self.all_gather(rewards)).reshape(-1, self.group_size)
+        first = self.global_rank * len(rewards)
+        own = self.advantage(everywhere)[first : first + len(rewards)].reshape(-1, 1)
+        return replace(experience, advantages=own.expand(experience.completions.mask.shape).contiguous())
 
-    def objective(self, logprobs: Tensor, experience: Experience, weights: Tensor) -> LossOutput:
-        """Clipped surrogate plus KL."""
-        return grpo(
-            logprobs, experience.old_logprobs, experience.reference_logprobs, experience.advantages, weights,
-            self.clip, self.kl_weight,
+
+class DAPOStage(GRPOStage):
+    """With dynamic sampling (DAPO, arXiv 2503.14476, 3.2): samples are tried until enough of them can teach.
+
+    A batch holds more samples than an update needs. They are sampled `live_samples` at a time until so many groups have
+    spread; where they run out, groups without spread fill up, and count nothing.
+
+    Args:
+        live_samples: of an update, per rank.
+        policy, grammar, head, engine, reward, reference, optimizer, schedule, max_grad_norm, seed, group_size,
+            micro_batch_size, updates_per_rollout, epochs_per_rollout, surrogate, token_weights, divergence, kl_weight,
+            kl_reward, advantage: see `GRPOStage`.
+    """
+
+    def __init__(
+        self, policy: HFPolicy, grammar: Grammar, head: MaskHead, engine: RolloutEngine, reward: RewardMixture,
+        reference: MakeReference | None,
+        optimizer: MakeOptimizer, schedule: MakeSchedule | None, max_grad_norm: float, seed: int,
+        group_size: int, micro_batch_size: int, updates_per_rollout: int, epochs_per_rollout: int,
+        surrogate: MakeSurrogate, token_weights: TokenWeights, divergence: Divergence, kl_weight: float, kl_reward: float,
+        advantage: Callable[[Tensor], Tensor], live_samples: int,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            policy, grammar, head, engine, reward, reference, optimizer, schedule, max_grad_norm, seed, group_size,
+            micro_batch_size, updates_per_rollout, epochs_per_rollout, surrogate, token_weights, divergence,
+            kl_weight, kl_reward, advantage,
         )  # fmt: skip
+        self.live_samples = live_samples
+
+    def rollout(self, batch: Batch, first: int = 0) -> Rollout:
+        """Of the first samples whose groups have spread."""
+        tried: list[Rollout] = []
+        live: list[int] = []
+        for start in range(0, len(batch), self.live_samples):
+            places = range(start, min(start + self.live_samples, len(batch)))
+            tried.append(super().rollout(batch.take(places), start))
+            live += [start + b for b in _with_spread(tried[-1][3]).nonzero()[:, 0].tolist()]
+            if len(live) >= self.live_samples:
+                break
+        seen = sum(len(part[0]) for part in tried)
+        chosen = (live + [b for b in range(seen) if b not in live])[: self.live_samples]
+        rows = [b * self.group_size + g for b in chosen for g in range(self.group_size)]
+        answers = [answer for part in tried for answer in part[2]]
+        return (
+            batch.take(chosen),
+            Completions.joined([part[1] for part in tried]).take(rows),
+            [answers[n] for n in rows],
+            Scores.joined([part[3] for part in tried]).take(chosen),
+        )
+
+    def counts(self, completions: Completions, scores: Scores) -> Tensor:
+        """Only of groups that have spread."""
+        live = _with_spread(scores).to(completions.mask.device)
+        return completions.mask & live.repeat_interleave(self.group_size)[:, None]
+
+
+def _with_spread(scores: Scores) -> Tensor:
+    """Bool `[B]`."""
+    return scores.total.amax(1) > scores.total.amin(1)

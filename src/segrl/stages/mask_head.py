@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from segrl.data.traces import components, tight_box
 from segrl.metrics.functional.overlap import iou
+from segrl.metrics.functional.shape import components, tight_box
 from segrl.models.sam2_head import Sam2Head
 from segrl.stages.base import MakeOptimizer, MakeSchedule, Stage
 from segrl.types import Batch, MaskPrompt

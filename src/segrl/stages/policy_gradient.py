@@ -1,85 +1,156 @@
-"""The reinforcement learning loop, once: sample, score, advantage, update."""
+"""The reinforcement learning loop, once: sample, score, credit, update."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from statistics import mean
-from typing import cast
+from typing import Any, Protocol, cast
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from segrl.models.hf_vlm import HFPolicy
-from segrl.models.reference import FrozenCopy
+from segrl.models.reference import Reference
+from segrl.objectives.policy_gradient import Divergence, MakeSurrogate, policy_gradient
 from segrl.protocols import Grammar, MaskHead, RolloutEngine
 from segrl.rewards.mixture import RewardMixture
 from segrl.stages.base import MakeOptimizer, MakeSchedule, SegStage
-from segrl.types import Answer, Batch, Completions, Experience, LossOutput, Scores
+from segrl.types import Answer, Batch, Completions, Experience, LossOutput, Prefix, Scores
+
+MakeReference = Callable[[HFPolicy], Reference]
+Rollout = tuple[Batch, Completions, list[Answer], Scores]
+
+
+class TokenWeights(Protocol):
+    """See `objectives.masked`."""
+
+    def __call__(self, mask: Tensor, group_size: int, tokens: float) -> Tensor:
+        """Tokens that count `[N, T]` to the share of each."""
+        ...
 
 
 class PolicyGradientStage(SegStage):
-    """Reinforcement learning with a mask head as the judge; algorithms override `advantages` and `objective`.
+    """Reinforcement learning with a mask head as the judge; algorithms override `credit`, and `objective` to add to it.
 
     Args:
         policy, grammar, head, engine, optimizer, schedule, max_grad_norm, seed: see `SegStage`.
-        reward: values completions.
+        reward: values answers.
         reference: makes the reference from the policy; none where no term needs it.
         group_size: completions per sample.
         micro_batch_size: samples whose groups are in one forward and backward pass; gradients add up.
         updates_per_rollout: minibatches of whole groups that one rollout is cut into.
         epochs_per_rollout: times each minibatch is used.
-        token_weights: bool mask `[N, T]` of an update to the share of each token; see `objectives.masked`.
+        surrogate: what a token's step is worth; see `objectives.clipped`.
+        token_weights: share of each token in an update; see `objectives.masked`.
+        divergence: estimates the divergence from the reference, per token; see `objectives.kl`.
+        kl_weight: of the divergence in the loss.
+        kl_reward: of the divergence, taken from the reward of each token; one of the two is zero.
+
+    Raises:
+        ValueError: if a weight of the divergence has no reference to be measured against, or both are positive.
     """
 
     frozen: tuple[str, ...] = ("head.", "reference.")
 
     def __init__(
         self, policy: HFPolicy, grammar: Grammar, head: MaskHead, engine: RolloutEngine, reward: RewardMixture,
-        reference: Callable[[HFPolicy], FrozenCopy] | None,
+        reference: MakeReference | None,
         optimizer: MakeOptimizer, schedule: MakeSchedule | None, max_grad_norm: float, seed: int,
         group_size: int, micro_batch_size: int, updates_per_rollout: int, epochs_per_rollout: int,
-        token_weights: Callable[[Tensor], Tensor],
+        surrogate: MakeSurrogate, token_weights: TokenWeights, divergence: Divergence, kl_weight: float, kl_reward: float,
     ) -> None:  # fmt: skip
+        if kl_weight > 0 and kl_reward > 0:
+            raise ValueError(
+                f"stage.kl_reward: the divergence stands in the loss or in the reward; got weights {kl_weight} and {kl_reward}"
+            )
+        if kl_weight + kl_reward > 0 and reference is None:
+            raise ValueError(
+                f"reference: a reference is needed to measure a KL of weight {kl_weight + kl_reward}; got none"
+            )
         super().__init__(policy, grammar, head, engine, optimizer, schedule, max_grad_norm, seed)
         self.automatic_optimization = False
-        self.reference = None if reference is None else reference(policy)
+        self.make_reference = reference if kl_weight + kl_reward > 0 else None
+        self.reference = None if self.make_reference is None else self.make_reference(policy)
         self.reward = reward
         self.group_size, self.micro_batch_size = group_size, micro_batch_size
         self.updates_per_rollout, self.epochs_per_rollout = updates_per_rollout, epochs_per_rollout
-        self.token_weights = token_weights
-        self.last_rollout: tuple[Batch, list[Answer], Scores] | None = None
+        self.surrogate, self.token_weights, self.divergence = surrogate, token_weights, divergence
+        self.kl_weight, self.kl_reward = kl_weight, kl_reward
+        self.last_rollout: Rollout | None = None
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """The reference starts there, too."""
         super().start_from(weights)
-        if self.reference is not None:
-            self.reference.policy.load_state_dict(weights)
+        if self.make_reference is not None:
+            self.reference = self.make_reference(self.policy)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """With what the reward remembers."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["reward"] = self.reward.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """With what the reward remembered."""
+        super().on_load_checkpoint(checkpoint)
+        self.reward.restore(checkpoint.get("reward", {}))
 
     @abstractmethod
-    def advantages(self, scores: Scores) -> Tensor:
-        """float32 `[B, G]`."""
-
-    @abstractmethod
-    def objective(self, logprobs: Tensor, experience: Experience, weights: Tensor) -> LossOutput:
-        """The loss of a part of an update, given the policy's log-probabilities `[N, T]` with gradient."""
+    def credit(self, experience: Experience, rollout: Rollout) -> Experience:
+        """The experience with advantages, and with what else the objective needs; starts from `rewards`."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One rollout and its updates."""
-        completions = self.engine.sample(self.policy, batch.prefixes, self.group_size, self.seeds(len(batch)))
-        answers = self.segmenter.read(batch, completions, self.group_size)
-        scores = self.reward(answers, batch.samples)
+        batch, completions, answers, scores = self.last_rollout = self.rollout(batch)
+        old_logprobs, values = self.as_sampled(batch, completions)
         experience = Experience(
             prefixes=batch.prefixes,
             completions=completions,
-            advantages=self.advantages(scores).flatten().to(self.device),
-            old_logprobs=self.old_logprobs(batch, completions),
+            counts=self.counts(completions, scores),
+            advantages=torch.zeros_like(completions.mask, dtype=torch.float32),
+            old_logprobs=old_logprobs,
             reference_logprobs=self.reference_logprobs(batch, completions),
+            values=values,
         )
+        experience = self.credit(experience, self.last_rollout)
         stats = [self.update(minibatch) for minibatch in self.minibatches(experience)]
-        self.last_rollout = batch, answers, scores
-        self.remember({**self.rollout_stats(answers, scores), **stats[-1]})
+        self.remember(
+            {**self.rollout_stats(answers, scores), **self.credit_stats(experience), **_means(stats)}
+        )
+
+    def rollout(self, batch: Batch, first: int = 0) -> Rollout:
+        """Sample, parse, draw and score; `first` is the place of the batch in a larger one."""
+        seeds = self.seeds(first, len(batch))
+        completions = self.engine.sample(self.policy, batch.prefixes, self.group_size, seeds)
+        answers = self.segmenter.read(batch, completions, self.group_size)
+        return batch, completions, answers, self.reward(answers, batch.samples)
+
+    def counts(self, completions: Completions, scores: Scores) -> Tensor:
+        """Tokens that count in the loss, bool `[N, T]`: all that were sampled."""
+        return completions.mask
+
+    def rewards(self, experience: Experience, rollout: Rollout) -> Tensor:
+        """Of the tokens, float32 `[N, T]`: the answer's at its last one, less the divergence where that is priced here."""
+        _, completions, _, scores = rollout
+        rewards = torch.zeros_like(experience.advantages)
+        last = (completions.lengths - 1).clamp_min(0)
+        rewards.scatter_(1, last[:, None], scores.total.to(rewards).flatten()[:, None])
+        return self.less_divergence(rewards, experience)
+
+    def less_divergence(self, rewards: Tensor, experience: Experience) -> Tensor:
+        """Rewards `[N, T]` less `kl_reward` times the divergence of each token."""
+        if self.kl_reward == 0:
+            return rewards
+        assert experience.old_logprobs is not None and experience.reference_logprobs is not None
+        price = self.kl_reward * self.divergence(experience.old_logprobs, experience.reference_logprobs)
+        return rewards - price.masked_fill(~experience.completions.mask, 0.0)
+
+    def credit_stats(self, experience: Experience) -> dict[str, Tensor | float]:
+        """What is to be known about how credit was given."""
+        return {}
 
     def minibatches(self, experience: Experience) -> Iterator[Experience]:
         """Whole groups, as many minibatches as there are updates, anew in each epoch over the rollout."""
@@ -87,50 +158,81 @@ class PolicyGradientStage(SegStage):
         for _ in range(self.epochs_per_rollout):
             yield from (minibatch for minibatch, _ in experience.split(size))
 
-    def seeds(self, samples: int) -> list[int]:
+    def seeds(self, first: int, samples: int) -> list[int]:
         """One per completion, by the sample's place in the batch of all ranks: their number changes nothing."""
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
-        keys = [(b * ranks + rank, g) for b in range(samples) for g in range(self.group_size)]
+        keys = [(b * ranks + rank, g) for b in range(first, first + samples) for g in range(self.group_size)]
         return [self.noise_seed(*key) for key in keys]
 
     @torch.no_grad()
-    def old_logprobs(self, batch: Batch, completions: Completions) -> Tensor | None:
-        """Only with more than one update per rollout: otherwise old is new, detached, and costs no pass."""
-        if self.updates_per_rollout * self.epochs_per_rollout == 1:
-            return None
-        return self._in_parts(self.policy, batch, completions)
+    def as_sampled(self, batch: Batch, completions: Completions) -> tuple[Tensor | None, Tensor | None]:
+        """Log-probabilities and a critic's values before any update, `[N, T]`; none that nothing asks for.
 
+        With one update per rollout old is new, detached, and costs no pass.
+        """
+        if self.updates_per_rollout * self.epochs_per_rollout == 1 and self.kl_reward == 0:
+            return None, None
+        return self.in_parts(self.policy.logprobs, batch, completions), None
+
+    @torch.no_grad()
     def reference_logprobs(self, batch: Batch, completions: Completions) -> Tensor | None:
         """Only where there is a reference."""
-        return None if self.reference is None else self._in_parts(self.reference, batch, completions)
+        if self.reference is None:
+            return None
+        return self.in_parts(self.reference.logprobs, batch, completions)
 
-    def _in_parts(self, model: HFPolicy | FrozenCopy, batch: Batch, completions: Completions) -> Tensor:
+    def in_parts(
+        self, read: Callable[[list[Prefix], Completions], Tensor], batch: Batch, completions: Completions
+    ) -> Tensor:
+        """What `read` says of each micro-batch, in a row."""
         size, group = self.micro_batch_size, self.group_size
         return torch.cat([
-            model.logprobs(batch.prefixes[b : b + size], completions.rows(slice(b * group, (b + size) * group)))
+            read(batch.prefixes[b : b + size], completions.rows(slice(b * group, (b + size) * group)))
             for b in range(0, len(batch), size)
         ])  # fmt: skip
+
+    def objective(self, part: Experience, weights: Tensor) -> LossOutput:
+        """The loss of a part of an update, given its tokens' shares `[N, T]`."""
+        logprobs = self.policy.logprobs(part.prefixes, part.completions)
+        return self.policy_objective(logprobs, part, weights)
+
+    def policy_objective(self, logprobs: Tensor, part: Experience, weights: Tensor) -> LossOutput:
+        """What the policy is to make small."""
+        out = policy_gradient(
+            logprobs, part.old_logprobs, part.reference_logprobs, part.advantages, weights,
+            self.surrogate, self.divergence, self.kl_weight,
+        )  # fmt: skip
+        return LossOutput(loss=out.loss, stats={f"policy/{name}": value for name, value in out.stats.items()})
 
     def update(self, minibatch: Experience) -> dict[str, Tensor]:
         """One optimizer step on whole groups; the parts' losses add up to the minibatch's."""
         optimizer = cast("LightningOptimizer", self.optimizers())
-        weights = self.token_weights(minibatch.completions.mask)
+        tokens = self.over_ranks(minibatch.counts.sum())
+        weights = self.token_weights(minibatch.counts, self.group_size, float(tokens))
         stats: dict[str, Tensor] = {}
         optimizer.zero_grad()
-        for part, rows in minibatch.split(self.micro_batch_size):
-            out = self.objective(self.policy.logprobs(part.prefixes, part.completions), part, weights[rows])
-            self.manual_backward(out.loss)
-            stats = {
-                name: stats.get(name, 0.0) + value
-                for name, value in {"loss": out.loss.detach(), **out.stats}.items()
-            }
-        norm = torch.nn.utils.clip_grad_norm_(
-            [p for p in self.parameters() if p.requires_grad], self.max_grad_norm
-        )
+        parts = list(minibatch.split(self.micro_batch_size))
+        for i, (part, rows) in enumerate(parts):
+            with self._gradients_kept() if i < len(parts) - 1 else nullcontext():
+                out = self.objective(part, weights[rows])
+                self.manual_backward(out.loss)
+            seen = {"policy/loss": out.loss.detach(), **out.stats}
+            stats = {name: stats.get(name, 0.0) + value for name, value in seen.items()}
+        stats |= self.tame_gradients()
         optimizer.step()
         if (schedule := self.lr_schedulers()) is not None:
             cast("torch.optim.lr_scheduler.LRScheduler", schedule).step()
-        return {**{f"policy/{name}": value for name, value in stats.items()}, "policy/grad_norm": norm}
+        return stats
+
+    def tame_gradients(self) -> dict[str, Tensor]:
+        """Scale gradients down to `max_grad_norm`; the norm that they had."""
+        learned = [p for p in self.parameters() if p.requires_grad]
+        return {"policy/grad_norm": torch.nn.utils.clip_grad_norm_(learned, self.max_grad_norm)}
+
+    def _gradients_kept(self) -> AbstractContextManager[None]:
+        """Ranks exchange gradients once per update, in its last part."""
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 
     def rollout_stats(self, answers: list[Answer], scores: Scores) -> dict[str, Tensor | float]:
         """What the rollout earned, and how."""
@@ -144,3 +246,8 @@ class PolicyGradientStage(SegStage):
             "rollout/cut_off": mean(not answer.finished for answer in answers),
             "rollout/dead_groups": (total.amax(1) == total.amin(1)).float().mean(),
         }
+
+
+def _means(stats: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Over the updates of a rollout."""
+    return {name: torch.stack([s[name] for s in stats]).mean() for name in stats[0]}

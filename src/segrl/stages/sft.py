@@ -22,6 +22,6 @@ class SFTStage(SegStage):
         finished = mask.any(1)
         answers = Completions(tokens=tokens, mask=mask, texts=[], finished=finished)
         logprobs = self.policy.logprobs(batch.prefixes, answers)
-        out = sft(logprobs, per_token(mask))
+        out = sft(logprobs, per_token(mask, 1, float(self.over_ranks(mask.sum()))))
         self.remember({"sft/loss": out.stats["loss"]})
         return out.loss

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segrl.data.batching import Collate
-from segrl.data.traces import tight_box
+from segrl.metrics.functional.shape import tight_box
 from segrl.models.hf_vlm import HFPolicy
 from segrl.protocols import Grammar
 from segrl.stages.base import MakeOptimizer, MakeSchedule, Stage
