@@ -7,11 +7,13 @@ import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
@@ -25,6 +27,7 @@ from segrl.tracking.figures import curves
 from segrl.tracking.mlflow_runs import keep
 from segrl.tracking.provenance import provenance
 
+_FOLDER = "SEGRL_RUN_FOLDER"  # processes that Lightning starts find the first one's folder here
 _CURVES = ("reward/total", "reward/iou", "reward/structure", "rollout/fault_rate", "sft/loss", "head/iou")
 
 
@@ -42,10 +45,20 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", module="lightning|torch|mlflow")
 
 
-def _fresh(folder: Path) -> Path:
-    """The folder, or the first of folder-2, folder-3 ... that does not exist."""
+def _say(line: str) -> None:
+    """On stdout, once for all ranks."""
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        print(line, flush=True)
+
+
+def _run_folder(folder: Path) -> Path:
+    """The folder, or the first of folder-2, folder-3 ... that does not exist; of the first rank, on all ranks of a machine."""
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        return Path(os.environ.get(_FOLDER, folder))
     numbered = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 10_000))
-    return folder if not folder.exists() else next(path for path in numbered if not path.exists())
+    fresh = folder if not folder.exists() else next(path for path in numbered if not path.exists())
+    os.environ[_FOLDER] = str(fresh)
+    return fresh
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,7 +70,7 @@ class Run:
     stage: Stage
     data: SegDataModule
     trainer: lightning.Trainer
-    logger: Logger
+    logger: Logger | None
     began: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -65,8 +78,9 @@ class Run:
         """Instantiate data, stage, trainer; then create the run folder. Raises ValueError on what does not fit."""
         _quiet()
         torch.manual_seed(cfg.seed)
-        folder = Path(cfg.resume) if cfg.resume else _fresh(Path(cfg.paths.run))
+        folder = Path(cfg.resume) if cfg.resume else _run_folder(Path(cfg.paths.run))
         cfg.paths.run = str(folder)
+        cls._check_words(cfg)
         data: SegDataModule = instantiate(cfg.data.module)
         stage: Stage = instantiate(cfg.stage)
         data.connect(stage.collate, stage.eval_collate)
@@ -79,15 +93,31 @@ class Run:
             stage.on_load_checkpoint(read_checkpoint(Path(cfg.ckpt_path)))
         # unresolved: an override of a resumed run reaches all that refers to it
         text = OmegaConf.to_yaml(cfg)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(text)
-        logger: Logger = instantiate(cfg.logger)(folder, provenance(text))
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+        logger: Logger | None = None
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(text)
+            logger = instantiate(cfg.logger)(folder, provenance(text))
+            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
         trainer: lightning.Trainer = instantiate(
-            cfg.trainer, logger=logger, callbacks=[instantiate(c) for c in cfg.callbacks.values()],
+            cfg.trainer, logger=logger or False, callbacks=[instantiate(c) for c in cfg.callbacks.values()],
             plugins=[AtomicCheckpointIO()], default_root_dir=str(folder),
         )  # fmt: skip
         return cls(cfg=cfg, folder=folder, stage=stage, data=data, trainer=trainer, logger=logger)
+
+    @staticmethod
+    def _check_words(cfg: DictConfig) -> None:
+        """A grammar must be able to say what the reward looks at; no weights are loaded yet."""
+        grammar: Any = get_class(cfg.grammar._target_)
+        wanted = {f"reward.terms.{name}": term.get("needs", []) for name, term in cfg.reward.terms.items()}
+        if cfg.stage.get("shaping") is not None:
+            wanted["stage.shaping"] = ["ends"]
+        for key, words in wanted.items():
+            for word in words:
+                if word not in grammar.says:
+                    raise ValueError(
+                        f"{key}: a grammar that says {word} is needed; {grammar.__name__} says {', '.join(sorted(grammar.says))}"
+                    )
 
     @staticmethod
     def _check_objective(wanted: str | None, data: SegDataModule) -> None:
@@ -127,9 +157,7 @@ class Run:
     def announce(self) -> None:
         """Say what runs where."""
         learned = sum(p.numel() for p in self.stage.parameters() if p.requires_grad)
-        print(
-            f"{self.cfg.name}: {learned / 1e6:.1f} M parameters learn; results in {self.folder}", flush=True
-        )
+        _say(f"{self.cfg.name}: {learned / 1e6:.1f} M parameters learn; results in {self.folder}")
 
     @property
     def _seg_stage(self) -> SegStage | None:
@@ -137,10 +165,17 @@ class Run:
         return self.stage if isinstance(self.stage, SegStage) and self.data.test else None
 
     def _test(self, stage: SegStage, name: str) -> report.Scores:
-        """Score the test sets, one line per sample into the run folder."""
-        print(f"scoring the test sets ({name}) ...", flush=True)
+        """Score the test sets, one line per sample into the run folder; on every rank the scores of all."""
+        _say(f"scoring the test sets ({name}) ...")
         self.trainer.test(stage, self.data, verbose=False)
-        return report.save(stage.records, self.folder / "evaluation" / f"{name}.jsonl")
+        rows = report.rows(stage.records)
+        if self.trainer.world_size > 1:
+            shares: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(shares, rows)
+            rows = report.interleaved(shares)
+        if self.trainer.is_global_zero:
+            report.save(rows, self.folder / "evaluation" / f"{name}.jsonl")
+        return report.scores(rows)
 
     def test_before(self) -> None:
         """Score the start, unless a run that is gone on with already has."""
@@ -162,23 +197,35 @@ class Run:
             raise ValueError("data: test sets are needed to score a policy; this dataset has none")
         metrics = report.means(self._test(self._seg_stage, "after"))
         for name, value in metrics.items():
-            print(f"  {name:<32}{value:.4f}")
+            _say(f"  {name:<32}{value:.4f}")
         return self._keep(metrics, {}, [])
+
+    def _take_best(self, stage: SegStage) -> None:
+        """Go back to the checkpoint that validated best, where one was kept."""
+        best = self.folder / "checkpoints" / "best.ckpt"
+        if best.is_file():
+            saved = read_checkpoint(best)
+            stage.load_state_dict(saved["state_dict"], strict=False)
+            _say(f"scoring {best}, of update {saved['global_step']}")
 
     def finish(self) -> float | None:
         """Score, compare, draw, keep; print the table and where everything is."""
         folder, stage = self.folder, self._seg_stage
         metrics: dict[str, float] = {}
         table: report.Table = {}
+        if stage is not None:
+            self._take_best(stage)
+            scores = self._test(stage, "after")
+            metrics = report.means(scores)
+        if not self.trainer.is_global_zero:
+            return None
         drawn = curves(read_history(folder / "history.jsonl"), _CURVES, folder / "reward_curve.png")
         if stage is not None:
             before, after = (folder / "evaluation" / f"{name}.jsonl" for name in ("before", "after"))
-            scores = self._test(stage, "after")
-            metrics = report.means(scores)
             if before.is_file():
                 table = report.compare(report.load(before), scores, self.cfg.seed)
                 report.print_table(table)
-            report.draw(stage.records, before, after, folder / "before_after.png")
+            report.draw(next(iter(self.data.test.values())), before, after, folder / "before_after.png")
         metrics |= {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
         return self._keep(metrics, table, [drawn] if drawn else [])
 
@@ -186,9 +233,12 @@ class Run:
         """Write metrics.json, copy everything to the tracker, say where it is."""
         folder = self.folder
         objective = metrics.get(self.cfg.objective_metric or "")
+        if not self.trainer.is_global_zero or self.logger is None:
+            return objective
         summary = {
-            "name": self.cfg.name, "seed": self.cfg.seed, "steps": self.step, "objective": objective,
-            "metrics": metrics, "test": {d: {m: asdict(c) for m, c in rows.items()} for d, rows in table.items()},
+            "name": self.cfg.name, "seed": self.cfg.seed, "steps": self.step, "completions": self.stage.sampled,
+            "objective": objective, "metrics": metrics,
+            "test": {d: {m: asdict(c) for m, c in rows.items()} for d, rows in table.items()},
             "seconds": round(time.monotonic() - self.began, 1),
         }  # fmt: skip
         (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -198,7 +248,5 @@ class Run:
         self.logger.finalize("success")
         runs = self.cfg.paths.runs
         where = "" if runs == "runs" else f" RUNS={runs}"
-        print(
-            f"\nresults in {folder}\nopen MLflow: make mlflow{where} (then http://127.0.0.1:5000)", flush=True
-        )
+        _say(f"\nresults in {folder}\nopen MLflow: make mlflow{where} (then http://127.0.0.1:5000)")
         return objective

@@ -76,6 +76,7 @@ class Term(_Node):
     """`reward.terms.<name>`."""
 
     weight: float = Field(gt=0)
+    needs: list[str] = []
 
 
 class Reward(_Node):

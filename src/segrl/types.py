@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ class Sample:
     """What to segment; none where the task's constant instruction says it all."""
     objects: np.ndarray | None = None
     """bool `[n, H, W]`, the mask's objects one by one; none where the dataset does not tell them apart."""
+    path: Path | None = None
+    """File of the image; none where it was drawn."""
     trace: Parsed | None = None
     """What an annotator answered, where the dataset has it; such samples may have an empty mask."""
 

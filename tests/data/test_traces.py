@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segrl.data.synthetic import SyntheticScenes
-from segrl.data.traces import Annotator, components, inner_point, tight_box
+from segrl.data.traces import Annotator
+from segrl.metrics.functional.shape import components, inner_point, tight_box
 from segrl.prompts.frames import permille
 from segrl.prompts.tags import SegR1Tags
 from segrl.types import MaskPrompt
@@ -130,7 +131,7 @@ def test_all_parts_together_are_the_mask(mask: np.ndarray) -> None:
 def trace(
     mask: np.ndarray, looseness: float = 0.0, grid: int = 1000, most_parts: int = 4, seed: int = 0
 ) -> MaskPrompt:
-    return Annotator(looseness, grid, most_parts)(mask, np.random.default_rng(seed)).prompt
+    return Annotator(looseness, grid, most_parts).annotate(mask, np.random.default_rng(seed)).prompt
 
 
 def test_without_looseness_the_box_is_tight_up_to_the_grid() -> None:
@@ -197,14 +198,17 @@ def test_on_a_grid_finer_than_pixels_each_part_has_a_foreground_point_on_it(mask
     ],
 )
 def test_the_thought_says_size_and_place(corners: tuple[int, int, int, int], thought: str) -> None:
-    assert Annotator(0.0, 1000, 4)(blocks(corners), np.random.default_rng(0)).thought == thought
+    assert Annotator(0.0, 1000, 4).annotate(blocks(corners), np.random.default_rng(0)).thought == thought
 
 
 def test_the_thought_tells_of_every_part_largest_first() -> None:
     mask = blocks((0, 0, 8, 9), (26, 45, 40, 60))
     expected = "A small object, bottom right. A tiny object, top left."
-    assert Annotator(0.0, 1000, 4)(mask, np.random.default_rng(0)).thought == expected
-    assert Annotator(0.0, 1000, 1)(mask, np.random.default_rng(0)).thought == "A small object, bottom right."
+    assert Annotator(0.0, 1000, 4).annotate(mask, np.random.default_rng(0)).thought == expected
+    assert (
+        Annotator(0.0, 1000, 1).annotate(mask, np.random.default_rng(0)).thought
+        == "A small object, bottom right."
+    )
 
 
 def test_nothing_has_no_trace() -> None:
@@ -219,7 +223,7 @@ def test_every_trace_of_the_synthetic_world_is_a_sentence_of_the_grammar() -> No
     )
     frame = permille(56, 56)
     for index in range(60):
-        parsed = Annotator(0.4, 1000, 4)(dataset[index].mask, np.random.default_rng(index))
+        parsed = Annotator(0.4, 1000, 4).annotate(dataset[index].mask, np.random.default_rng(index))
         read = grammar.parse(grammar.render(parsed, frame), frame)
         assert (read.fault, read.thought) == (None, parsed.thought)
         np.testing.assert_allclose(read.prompt.boxes, parsed.prompt.boxes, atol=1e-6)

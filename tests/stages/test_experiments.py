@@ -1,6 +1,7 @@
 """Every experiment takes two updates at nano scale, through the real command line."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 
 from segrl.data.synthetic import SyntheticScenes
 from segrl.front_door import conf_folder
+from segrl.metrics.functional.shape import tight_box
 
 EXPERIMENTS = {p.stem for p in (conf_folder() / "experiment").glob("*.yaml")}
 SMALL = (
@@ -39,6 +41,10 @@ LAYOUTS = {
     ],
 }
 
+REFER = (
+    "sam_r1_refcocog", "ppo_refcocog", "ppo_dense_refcocog", "seg_zero_refcocog", "vision_reasoner_multi",
+)  # fmt: skip
+
 
 def download(root, layout, count=3):
     """A dataset of the published shape, drawn."""
@@ -57,8 +63,72 @@ def download(root, layout, count=3):
     return root
 
 
+def refer(root, generalised):
+    """A dataset of the refer API's shape, drawn; gRefCOCO's names several objects, or none."""
+    scenes = SyntheticScenes("files", 10, 0, 96, (0.5, 1.0), (2, 2))
+    annotations = root / ("grefcoco" if generalised else "refcocog")
+    photos = root / "images/mscoco/images/train2014"
+    annotations.mkdir(parents=True)
+    photos.mkdir(parents=True)
+    refs, objects, pictures = [], [], []
+    for i in range(8):
+        image, masks = scenes.scene(i)
+        name = f"COCO_train2014_{i:012d}.jpg"
+        Image.fromarray(image).save(photos / name)
+        pictures.append({"id": i, "file_name": name, "height": 96, "width": 96})
+        for k, mask in enumerate(masks):
+            x1, y1, x2, y2 = (tight_box(mask) * 96).tolist()
+            polygon = [x1, y1, x2, y1, x2, y2, x1, y2]
+            objects.append({"id": 10 * i + k, "image_id": i, "segmentation": [polygon]})
+        named = [[10 * i, 10 * i + 1], [-1], [10 * i]][i % 3] if generalised else 10 * i
+        sentences = [{"sent_id": 2 * i + k, "sent": f"the thing {k}"} for k in range(2)]
+        split = "train" if i < 6 else "val"
+        refs.append({"ref_id": i, "ann_id": named, "image_id": i, "split": split, "sentences": sentences})
+    (annotations / "instances.json").write_text(json.dumps({"images": pictures, "annotations": objects}))
+    if generalised:
+        (annotations / "grefs(unc).json").write_text(json.dumps(refs))
+    else:
+        (annotations / "refs(umd).p").write_bytes(pickle.dumps(refs, protocol=2))
+    return root
+
+
 def test_every_experiment_is_here():
-    assert set(SYNTHETIC) | set(LAYOUTS) == EXPERIMENTS
+    twins = {name for name in EXPERIMENTS if name.endswith("_lora")}
+    assert set(SYNTHETIC) | set(LAYOUTS) | set(REFER) | {"sft_fcot"} | twins == EXPERIMENTS
+    assert {name.removesuffix("_lora") for name in twins} == {*LAYOUTS, "sft_fcot", "sam_r1_refcocog"}
+
+
+@pytest.mark.parametrize("experiment", [*REFER, "sam_r1_refcocog_lora"])
+def test_referring_experiment_trains_on_a_folder_of_its_dataset(cli, tmp_path, experiment):
+    root = refer(tmp_path / "data", experiment.startswith("vision_reasoner"))
+    code, out, err = cli(
+        f"+experiment={experiment}", *NANO, *SMALL, f"data.root={root}", "data.count=4", "stage.group_size=2"
+    )
+    assert code == 0, err
+    (run,) = (tmp_path / "runs" / experiment).iterdir()
+    metrics = json.loads((run / "metrics.json").read_text())
+    (name,) = metrics["test"]
+    assert metrics["test"][name]["iou"]["n"] == 4  # every sentence of both objects
+    scalars = json.loads((run / "history.jsonl").read_text().splitlines()[-1])
+    assert "policy/kl" in scalars and metrics["completions"] > 0
+    assert ("critic/explained_variance" in scalars) == experiment.startswith("ppo")
+
+
+@pytest.mark.parametrize("experiment", ["sft_fcot", "sft_fcot_lora"])
+def test_a_cold_start_trains_on_traces_made_from_masks(cli, tmp_path, experiment):
+    root = download(tmp_path / "data", LAYOUTS["sod_duts"], 4)
+    traces = tmp_path / "traces.jsonl"
+    arguments = ("data=duts", f"data.root={root}", f"out={traces}", "least_iou=0.05")
+    code, out, err = cli("traces", *arguments, module="prepare")
+    assert code == 0, err
+    lines = [json.loads(line) for line in traces.read_text().splitlines()]
+    assert lines and set(lines[0]) == {"image", "problem", "thinking", "solution"}
+    code, out, err = cli(
+        f"+experiment={experiment}", *NANO, *SMALL, f"data.root={root}", f"data.traces={traces}", "trainer.max_epochs=9"
+    )  # fmt: skip
+    assert code == 0, err
+    (run,) = (tmp_path / "runs" / experiment).iterdir()
+    assert "sft/loss" in json.loads((run / "history.jsonl").read_text().splitlines()[-1])
 
 
 @pytest.mark.parametrize("experiment", sorted(SYNTHETIC))
@@ -74,10 +144,11 @@ def test_synthetic_experiment_trains(cli, tmp_path, experiment):
     assert str(run.name) in out
 
 
-@pytest.mark.parametrize("experiment", sorted(LAYOUTS))
+@pytest.mark.parametrize("experiment", sorted([*LAYOUTS, *(f"{name}_lora" for name in LAYOUTS)]))
 def test_paper_experiment_trains_on_a_folder_of_its_dataset(cli, tmp_path, experiment):
-    root = download(tmp_path / "data", LAYOUTS[experiment])
-    if experiment == "grpo_cod10k":  # images without an object lie beside the others, with black masks
+    layout = experiment.removesuffix("_lora")
+    root = download(tmp_path / "data", LAYOUTS[layout])
+    if layout == "grpo_cod10k":  # images without an object lie beside the others, with black masks
         Image.new("RGB", (40, 30)).save(root / "COD10K-v3/Train/Image/COD10K-NonCAM-1.jpg")
         Image.new("L", (40, 30)).save(root / "COD10K-v3/Train/GT_Object/COD10K-NonCAM-1.png")
     code, out, err = cli(

@@ -50,7 +50,7 @@ def blank(folder: Path) -> Path:
     annotate, grammar = Annotator(0.25, 32, 3), SegR1Tags(16, 64)
     scenes = SyntheticScenes("vocabulary", 300, SEED, 128, (0.3, 1.0), (1, 3))
     answers = [
-        grammar.render(annotate(scenes[i].mask, np.random.default_rng(i)), permille(128, 128))
+        grammar.render(annotate(scenes[i], np.random.default_rng(i)), permille(128, 128))
         for i in range(len(scenes))
     ]
     asked = [instructions.SEG_R1_SYSTEM, instructions.SEG_R1_USER, instructions.SEG_R1_POINTS_USER]

@@ -17,8 +17,8 @@ from segrl.types import Batch, Parsed, Sample
 class Trace(Protocol):
     """Writes the answer to imitate; see `data.traces.Annotator`."""
 
-    def __call__(self, mask: np.ndarray, rng: np.random.Generator) -> Parsed:
-        """The trace of bool `[H, W]`."""
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Parsed:
+        """What an annotator answers to a sample."""
         ...
 
 
@@ -42,9 +42,7 @@ class Collate:
             return Batch(samples=list(samples), prefixes=prefixes)
         answers = []
         for sample, prefix in zip(samples, prefixes, strict=True):
-            if not sample.mask.any():
-                raise ValueError(f"{sample.id}: an object is needed to write a trace of; its mask is empty")
-            parsed = self.trace(sample.mask, np.random.default_rng(zlib.crc32(sample.id.encode())))
+            parsed = self.trace(sample, np.random.default_rng(zlib.crc32(sample.id.encode())))
             answers.append(self.encoder.answer(self.grammar.render(parsed, prefix.frame)))
         return Batch(samples=list(samples), prefixes=prefixes, answers=answers)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from segrl.metrics.functional.shape import components, inner_point, tight_box
-from segrl.types import MaskPrompt, Parsed
+from segrl.types import MaskPrompt, Parsed, Sample
 
 _ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 _SIZES = ((0.04, "tiny"), (0.10, "small"), (0.20, "medium"), (1.01, "large"))
@@ -26,7 +26,13 @@ class Annotator:
     def __init__(self, looseness: float, grid: int, most_parts: int) -> None:
         self.looseness, self.grid, self.most_parts = looseness, grid, most_parts
 
-    def __call__(self, mask: np.ndarray, rng: np.random.Generator) -> Parsed:
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Parsed:
+        """The trace of a sample; raises ValueError naming it if its mask is empty."""
+        if not sample.mask.any():
+            raise ValueError(f"{sample.id}: an object is needed to write a trace of; its mask is empty")
+        return self.annotate(sample.mask, rng)
+
+    def annotate(self, mask: np.ndarray, rng: np.random.Generator) -> Parsed:
         """The trace of bool `[H, W]`; `rng` moves the box's sides. Raises ValueError on an empty mask."""
         parts = components(mask, least=0.005, most=self.most_parts)
         if not parts:

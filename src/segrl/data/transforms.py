@@ -130,7 +130,7 @@ def read_pair(image_path: Path, mask_path: Path, query: str | None = None) -> Sa
     image = read_image(image_path, (mask.shape[0], mask.shape[1]))
     if image.shape[:2] != mask.shape:
         raise _sizes_differ(image_path, image.shape[1::-1], mask_path, mask.shape[::-1])
-    return Sample(id=image_path.stem, image=image, mask=mask, query=query)
+    return Sample(id=image_path.stem, image=image, mask=mask, query=query, path=image_path)
 
 
 def squash(sample: Sample, side: int) -> Sample:
@@ -143,7 +143,9 @@ def squash(sample: Sample, side: int) -> Sample:
         sample,
         image=np.asarray(image),
         mask=_squashed(sample.mask, side),
-        objects=None if objects is None else np.stack([_squashed(mask, side) for mask in objects]),
+        objects=None
+        if objects is None
+        else np.array([_squashed(mask, side) for mask in objects], bool).reshape(-1, side, side),
     )
 
 

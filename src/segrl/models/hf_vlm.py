@@ -240,6 +240,10 @@ class HFPolicy(nn.Module):
             r=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"], target_modules=layers
         )
         self.model.add_adapter(config, adapter_name=name)
+        for place, parameter in self.model.named_parameters():
+            if ".lora_" in place:  # in full precision, whatever the frozen weights have: it takes small steps
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
 
     @contextmanager
     def speaking_with(self, adapter: str | None) -> Iterator[None]:
@@ -253,7 +257,11 @@ class HFPolicy(nn.Module):
             yield
         finally:
             self.model.enable_adapters()
-            self.model.set_adapter("policy")
-            for name, parameter in self.model.named_parameters():  # switching froze those that were off
-                if ".lora_" in name:
-                    parameter.requires_grad_(True)
+            self.speak_as_policy()
+
+    def speak_as_policy(self) -> None:
+        """Its own adapter is on; all learn, though switching froze those that were off."""
+        self.model.set_adapter("policy")
+        for name, parameter in self.model.named_parameters():
+            if ".lora_" in name:
+                parameter.requires_grad_(True)

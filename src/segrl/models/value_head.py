@@ -99,10 +99,7 @@ class AdapterCritic(Critic):
             )
         super().__init__(policy, insight, prior)
         policy.add_adapter("critic", lora)
-        policy.model.set_adapter("policy")
-        for name, parameter in policy.model.named_parameters():
-            if ".lora_" in name:
-                parameter.requires_grad_(True)
+        policy.speak_as_policy()
         self.shared = (policy,)  # in a tuple: the stage owns its weights
 
     def forward(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 
@@ -17,6 +17,8 @@ class Term(TypedDict):
 
     fn: RewardTerm
     weight: float
+    needs: NotRequired[Sequence[str]]
+    """What a grammar must have words for; see `protocols.Grammar.says`."""
 
 
 class RewardMixture:

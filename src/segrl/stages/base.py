@@ -65,6 +65,7 @@ class Stage(lightning.LightningModule):
         self.max_grad_norm, self.seed = max_grad_norm, seed
         self.strict_loading = False
         self.latest: dict[str, float] = {}
+        self.sampled = 0
         self.collate = self.eval_collate = Collate(None, None)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own union

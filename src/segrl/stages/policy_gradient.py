@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,7 @@ from segrl.rewards.mixture import RewardMixture
 from segrl.stages.base import MakeOptimizer, MakeSchedule, SegStage
 from segrl.types import Answer, Batch, Completions, Experience, LossOutput, Prefix, Scores
 
+_STUCK = re.compile(r"(.)\1{19}", re.DOTALL)  # one character twenty times
 MakeReference = Callable[[HFPolicy], Reference]
 Rollout = tuple[Batch, Completions, list[Answer], Scores]
 
@@ -91,12 +93,13 @@ class PolicyGradientStage(SegStage):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """With what the reward remembers."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["reward"] = self.reward.state()
+        checkpoint["reward"], checkpoint["sampled"] = self.reward.state(), self.sampled
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """With what the reward remembered."""
         super().on_load_checkpoint(checkpoint)
         self.reward.restore(checkpoint.get("reward", {}))
+        self.sampled = checkpoint.get("sampled", 0)
 
     @abstractmethod
     def credit(self, experience: Experience, rollout: Rollout) -> Experience:
@@ -125,6 +128,7 @@ class PolicyGradientStage(SegStage):
         """Sample, parse, draw and score; `first` is the place of the batch in a larger one."""
         seeds = self.seeds(first, len(batch))
         completions = self.engine.sample(self.policy, batch.prefixes, self.group_size, seeds)
+        self.sampled += len(completions.tokens) * self.trainer.world_size
         answers = self.segmenter.read(batch, completions, self.group_size)
         return batch, completions, answers, self.reward(answers, batch.samples)
 
@@ -219,10 +223,20 @@ class PolicyGradientStage(SegStage):
             seen = {"policy/loss": out.loss.detach(), **out.stats}
             stats = {name: stats.get(name, 0.0) + value for name, value in seen.items()}
         stats |= self.tame_gradients()
+        self.refuse_nonfinite(stats)
         optimizer.step()
         if (schedule := self.lr_schedulers()) is not None:
             cast("torch.optim.lr_scheduler.LRScheduler", schedule).step()
         return stats
+
+    def refuse_nonfinite(self, stats: dict[str, Tensor]) -> None:
+        """Raises ValueError before a loss or a gradient that is no number reaches the weights."""
+        for name in ("policy/loss", "policy/grad_norm"):
+            if not torch.isfinite(stats[name]):
+                raise ValueError(
+                    f"{name}: a finite number is needed; got {float(stats[name])} at update {self.global_step}; the "
+                    "checkpoint before it is intact (lower stage.optimizer.lr, or look at trainer.precision)"
+                )
 
     def tame_gradients(self) -> dict[str, Tensor]:
         """Scale gradients down to `max_grad_norm`; the norm that they had."""
@@ -244,6 +258,7 @@ class PolicyGradientStage(SegStage):
             "rollout/length": mean(answer.length for answer in answers),
             "rollout/fault_rate": mean(answer.parsed.fault is not None for answer in answers),
             "rollout/cut_off": mean(not answer.finished for answer in answers),
+            "rollout/repeated": mean(_STUCK.search(answer.text) is not None for answer in answers),
             "rollout/dead_groups": (total.amax(1) == total.amin(1)).float().mean(),
         }
 

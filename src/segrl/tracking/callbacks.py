@@ -40,6 +40,8 @@ class Progress(lightning.Callback):
         if not isinstance(pl_module, Stage) or (now - self.told < self.every_seconds and step < total):
             return
         self.told = now
+        if not trainer.is_global_zero:
+            return
         left = (now - self.began) / max(1, step - self.first_step) * (total - step)
         scalars = [f"{name} {pl_module.latest[name]:.3f}" for name in _SHOWN if name in pl_module.latest]
         if "rollout/fault_rate" in pl_module.latest:
@@ -59,6 +61,8 @@ class History(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """After a resume, forget what the killed run wrote beyond its checkpoint."""
+        if not trainer.is_global_zero:
+            return
         kept = [line for line in read_history(self.path) if line["step"] <= trainer.global_step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -102,6 +106,8 @@ class SampleSheets(lightning.Callback):
     ) -> None:
         """Draw, if it is time."""
         if not isinstance(pl_module, PolicyGradientStage) or pl_module.last_rollout is None:
+            return
+        if not trainer.is_global_zero:
             return
         if trainer.global_step // self.every_n_steps == self.drawn_at // self.every_n_steps:
             return

@@ -91,6 +91,40 @@ class EveryNSteps(lightning.Callback):
         self._save(trainer)
 
     def _save(self, trainer: lightning.Trainer) -> None:
+        """On all ranks: a strategy may have shares to gather."""
         if self.saved_at != trainer.global_step:
             self.saved_at = trainer.global_step
+            trainer.save_checkpoint(self.path)
+
+
+class KeepBest(lightning.Callback):
+    """Saves whenever a validation metric is better than ever; the run is then scored with that checkpoint.
+
+    Args:
+        path: one file, written anew each time.
+        monitor: such as `val/synthetic/structure`, the more the better; none keeps nothing.
+    """
+
+    def __init__(self, path: str, monitor: str | None) -> None:
+        self.path, self.monitor = path, monitor
+        self.best = float("-inf")
+
+    def state_dict(self) -> dict[str, float]:
+        """For a checkpoint."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """From a checkpoint."""
+        self.best = state_dict["best"]
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save, if it is the best; raises ValueError for a metric that was not validated."""
+        if self.monitor is None or trainer.sanity_checking:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(name for name in trainer.callback_metrics if name.startswith("val/"))
+            raise ValueError(f"callbacks.best.monitor: one of {known} is needed; got {self.monitor}")
+        value = float(trainer.callback_metrics[self.monitor])
+        if value > self.best:
+            self.best = value
             trainer.save_checkpoint(self.path)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from segrl.metrics.functional.intervals import paired_bootstrap
 from segrl.metrics.saliency import NAMES
+from segrl.protocols import SampleSet
 from segrl.stages.base import Record
 from segrl.tracking.figures import Cell, sheet
-from segrl.types import MaskPrompt
+from segrl.types import MaskPrompt, Sample
 
 _TITLES = {"iou": "IoU", "structure": "S-measure", "mae": "MAE", "fault_rate": "unparsable"}
 _DRAWN = 8
@@ -22,37 +25,72 @@ Scores = dict[str, dict[str, dict[str, float]]]
 """dataset -> sample id -> metric -> score."""
 
 
-def save(records: Mapping[str, Sequence[Record]], path: Path) -> Scores:
-    """Write one JSON line per evaluated sample: dataset, id, scores, text, prompt; what of it is scores comes back."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What is kept of one evaluated sample."""
+
+    line: dict[str, Any]
+    """Dataset, id, scores, text, mask prompt."""
+    mask: np.ndarray | None
+    """Of the few that a sheet draws."""
+
+
+Rows = dict[str, list[Row]]
+"""By dataset."""
+
+
+def rows(records: Mapping[str, Sequence[Record]]) -> Rows:
+    """The records of this rank."""
+    return {
+        name: [_row(name, record, i) for i, record in enumerate(found)] for name, found in records.items()
+    }
+
+
+def _row(dataset: str, record: Record, place: int) -> Row:
+    line = {"dataset": dataset, "id": record.sample.id, **record.scores, "text": record.answer.text}
+    prompt = record.answer.parsed.prompt
+    if prompt is not None:
+        line |= {
+            "boxes": prompt.boxes.tolist(),
+            "points": prompt.points.tolist(),
+            "labels": prompt.labels.tolist(),
+        }
+    return Row(line=line, mask=record.answer.mask if place < _DRAWN else None)
+
+
+def interleaved(shares: Sequence[Rows]) -> Rows:
+    """All ranks' rows in the dataset's order: rank r of R has every R-th sample, from the r-th."""
+    return {
+        name: [
+            row for turn in zip_longest(*(share[name] for share in shares)) for row in turn if row is not None
+        ]
+        for name in shares[0]
+    }
+
+
+def save(found: Rows, path: Path) -> None:
+    """Write one JSON line per evaluated sample, and beside it the masks of the first few."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        for dataset, rows in records.items():
-            for row in rows:
-                prompt = row.answer.parsed.prompt
-                line = {"dataset": dataset, "id": row.sample.id, **row.scores, "text": row.answer.text}
-                if prompt is not None:
-                    line |= {
-                        "boxes": prompt.boxes.tolist(),
-                        "points": prompt.points.tolist(),
-                        "labels": prompt.labels.tolist(),
-                    }
-                file.write(json.dumps(line) + "\n")
-    _save_masks(records, path.with_suffix(".npz"))
-    return load(path)
+    path.write_text("".join(json.dumps(row.line) + "\n" for dataset in found.values() for row in dataset))
+    first = next(iter(found.values()), [])[:_DRAWN]
+    np.savez_compressed(path.with_suffix(".npz"), **{str(i): row.mask for i, row in enumerate(first)})  # type: ignore[arg-type]
 
 
-def _save_masks(records: Mapping[str, Sequence[Record]], path: Path) -> None:
-    """Keep the few masks that the sheet draws."""
-    first = next(iter(records.values()), [])[:_DRAWN]
-    np.savez_compressed(path, **{str(i): row.answer.mask for i, row in enumerate(first)})  # type: ignore[arg-type]
+def scores(found: Rows) -> Scores:
+    """Of rows."""
+    return _scores(row.line for dataset in found.values() for row in dataset)
+
+
+def _scores(lines: Iterable[Mapping[str, Any]]) -> Scores:
+    table: Scores = {}
+    for line in lines:
+        table.setdefault(line["dataset"], {})[line["id"]] = {name: float(line[name]) for name in NAMES}
+    return table
 
 
 def load(path: Path) -> Scores:
     """The scores in a file that `save` wrote."""
-    scores: Scores = {}
-    for line in map(json.loads, path.read_text().splitlines()):
-        scores.setdefault(line["dataset"], {})[line["id"]] = {name: float(line[name]) for name in NAMES}
-    return scores
+    return _scores(map(json.loads, path.read_text().splitlines()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,37 +157,30 @@ def print_table(table: Table) -> None:
             print(f"  {_TITLES[name]:<12}{scores}   [{low:+.3f}, {high:+.3f}]")
 
 
-def draw(records: Mapping[str, Sequence[Record]], before: Path, after: Path, path: Path) -> Path | None:
-    """The first test set's first samples, before and after side by side, as one PNG; none if there is no sample."""
-    rows = next(iter(records.values()), [])[:_DRAWN]
-    if not rows:
-        return None
+def draw(samples: SampleSet, before: Path, after: Path, path: Path) -> Path:
+    """The first samples of a test set, before and after side by side, as one PNG."""
     columns = [("after", after)] if not before.is_file() else [("before", before), ("after", after)]
     lines = {
         name: {x["id"]: x for x in map(json.loads, file.read_text().splitlines())} for name, file in columns
     }
     masks = {name: np.load(file.with_suffix(".npz"), allow_pickle=False) for name, file in columns}
-    cells = [
-        [
-            _cell(
-                row,
-                f"{name}: IoU {lines[name][row.sample.id]['iou']:.2f}",
-                lines[name][row.sample.id],
-                masks[name][str(i)],
-            )
+    cells = []
+    for i in range(min(_DRAWN, len(samples))):
+        sample = samples[i]
+        said = {name: lines[name][sample.id] for name, _ in columns}
+        cells.append([
+            _cell(sample, f"{name}: IoU {said[name]['iou']:.2f}", said[name], masks[name][str(i)])
             for name, _ in columns
-        ]
-        for i, row in enumerate(rows)
-    ]
+        ])  # fmt: skip
     pairs = [sum(cells[i : i + 2], []) for i in range(0, len(cells), 2)]
     return sheet(pairs, path)
 
 
-def _cell(row: Record, title: str, line: Mapping[str, object], mask: np.ndarray) -> Cell:
+def _cell(sample: Sample, title: str, line: Mapping[str, object], mask: np.ndarray) -> Cell:
     prompt = MaskPrompt.of(line["boxes"], line["points"], line["labels"]) if "boxes" in line else None
     return Cell(
-        image=row.sample.image,
-        truth=row.sample.mask,
+        image=sample.image,
+        truth=sample.mask,
         mask=mask,
         prompt=prompt,
         caption=f"{title}\n{line['text']}",
