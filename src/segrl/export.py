@@ -36,9 +36,8 @@ def export_policy(run: Path, out: Path, note: str) -> None:
     if not learned:
         raise ValueError(f"export: a run that trained a policy is needed; the checkpoint of {run} holds none")
     policy = instantiate(cfg.policy)
-    policy.load_state_dict(learned)
-    policy.model.save_pretrained(out)
-    policy.encoder.processor.save_pretrained(out)
+    policy.take_over(learned)
+    policy.save(out)
     (out / "README.md").write_text(card(run, note))
 
 

@@ -52,7 +52,7 @@ class Stage(_Node):
         """A divergence in the loss and in the reward would be paid twice."""
         if self.kl_weight > 0 and self.kl_reward > 0:
             raise ValueError(
-                "kl_weight and kl_reward: the divergence stands in the loss or in the reward, not in both"
+                "stage.kl_reward: the divergence stands in the loss or in the reward, not in both"
             )
         return self
 
@@ -134,11 +134,23 @@ class TrainConfig(BaseModel):
     callbacks: dict[str, dict[str, Any]]
     paths: Paths
 
+    @model_validator(mode="after")
+    def _whole_groups(self) -> TrainConfig:
+        """Every update has as many samples as the next."""
+        if self.data.batch_size % self.stage.updates_per_rollout:
+            raise ValueError(
+                f"data.batch_size: a multiple of stage.updates_per_rollout ({self.stage.updates_per_rollout}) is needed, so that groups "
+                f"stay whole; got {self.data.batch_size}"
+            )
+        return self
+
 
 def first_fault(error: ValidationError) -> str:
     """One line for the first of pydantic's findings: dotted key, what is needed, what came."""
     found = error.errors()[0]
     key = ".".join("_target_" if part == "target" else str(part) for part in found["loc"])
+    if found["type"] == "value_error":  # of a validator of ours, which names its keys
+        return found["msg"].removeprefix("Value error, ")
     if found["type"] == "extra_forbidden":
         return f"{key}: there is no such key"
     came = "" if found["type"] == "missing" else f"; got {found['input']!r}"

@@ -19,7 +19,13 @@ SMALL = (
     "data.batch_size=2",
     "trainer.accelerator=cpu",
 )
-NANO = ("policy=nano", "head=sam2_nano", "rollout.max_tokens=24", "callbacks.sheets.every_n_steps=1")
+NANO = (
+    "policy=nano",
+    "policy.image_side=128",
+    "head=sam2_nano",
+    "rollout.max_tokens=24",
+    "callbacks.sheets.every_n_steps=1",
+)
 SYNTHETIC = {
     "demo": (*NANO, "data.test_length=4"),
     "nano_sft": ("policy=nano", "data.test_length=4", "rollout.max_tokens=24"),

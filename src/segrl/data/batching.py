@@ -28,22 +28,35 @@ class Collate:
     Args:
         encoder, grammar: of the policy; none leaves the prefixes out, for a stage that has no policy.
         trace: writes the answers to imitate; none where completions are sampled.
+        also: grammars that are imitated beside `grammar`; samples take turns.
     """
 
-    def __init__(self, encoder: Encoder | None, grammar: Grammar | None, trace: Trace | None = None) -> None:
+    def __init__(
+        self,
+        encoder: Encoder | None,
+        grammar: Grammar | None,
+        trace: Trace | None = None,
+        also: Sequence[Grammar] = (),
+    ) -> None:
         self.encoder, self.grammar, self.trace = encoder, grammar, trace
+        self.also = tuple(also)
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """B samples to one batch."""
         if self.encoder is None or self.grammar is None:
             return Batch(samples=list(samples), prefixes=[])
-        prefixes = [self.encoder.encode(self.grammar.messages(s.query), s.image) for s in samples]
+        choice = (self.grammar, *self.also)
+        keys = [zlib.crc32(sample.id.encode()) for sample in samples]
+        grammars = [choice[key % len(choice)] for key in keys]
+        prefixes = [
+            self.encoder.encode(g.messages(s.query), s.image) for g, s in zip(grammars, samples, strict=True)
+        ]
         if self.trace is None:
             return Batch(samples=list(samples), prefixes=prefixes)
         answers = []
-        for sample, prefix in zip(samples, prefixes, strict=True):
-            parsed = self.trace(sample, np.random.default_rng(zlib.crc32(sample.id.encode())))
-            answers.append(self.encoder.answer(self.grammar.render(parsed, prefix.frame)))
+        for sample, prefix, grammar, key in zip(samples, prefixes, grammars, keys, strict=True):
+            parsed = self.trace(sample, np.random.default_rng(key))
+            answers.append(self.encoder.answer(grammar.render(parsed, prefix.frame)))
         return Batch(samples=list(samples), prefixes=prefixes, answers=answers)
 
 

@@ -245,6 +245,21 @@ class HFPolicy(nn.Module):
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
 
+    def save(self, folder: Path) -> None:
+        """Write a Hugging Face folder; an adapter is merged into the weights, for good."""
+        if self.lora is not None:
+            from peft.tuners.tuners_utils import BaseTunerLayer
+
+            for place, layer in list(self.model.named_modules()):
+                if isinstance(layer, BaseTunerLayer):
+                    layer.merge(adapter_names=["policy"])
+                    parent, _, name = place.rpartition(".")
+                    setattr(self.model.get_submodule(parent), name, layer.get_base_layer())
+            self.model._hf_peft_config_loaded = False  # transformers' mark of a model that has adapters
+            self.lora = None
+        self.model.save_pretrained(folder)
+        self.encoder.processor.save_pretrained(folder)
+
     @contextmanager
     def speaking_with(self, adapter: str | None) -> Iterator[None]:
         """Inside, another adapter is on, or none; outside the policy's own."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -76,8 +76,21 @@ class Stage(lightning.LightningModule):
         """The optimizer with its schedule, if there is one."""
         if self.make_schedule is None:
             return optimizer
-        schedule = self.make_schedule(optimizer, total_steps=int(self.trainer.estimated_stepping_batches))
+        schedule = self.make_schedule(optimizer, total_steps=self.total_updates)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Optimizer steps that one batch of samples makes."""
+        return 1
+
+    @property
+    def total_updates(self) -> int:
+        """Of the whole run. Lightning counts batches, except where `trainer.max_steps` ends the run."""
+        batches, most = int(self.trainer.estimated_stepping_batches), self.trainer.max_steps
+        if batches == most:
+            return most
+        return batches * self.updates_per_batch if most < 0 else min(most, batches * self.updates_per_batch)
 
     def configure_gradient_clipping(self, *_: object, **__: object) -> None:
         """Scale gradients down to `max_grad_norm`."""
@@ -140,6 +153,7 @@ class SegStage(Stage):
         policy, grammar, head, engine: see `protocols`.
         optimizer, schedule, max_grad_norm, seed: see `Stage`.
         trace: writes the answers to imitate, where the stage imitates.
+        also: grammars that are imitated, too; see `data.batching.Collate`.
     """
 
     frozen: tuple[str, ...] = ("head.",)
@@ -147,12 +161,12 @@ class SegStage(Stage):
     def __init__(
         self, policy: HFPolicy, grammar: Grammar, head: MaskHead, engine: RolloutEngine,
         optimizer: MakeOptimizer, schedule: MakeSchedule | None, max_grad_norm: float, seed: int,
-        trace: Trace | None = None,
+        trace: Trace | None = None, also: Sequence[Grammar] = (),
     ) -> None:  # fmt: skip
         super().__init__(optimizer, schedule, max_grad_norm, seed)
         self.policy, self.grammar, self.head, self.engine = policy, grammar, head, engine
         self.segmenter = Segmenter(policy, grammar, engine, head)
-        self.collate = Collate(policy.encoder, grammar, trace)
+        self.collate = Collate(policy.encoder, grammar, trace, also)
         self.eval_collate = Collate(policy.encoder, grammar)
         self.val_scores: dict[str, SaliencyScores] = {}
         self.records: dict[str, list[Record]] = {}

@@ -84,6 +84,11 @@ class PolicyGradientStage(SegStage):
         self.kl_weight, self.kl_reward = kl_weight, kl_reward
         self.last_rollout: Rollout | None = None
 
+    @property
+    def updates_per_batch(self) -> int:
+        """Minibatches times epochs."""
+        return self.updates_per_rollout * self.epochs_per_rollout
+
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """The reference starts there, too."""
         super().start_from(weights)
@@ -174,7 +179,7 @@ class PolicyGradientStage(SegStage):
 
         With one update per rollout old is new, detached, and costs no pass.
         """
-        if self.updates_per_rollout * self.epochs_per_rollout == 1 and self.kl_reward == 0:
+        if self.updates_per_batch == 1 and self.kl_reward == 0:
             return None, None
         return self.in_parts(self.policy.logprobs, batch, completions), None
 

@@ -36,8 +36,10 @@ class Progress(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
     ) -> None:
         """Tell, if it is time."""
-        now, step, total = time.monotonic(), trainer.global_step, int(trainer.estimated_stepping_batches)
-        if not isinstance(pl_module, Stage) or (now - self.told < self.every_seconds and step < total):
+        if not isinstance(pl_module, Stage):
+            return
+        now, step, total = time.monotonic(), trainer.global_step, pl_module.total_updates
+        if now - self.told < self.every_seconds and step < total:
             return
         self.told = now
         if not trainer.is_global_zero:

@@ -1,0 +1,166 @@
+"""`python -m segrl.recipe conf/recipe/seg_r1_nano.yaml`: runs that start from each other's checkpoints, and one table of them.
+
+A run that is finished is not done again, and one that was killed goes on: the command can be repeated until the table comes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+_COLUMNS = ("run", "start", "seed", "completions", "before", "after", "gain", "95 % interval of the gain")
+
+
+class Job(BaseModel):
+    """One run of a recipe."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    experiment: str
+    start: str | None = None
+    """Name of the run whose checkpoint it starts from; none starts from the policy as it is."""
+    overrides: list[str] = []
+    reinforced: bool = False
+    """Whether the recipe's `reinforced` overrides are its, too."""
+    seeds: list[int] = [1]
+
+
+class Recipe(BaseModel):
+    """Runs in an order in which each stands behind its start."""
+
+    model_config = ConfigDict(extra="forbid")
+    title: str
+    metric: str
+    """Of the first test set, in the table: `structure`, `iou`, `mae`, `fault_rate`."""
+    overrides: list[str] = []
+    """Of every run."""
+    reinforced: list[str] = []
+    """Of the runs that are marked so; a run's own come behind these."""
+    jobs: list[Job]
+
+
+def read(path: Path) -> Recipe:
+    """Raises ValueError naming the first key that is wrong, or a start that no run before has."""
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"recipe: a YAML file is needed; there is no {path}")
+    try:
+        recipe = Recipe.model_validate(yaml.safe_load(path.read_text()))
+    except ValidationError as error:
+        found = error.errors()[0]
+        raise ValueError(f"{path}: {'.'.join(map(str, found['loc']))}: {found['msg'].lower()}") from None
+    known: list[str] = []
+    for job in recipe.jobs:
+        if job.start is not None and job.start not in known:
+            raise ValueError(
+                f"{path}: {job.name}.start: one of {', '.join(known)} is needed; got {job.start}"
+            )
+        known.append(job.name)
+    return recipe
+
+
+def folder_of(runs: Path, job: Job, seed: int) -> Path:
+    """Of one run."""
+    return runs / (job.name if len(job.seeds) == 1 else f"{job.name}-seed{seed}")
+
+
+def command(recipe: Recipe, job: Job, seed: int, runs: Path) -> list[str] | None:
+    """What starts the run, or goes on with it; none where it is finished."""
+    folder = folder_of(runs, job, seed)
+    module = [sys.executable, "-m", "segrl.train"]
+    if (folder / "metrics.json").is_file():
+        return None
+    if (folder / "checkpoints" / "last.ckpt").is_file():
+        return [*module, f"resume={folder}"]
+    start = next((other for other in recipe.jobs if other.name == job.start), None)
+    begin = (
+        [f"init_from={folder_of(runs, start, start.seeds[0]) / 'checkpoints' / 'last.ckpt'}"] if start else []
+    )
+    fixed = [f"seed={seed}", f"name={job.name}", f"paths.run={folder}", *begin]
+    shared = [*recipe.overrides, *(recipe.reinforced if job.reinforced else [])]
+    return [*module, f"+experiment={job.experiment}", *shared, *job.overrides, *fixed]
+
+
+def ready(recipe: Recipe, runs: Path, job: Job) -> bool:
+    """Whether the run that it starts from is finished."""
+    start = next((other for other in recipe.jobs if other.name == job.start), None)
+    return start is None or (folder_of(runs, start, start.seeds[0]) / "metrics.json").is_file()
+
+
+def run_all(recipe: Recipe, runs: Path, at_once: int) -> None:
+    """Every run, up to so many at once (then on one thread each); raises ValueError naming the first that fails."""
+    waiting = [(job, seed) for job in recipe.jobs for seed in job.seeds]
+    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if at_once > 1 else dict(os.environ)
+    while waiting or running:
+        for key, process in list(running.items()):
+            if process.poll() is None:
+                continue
+            del running[key]
+            if process.returncode:
+                raise ValueError(
+                    f"recipe: the run {key[0]}, seed {key[1]}, must end well; it ended with {process.returncode}"
+                )
+        for job, seed in list(waiting):
+            if len(running) >= at_once or not ready(recipe, runs, job):
+                break
+            waiting.remove((job, seed))
+            line = command(recipe, job, seed, runs)
+            if line is not None:
+                print("+", " ".join(line[1:]), flush=True)
+                running[job.name, seed] = subprocess.Popen(line, env=environment)
+        time.sleep(0.5)
+
+
+def rows(recipe: Recipe, runs: Path) -> list[tuple[str, ...]]:
+    """One per run: its scores on the first test set, before and after."""
+    found: list[tuple[str, ...]] = []
+    for job in recipe.jobs:
+        for seed in job.seeds:
+            metrics: dict[str, Any] = json.loads((folder_of(runs, job, seed) / "metrics.json").read_text())
+            score = next(iter(metrics["test"].values()))[recipe.metric]
+            low, high = score["interval"]
+            found.append((
+                job.name, job.start or "-", str(seed), f"{metrics['completions']:,}", f"{score['before']:.3f}",
+                f"{score['after']:.3f}", f"{score['gain']:+.3f}", f"[{low:+.3f}, {high:+.3f}]",
+            ))  # fmt: skip
+    return found
+
+
+def table(recipe: Recipe, found: list[tuple[str, ...]]) -> str:
+    """Markdown."""
+    lines = [_COLUMNS, tuple("---" for _ in _COLUMNS), *found]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe", type=Path, help="YAML of the runs")
+    parser.add_argument("--runs", type=Path, required=True, help="folder of their run folders")
+    parser.add_argument(
+        "--at-once", type=int, default=1, help="runs at once, where they do not wait for each other"
+    )
+    arguments = parser.parse_args()
+    try:
+        recipe = read(arguments.recipe)
+        run_all(recipe, arguments.runs, arguments.at_once)
+    except ValueError as error:
+        print(f"segrl: {error}", file=sys.stderr)
+        sys.exit(2)
+    text = f"{recipe.title}; {recipe.metric} on held-out samples\n\n{table(recipe, rows(recipe, arguments.runs))}\n"
+    (arguments.runs / "table.md").write_text(text)
+    print(f"\n{text}\ntable in {arguments.runs / 'table.md'}")
+
+
+if __name__ == "__main__":
+    main()
