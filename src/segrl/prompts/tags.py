@@ -27,6 +27,17 @@ def _rest(text: str) -> str:
     return text[end:].strip()
 
 
+def _ends(text: str, points: int) -> list[int]:
+    """Where each box is complete, and each point: that is where its label is written."""
+    boxes, at = [], 0
+    while (at := text.find("</bbox>", at)) >= 0:
+        boxes.append(at)
+        at += 1
+    start = text.find("<labels>") + len("<labels>")
+    digits = [i + 1 for i in range(start, text.find("</labels>", start)) if text[i].isdigit()]
+    return [*boxes, *digits[:points]]
+
+
 def _only(text: str, tag: str, missing: ParseFault) -> str:
     """The content of the one `<tag>`."""
     match fields(text, tag):
@@ -101,7 +112,7 @@ class SegR1Tags:
         max_points: more are a fault.
     """
 
-    says = frozenset({"thought", "boxes", "points"})
+    says = frozenset({"thought", "boxes", "points", "ends"})
 
     def __init__(self, max_boxes: int, max_points: int) -> None:
         self.max_boxes = max_boxes
@@ -140,7 +151,8 @@ class SegR1Tags:
                 raise Fault(ParseFault.NO_THOUGHT)
             if len(thoughts) > 1:
                 raise Fault(ParseFault.DUPLICATE_FIELD)
-            answer = text[text.find("</think>", text.find("<think>")) :]
+            behind = text.find("</think>", text.find("<think>"))
+            answer = text[behind:]
             boxes = fields(answer, "bbox")
             if not boxes:
                 raise Fault(ParseFault.NO_BOX)
@@ -151,7 +163,8 @@ class SegR1Tags:
         except Fault as fault:
             return Parsed(thought=thoughts[0].strip() if thoughts else "", fault=fault.kind)
         prompt = MaskPrompt.of(corners, points, labels)
-        return Parsed(thought=thoughts[0].strip(), prompt=prompt, rest=_rest(answer))
+        ends = tuple(behind + end for end in _ends(answer, len(labels)))
+        return Parsed(thought=thoughts[0].strip(), prompt=prompt, ends=ends, rest=_rest(answer))
 
 
 class SegR1Points:
