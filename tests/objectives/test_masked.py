@@ -6,8 +6,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segrl.objectives.masked import per_sequence, per_token, weighted_sum
+from segrl.objectives import masked
+from segrl.objectives.masked import weighted_sum
 from segrl.objectives.sft import sft
+
+
+def per_sequence(mask: torch.Tensor) -> torch.Tensor:
+    return masked.per_sequence(mask, 1, 0.0)
+
+
+def per_token(mask: torch.Tensor) -> torch.Tensor:
+    return masked.per_token(mask, 1, float(mask.sum()))
+
 
 MASK = torch.tensor([[True, True, True, True], [True, True, False, False]])
 

@@ -30,8 +30,8 @@ def group_relative(rewards: Float[Tensor, "B G"], floor: float) -> Float[Tensor,
     Raises:
         ValueError: if G < 2: one completion has nothing to be relative to.
     """
-    centred = group_centred(rewards)
-    return centred / (rewards.std(1, keepdim=True) + floor)
+    same = _same(rewards)
+    return (group_centred(rewards) / (rewards.std(1, keepdim=True) + floor)).masked_fill(same, 0.0)
 
 
 def group_centred(rewards: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jaxtyping
 import pytest
@@ -9,11 +10,41 @@ import torch
 from torch import Tensor
 
 from segrl.objectives.advantages import group_relative
-from segrl.objectives.clipped import clipped_surrogate, importance_ratio
-from segrl.objectives.grpo import grpo
+from segrl.objectives.clipped import importance_ratio, ppo_clip
 from segrl.objectives.kl import k3
-from segrl.objectives.masked import per_sequence, per_token
-from segrl.types import Completions, Experience, Frame, Prefix
+from segrl.objectives.masked import per_sequence as shares_of_sequences
+from segrl.objectives.masked import per_token as shares_of_tokens
+from segrl.objectives.policy_gradient import policy_gradient
+from segrl.types import Completions, Experience, Frame, LossOutput, Prefix
+
+
+def per_sequence(mask: Tensor) -> Tensor:
+    return shares_of_sequences(mask, 1, 0.0)
+
+
+def per_token(mask: Tensor) -> Tensor:
+    return shares_of_tokens(mask, 1, float(mask.sum()))
+
+
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """Of ratios, by way of the log-probabilities that make them."""
+    mask = torch.ones_like(ratio, dtype=torch.bool)
+    gain = advantages[:, None].expand_as(ratio)
+    return ppo_clip(ratio.log(), torch.zeros_like(ratio), gain, mask, low=low, high=high).loss
+
+
+def grpo(
+    logprobs: Tensor, old: Tensor | None, reference: Tensor | None, advantages: Tensor, weights: Tensor,
+    clip: tuple[float, float], kl_weight: float,
+) -> LossOutput:  # fmt: skip
+    surrogate = partial(ppo_clip, low=clip[0], high=clip[1])
+    gain = advantages if advantages.ndim == 2 else advantages[:, None].expand_as(logprobs)
+    out = policy_gradient(logprobs, old, reference, gain, weights, surrogate, k3, kl_weight)
+    stats = {name: out.stats[name] for name in ("ratio", "entropy", "kl") if name in out.stats}
+    return LossOutput(
+        loss=out.loss, stats={**stats, "clip_fraction": out.stats["clip_low"] + out.stats["clip_high"]}
+    )
+
 
 MASK = torch.tensor([[True, True, True], [True, True, False]])
 CLIP = (0.2, 0.3)
@@ -52,7 +83,9 @@ def test_two_completions_by_hand() -> None:
     stats, loss = by_hand(kl_weight=0.0, reference=None)
     assert loss == pytest.approx(-2.8 / 6 + 2.5 / 4, abs=1e-7)
     assert stats["ratio"] == pytest.approx(3.0 / 6 + 2.5 / 4, abs=1e-7)
-    assert stats["clip_fraction"] == pytest.approx(2 / 6 + 1 / 4, abs=1e-7)
+    assert stats["clip_fraction"] == pytest.approx(
+        1 / 6, abs=1e-7
+    )  # where the bound holds the gradient back: 1.5 with A = +1
     assert stats["entropy"] == pytest.approx(1.0, abs=1e-7)
     assert "kl" not in stats
 
@@ -132,7 +165,7 @@ def naive(
             bounded = min(max(ratio, 1 - low), 1 + high)
             loss += w * -min(ratio * a, bounded * a)
             stats["ratio"] += w * ratio
-            stats["clip_fraction"] += w * (ratio != bounded)
+            stats["clip_fraction"] += w * (bounded * a < ratio * a)
             stats["entropy"] += w * -new[n, t].item()
             if reference is not None:
                 d = reference[n, t].item() - new[n, t].item()
@@ -253,7 +286,8 @@ def update_gradient(size: int, shares: Callable[[Tensor], Tensor]) -> tuple[Tens
     experience = Experience(
         prefixes=[prefix] * 8,
         completions=Completions(tokens=tokens, mask=mask, texts=[""] * rows, finished=mask.any(1)),
-        advantages=group_relative(torch.rand(8, 3, generator=noise), 1e-4).flatten(),
+        counts=mask,
+        advantages=group_relative(torch.rand(8, 3, generator=noise), 1e-4).reshape(-1, 1).expand(rows, width),
         old_logprobs=torch.log_softmax(torch.randn(rows, width, vocab, generator=noise), -1)[..., 0],
         reference_logprobs=-3 * torch.rand(rows, width, generator=noise),
     )
