@@ -38,7 +38,7 @@ def grpo(
     clip: tuple[float, float], kl_weight: float,
 ) -> LossOutput:  # fmt: skip
     surrogate = partial(ppo_clip, low=clip[0], high=clip[1])
-    gain = advantages if advantages.ndim == 2 else advantages[:, None].expand_as(logprobs)
+    gain = advantages if advantages.ndim == 2 else advantages[:, None].expand(-1, logprobs.shape[1])
     out = policy_gradient(logprobs, old, reference, gain, weights, surrogate, k3, kl_weight)
     stats = {name: out.stats[name] for name in ("ratio", "entropy", "kl") if name in out.stats}
     return LossOutput(

@@ -1,0 +1,156 @@
+"""Generalised advantage estimation, the critic's loss, and a bandit that both kinds of algorithm solve."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from segrl.objectives.advantages import group_relative
+from segrl.objectives.clipped import ppo_clip
+from segrl.objectives.gae import constant_decay, gae, length_decay, segment_decay
+from segrl.objectives.kl import k3
+from segrl.objectives.masked import per_token
+from segrl.objectives.policy_gradient import policy_gradient
+from segrl.objectives.ppo import clipped_value_loss, explained_variance, whiten
+
+D = torch.float64
+
+
+def episode(seed, rows=5, width=7):
+    noise = torch.Generator().manual_seed(seed)
+    rewards, values, decay = (torch.rand(rows, width, generator=noise, dtype=D) for _ in range(3))
+    mask = torch.arange(width) < torch.randint(1, width + 1, (rows, 1), generator=noise)
+    return rewards * mask, values, mask, decay
+
+
+def quadratic(rewards, values, mask, decay, discount):
+    """Every later error, weighed by the product of what lies between."""
+    out = torch.zeros_like(rewards)
+    for n in range(len(rewards)):
+        length = int(mask[n].sum())
+        delta = [
+            rewards[n, t] + (discount * values[n, t + 1] if t + 1 < length else 0.0) - values[n, t]
+            for t in range(length)
+        ]
+        for t in range(length):
+            out[n, t] = sum(
+                delta[s] * math.prod(float(discount * decay[n, k]) for k in range(t, s))
+                for s in range(t, length)
+            )
+    return out
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("discount", [1.0, 0.9])
+def test_gae_is_the_quadratic_sum(seed, discount):
+    rewards, values, mask, decay = episode(seed)
+    found = gae(rewards, values, mask, decay, discount)
+    torch.testing.assert_close(found, quadratic(rewards, values, mask, decay, discount), rtol=0, atol=1e-12)
+
+
+def test_with_decay_and_discount_one_it_is_what_is_still_to_come_less_the_value():
+    rewards, values, mask, decay = episode(0)
+    to_come = rewards.flip(1).cumsum(1).flip(1)
+    expected = ((to_come - values) * mask).masked_fill(~mask, 0)
+    torch.testing.assert_close(gae(rewards, values, mask, torch.ones_like(decay), 1.0), expected)
+
+
+def test_nothing_behind_the_end_matters():
+    rewards, values, mask, decay = episode(1)
+    other = gae(rewards.masked_fill(~mask, 9.0), values.masked_fill(~mask, -7.0), mask, decay, 0.9)
+    torch.testing.assert_close(other, gae(rewards, values, mask, decay, 0.9))
+
+
+def test_decays_by_hand():
+    mask = torch.tensor([[True, True, True, False]])
+    closes = torch.tensor([[False, True, False, False]])
+    assert constant_decay(mask, closes, decay=0.5).tolist() == [[0.5] * 4]
+    assert segment_decay(mask, closes, decay=0.5).tolist() == [[1.0, 0.5, 1.0, 1.0]]
+    assert length_decay(mask, closes, alpha=0.5)[0, 0].item() == pytest.approx(1 - 1 / 1.5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_an_exact_critic_dense_and_terminal_rewards_give_the_same_advantages(seed):
+    """Potential-based shaping moves the value of every state by its potential, and the advantages not at all."""
+    noise = torch.Generator().manual_seed(seed)
+    potential = torch.rand(4, 6, generator=noise, dtype=D)  # after each token
+    potential[:, -1] = 0
+    before = torch.cat([torch.zeros(4, 1, dtype=D), potential[:, :-1]], 1)
+    shaping = potential - before
+    torch.testing.assert_close(shaping.sum(1), torch.zeros(4, dtype=D), rtol=0, atol=1e-12)
+    terminal = torch.zeros(4, 6, dtype=D)
+    terminal[:, -1] = torch.rand(4, generator=noise, dtype=D)
+    values = torch.rand(4, 6, generator=noise, dtype=D)
+    mask, one = torch.ones(4, 6, dtype=torch.bool), torch.ones(4, 6, dtype=D)
+    torch.testing.assert_close(
+        gae(terminal + shaping, values - before, mask, one, 1.0), gae(terminal, values, mask, one, 1.0)
+    )
+
+
+def test_the_value_loss_by_hand():
+    values = torch.tensor([[0.9, 0.5, 0.1]], dtype=D, requires_grad=True)
+    old, returns = torch.tensor([[0.5, 0.5, 0.5]], dtype=D), torch.tensor([[1.0, 1.0, 0.6]], dtype=D)
+    weights = torch.tensor([[0.5, 0.5, 0.0]], dtype=D)
+    out = clipped_value_loss(values, old, returns, weights, 0.2)
+    # 0.9 is held at 0.7: max(0.01, 0.09); 0.5 moves freely: 0.25; the third does not count
+    assert out.loss.item() == pytest.approx(0.5 * (0.5 * 0.09 + 0.5 * 0.25))
+    assert out.stats["value_clip"].item() == pytest.approx(0.5)
+    out.loss.backward()
+    torch.testing.assert_close(values.grad, torch.tensor([[0.0, -0.25, 0.0]], dtype=D))
+
+
+def test_explained_variance_of_a_critic_that_knows_says_the_mean_or_has_nothing_to_know():
+    returns, mask = torch.tensor([[0.0, 1.0, 2.0, 9.0]]), torch.tensor([[True, True, True, False]])
+    assert explained_variance(returns, returns, mask).item() == 1.0
+    assert explained_variance(torch.ones(1, 4), returns, mask).item() == pytest.approx(0.0, abs=1e-6)
+    assert explained_variance(returns, torch.ones(1, 4), mask).item() == 0.0
+
+
+def test_whitening():
+    assert whiten(torch.tensor([[1.0, 3.0]]), 2.0, 1.0).tolist() == [
+        [pytest.approx(-1.0), pytest.approx(1.0)]
+    ]
+
+
+ARMS = torch.tensor([0.1, 0.3, 0.9, 0.4])
+
+
+def pull(theta, count, noise):
+    arms = torch.multinomial(theta.detach().softmax(0), count, replacement=True, generator=noise)
+    return arms, ARMS[arms]
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_a_bandit_is_solved(algorithm):
+    noise = torch.Generator().manual_seed(0)
+    theta, value = torch.zeros(4, requires_grad=True), torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.Adam([theta, value], lr=0.05)
+    mask, surrogate = torch.ones(32, 1, dtype=torch.bool), partial(ppo_clip, low=0.2, high=0.3)
+    weights = per_token(mask, 8, 32.0)
+    for _ in range(200):
+        arms, rewards = pull(theta, 32, noise)
+        old = theta.detach().log_softmax(0)[arms][:, None]
+        said = value.detach().expand(32)[:, None]
+        if algorithm == "grpo":
+            gain = group_relative(rewards.view(4, 8), 1e-4).reshape(-1, 1)
+        else:
+            gain = gae(rewards[:, None], said, mask, torch.ones(32, 1), 1.0)
+        for _ in range(2):
+            optimizer.zero_grad()
+            new = theta.log_softmax(0)[arms][:, None]
+            loss = policy_gradient(new, old, None, gain, weights, surrogate, k3, 0.0).loss
+            judged = clipped_value_loss(value.expand(32)[:, None], said, rewards[:, None], weights, 0.2).loss
+            (loss + judged).backward()
+            optimizer.step()
+    assert theta.softmax(0)[2].item() > 0.95
+
+
+def test_rewards_that_are_all_the_same_move_nothing():
+    theta = torch.zeros(4, requires_grad=True)
+    gain = group_relative(torch.full((4, 8), 0.3), 1e-4).reshape(-1, 1)
+    new = theta.log_softmax(0)[torch.arange(32) % 4][:, None]
+    mask = torch.ones(32, 1, dtype=torch.bool)
+    surrogate = partial(ppo_clip, low=0.2, high=0.2)
+    policy_gradient(new, None, None, gain, per_token(mask, 8, 32.0), surrogate, k3, 0.0).loss.backward()
+    assert (theta.grad == 0).all()
