@@ -6,11 +6,12 @@ PYTHON := .venv/bin/python
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 RUNS ?= runs
 ARGS ?=
+SCALE ?= nano
 
-.PHONY: help setup demo test test-slow lint types bench train eval sweep mlflow docker assets clean
+.PHONY: help setup demo seg-r1 test test-slow lint types bench train eval sweep mlflow docker assets clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 .uv/bin/uv:
 	python3 -m venv .uv && .uv/bin/python -m pip install --quiet uv
@@ -20,6 +21,9 @@ setup: $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv) ## get uv if missing and make
 
 demo: setup ## GRPO on the embedded default, then the table before / after (about 10 minutes on 2 cores)
 	@$(PYTHON) -m segrl.train +experiment=demo paths.runs=$(RUNS) $(ARGS)
+
+seg-r1: setup ## SFT, pre-RL, GRPO, SOD in a row, relatives beside them, one table (SCALE=nano, about an hour; SCALE=paper)
+	@$(PYTHON) -m segrl.recipe conf/recipe/seg_r1_$(SCALE).yaml --runs $(RUNS)/seg_r1_$(SCALE) --at-once $(if $(filter nano,$(SCALE)),2,1)
 
 test: setup ## unit, contract, config, stage and house tests (under 10 minutes on 2 cores)
 	@$(PYTHON) -m pytest -q
