@@ -23,7 +23,7 @@ demo: setup ## GRPO on the embedded default, then the table before / after (abou
 	@$(PYTHON) -m segrl.train +experiment=demo paths.runs=$(RUNS) $(ARGS)
 
 seg-r1: setup ## SFT, pre-RL, GRPO, SOD in a row, relatives beside them, one table (SCALE=nano, about an hour; SCALE=paper)
-	@$(PYTHON) -m segrl.recipe conf/recipe/seg_r1_$(SCALE).yaml --runs $(RUNS)/seg_r1_$(SCALE) --at-once $(if $(filter nano,$(SCALE)),2,1)
+	@$(PYTHON) -m segrl.recipe recipes/seg_r1_$(SCALE).yaml --runs $(RUNS)/seg_r1_$(SCALE) --at-once $(if $(filter nano,$(SCALE)),2,1)
 
 test: setup ## unit, contract, config, stage and house tests (under 10 minutes on 2 cores)
 	@$(PYTHON) -m pytest -q

@@ -9,6 +9,11 @@ from segrl.front_door import check, enter
 
 def job(cfg: DictConfig) -> float | None:
     """One evaluation; the value that a sweep compares comes back."""
+    for key in ("ckpt_path", "resume"):
+        if cfg[key] is not None:
+            raise ValueError(
+                f"{key}: to score a policy, init_from=CHECKPOINT is needed; {key} goes on with a training"
+            )
     check(cfg)
     from segrl.running import Run
 

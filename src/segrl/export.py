@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from segrl.front_door import register_resolvers
+from segrl.front_door import explain, register_resolvers, scored_checkpoint
 
 
 def export_policy(run: Path, out: Path, note: str) -> None:
@@ -31,7 +31,7 @@ def export_policy(run: Path, out: Path, note: str) -> None:
             f"export: the folder of a finished run is needed; {run} has no config.yaml and metrics.json"
         )
     cfg = OmegaConf.load(run / "config.yaml")
-    weights = read_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"]
+    weights = read_checkpoint(scored_checkpoint(run))["state_dict"]
     learned = {k.removeprefix("policy."): v for k, v in weights.items() if k.startswith("policy.")}
     if not learned:
         raise ValueError(f"export: a run that trained a policy is needed; the checkpoint of {run} holds none")
@@ -66,13 +66,16 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("out", type=Path, help="folder to write")
     arguments = parser.parse_args()
+    from hydra.errors import HydraException
+
     register_resolvers()
     try:
         export_policy(
             arguments.run, arguments.out, "A policy that writes mask prompts for a promptable segmenter."
         )
-    except ValueError as error:
-        print(f"segrl: {error}", file=sys.stderr)
+    except (ValueError, HydraException) as error:
+        line = explain(error, "train", []) or str(error)
+        print(f"segrl: {line}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -35,6 +35,12 @@ def asset(name: str) -> str:
     return str(_HERE / "assets" / name)
 
 
+def scored_checkpoint(run: Path) -> Path:
+    """The checkpoint whose scores a run reports: the best, where one was kept, else the last."""
+    best = run / "checkpoints" / "best.ckpt"
+    return best if best.is_file() else run / "checkpoints" / "last.ckpt"
+
+
 def register_resolvers() -> None:
     """`${asset:NAME}` in a configuration is `asset(NAME)`."""
     OmegaConf.register_new_resolver("asset", asset, replace=True)
@@ -117,6 +123,8 @@ def explain(error: BaseException, config_name: str, arguments: list[str]) -> str
         return _unbound(str(error))
     if isinstance(cause, HydraException | OmegaConfBaseException):
         return _composition(str(cause), config_name, arguments)
+    if type(cause).__name__ == "MisconfigurationException":  # Lightning's word for a trainer that cannot be
+        return f"trainer: {' '.join(str(cause).split())}"
     if isinstance(cause, OSError):
         if cause.errno == errno.ENOSPC:
             return f"paths.runs: no space is left to write {cause.filename or 'the run'}; what was saved before is intact"

@@ -1,4 +1,4 @@
-"""`python -m segrl.recipe conf/recipe/seg_r1_nano.yaml`: runs that start from each other's checkpoints, and one table of them.
+"""`python -m segrl.recipe recipes/seg_r1_nano.yaml`: runs that start from each other's checkpoints, and one table of them.
 
 A run that is finished is not done again, and one that was killed goes on: the command can be repeated until the table comes.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from segrl.front_door import scored_checkpoint
 
 _COLUMNS = ("run", "start", "seed", "completions", "before", "after", "gain", "95 % interval of the gain")
 
@@ -81,10 +84,10 @@ def command(recipe: Recipe, job: Job, seed: int, runs: Path) -> list[str] | None
         return None
     if (folder / "checkpoints" / "last.ckpt").is_file():
         return [*module, f"resume={folder}"]
+    if folder.is_dir():  # killed before its first checkpoint: there is nothing in it to go on with
+        shutil.rmtree(folder)
     start = next((other for other in recipe.jobs if other.name == job.start), None)
-    begin = (
-        [f"init_from={folder_of(runs, start, start.seeds[0]) / 'checkpoints' / 'last.ckpt'}"] if start else []
-    )
+    begin = [f"init_from={scored_checkpoint(folder_of(runs, start, start.seeds[0]))}"] if start else []
     fixed = [f"seed={seed}", f"name={job.name}", f"paths.run={folder}", *begin]
     shared = [*recipe.overrides, *(recipe.reinforced if job.reinforced else [])]
     return [*module, f"+experiment={job.experiment}", *shared, *job.overrides, *fixed]
@@ -107,6 +110,8 @@ def run_all(recipe: Recipe, runs: Path, at_once: int) -> None:
                 continue
             del running[key]
             if process.returncode:
+                for other in running.values():
+                    other.terminate()
                 raise ValueError(
                     f"recipe: the run {key[0]}, seed {key[1]}, must end well; it ended with {process.returncode}"
                 )
@@ -118,6 +123,10 @@ def run_all(recipe: Recipe, runs: Path, at_once: int) -> None:
             if line is not None:
                 print("+", " ".join(line[1:]), flush=True)
                 running[job.name, seed] = subprocess.Popen(line, env=environment)
+        if waiting and not running and not ready(recipe, runs, waiting[0][0]):
+            raise ValueError(
+                f"recipe: {waiting[0][0].name} waits for {waiting[0][0].start}, which left no metrics.json"
+            )
         time.sleep(0.5)
 
 

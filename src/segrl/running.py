@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from segrl.data.datamodule import SegDataModule
+from segrl.front_door import scored_checkpoint
 from segrl.metrics.saliency import NAMES
 from segrl.stages.base import SegStage, Stage
 from segrl.tracking import report
@@ -55,6 +56,10 @@ def _run_folder(folder: Path) -> Path:
     """The folder, or the first of folder-2, folder-3 ... that does not exist; of the first rank, on all ranks of a machine."""
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         return Path(os.environ.get(_FOLDER, folder))
+    if folder.exists() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"paths.run: a new folder is needed, the same for all processes; {folder} exists (resume={folder} goes on)"
+        )
     numbered = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 10_000))
     fresh = folder if not folder.exists() else next(path for path in numbered if not path.exists())
     os.environ[_FOLDER] = str(fresh)
@@ -81,29 +86,39 @@ class Run:
         folder = Path(cfg.resume) if cfg.resume else _run_folder(Path(cfg.paths.run))
         cfg.paths.run = str(folder)
         cls._check_words(cfg)
+        cls._check_checkpoints(cfg)
         data: SegDataModule = instantiate(cfg.data.module)
         stage: Stage = instantiate(cfg.stage)
         data.connect(stage.collate, stage.eval_collate)
-        cls._check_objective(cfg.objective_metric, data)
+        cls._check_metrics(cfg, data)
         if (scored := folder / "evaluation" / "before.jsonl").is_file():
             report.check_same_samples(report.load(scored), {name: s.ids for name, s in data.test.items()})
         if cfg.init_from is not None:
             cls._start_from(stage, Path(cfg.init_from))
         if cfg.ckpt_path is not None:
             stage.on_load_checkpoint(read_checkpoint(Path(cfg.ckpt_path)))
-        # unresolved: an override of a resumed run reaches all that refers to it
-        text = OmegaConf.to_yaml(cfg)
-        logger: Logger | None = None
-        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(text)
-            logger = instantiate(cfg.logger)(folder, provenance(text))
-            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+        stage.started_from = cfg.init_from
         trainer: lightning.Trainer = instantiate(
-            cfg.trainer, logger=logger or False, callbacks=[instantiate(c) for c in cfg.callbacks.values()],
+            cfg.trainer, logger=False, callbacks=[instantiate(c) for c in cfg.callbacks.values()],
             plugins=[AtomicCheckpointIO()], default_root_dir=str(folder),
         )  # fmt: skip
+        logger = cls._open(cfg, folder)
+        trainer.logger = logger
         return cls(cfg=cfg, folder=folder, stage=stage, data=data, trainer=trainer, logger=logger)
+
+    @staticmethod
+    def _open(cfg: DictConfig, folder: Path) -> Logger | None:
+        """Create the run folder and its logger, on the first rank; all that could be wrong has been built by now."""
+        if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+            return None
+        text = OmegaConf.to_yaml(
+            cfg
+        )  # unresolved: an override of a resumed run reaches all that refers to it
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(text)
+        logger: Logger = instantiate(cfg.logger)(folder, provenance(text))
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+        return logger
 
     @staticmethod
     def _check_words(cfg: DictConfig) -> None:
@@ -120,17 +135,41 @@ class Run:
                     )
 
     @staticmethod
-    def _check_objective(wanted: str | None, data: SegDataModule) -> None:
+    def _check_checkpoints(cfg: DictConfig) -> None:
+        """A checkpoint of another stage is refused before the policy's weights are loaded."""
+        if cfg.init_from is not None:
+            saved = read_checkpoint(Path(cfg.init_from))
+            if not any(name.startswith("policy.") for name in saved["state_dict"]):
+                raise ValueError(
+                    f"init_from: a checkpoint that holds a policy is needed; {cfg.init_from} is a {saved.get('stage', 'foreign')}'s"
+                )
+        if cfg.ckpt_path is not None:
+            saved, ours = read_checkpoint(Path(cfg.ckpt_path)), cfg.stage._target_.rpartition(".")[2]
+            if saved.get("stage", ours) != ours:
+                raise ValueError(
+                    f"ckpt_path: a checkpoint of a {ours} is needed; {cfg.ckpt_path} is a {saved['stage']}'s (init_from takes its policy)"
+                )
+            if saved.get("init_from") != cfg.init_from:
+                raise ValueError(
+                    f"init_from: the start of {cfg.ckpt_path} is needed, for its reference stands there: {saved.get('init_from')}; got {cfg.init_from}"
+                )
+
+    @staticmethod
+    def _check_metrics(cfg: DictConfig, data: SegDataModule) -> None:
         """A name that is mistyped must not come out after the training."""
-        named = {"test": data.test, "val": data.val}
-        known = [
-            f"{split}/{dataset}/{metric}"
-            for split, sets in named.items()
-            for dataset in sets
-            for metric in NAMES
-        ]
-        if wanted is not None and wanted not in known:
-            raise ValueError(f"objective_metric: one of {', '.join(known)} is needed; got {wanted}")
+        known = {
+            split: [f"{split}/{dataset}/{metric}" for dataset in sets for metric in NAMES]
+            for split, sets in {"test": data.test, "val": data.val}.items()
+        }
+        monitor = OmegaConf.select(cfg, "callbacks.best.monitor")
+        for key, wanted, names in (
+            ("objective_metric", cfg.objective_metric, known["test"] + known["val"]),
+            ("callbacks.best.monitor", monitor, known["val"]),
+        ):
+            if wanted is not None and wanted not in names:
+                raise ValueError(
+                    f"{key}: one of {', '.join(names) or 'a validation set'} is needed; got {wanted}"
+                )
 
     @staticmethod
     def _start_from(stage: Stage, checkpoint: Path) -> None:
@@ -202,11 +241,11 @@ class Run:
 
     def _take_best(self, stage: SegStage) -> None:
         """Go back to the checkpoint that validated best, where one was kept."""
-        best = self.folder / "checkpoints" / "best.ckpt"
-        if best.is_file():
-            saved = read_checkpoint(best)
+        chosen = scored_checkpoint(self.folder)
+        if chosen.name == "best.ckpt":
+            saved = read_checkpoint(chosen)
             stage.load_state_dict(saved["state_dict"], strict=False)
-            _say(f"scoring {best}, of update {saved['global_step']}")
+            _say(f"scoring {chosen}, of update {saved['global_step']}")
 
     def finish(self) -> float | None:
         """Score, compare, draw, keep; print the table and where everything is."""

@@ -39,17 +39,23 @@ class Stage(_Node):
     target: str = Field(alias="_target_")
     optimizer: Optimizer
     max_grad_norm: float = Field(gt=0)
-    group_size: int = Field(2, ge=2, strict=True, description="GRPO compares completions of one sample")
+    group_size: Count = 2
     micro_batch_size: Count = 1
     updates_per_rollout: Count = 1
     epochs_per_rollout: Count = 1
     kl_weight: Weight = 0.0
     kl_reward: Weight = 0.0
     surrogate: Surrogate | None = None
+    advantage: dict[str, Any] | None = None
+    live_samples: Count | None = None
 
     @model_validator(mode="after")
-    def _one_place(self) -> Stage:
-        """A divergence in the loss and in the reward would be paid twice."""
+    def _sane(self) -> Stage:
+        """A divergence in the loss and in the reward would be paid twice; an advantage relative to a group needs a group."""
+        if self.advantage is not None and self.group_size < 2:
+            raise ValueError(
+                f"stage.group_size: at least 2 completions are needed to compare; got {self.group_size}"
+            )
         if self.kl_weight > 0 and self.kl_reward > 0:
             raise ValueError(
                 "stage.kl_reward: the divergence stands in the loss or in the reward, not in both"
@@ -136,11 +142,26 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _whole_groups(self) -> TrainConfig:
-        """Every update has as many samples as the next."""
-        if self.data.batch_size % self.stage.updates_per_rollout:
+        """Every update has as many samples as the next, and every rollout all of its updates."""
+        stage, batch = self.stage, self.data.batch_size
+        if stage.live_samples is not None and stage.live_samples > batch:
             raise ValueError(
-                f"data.batch_size: a multiple of stage.updates_per_rollout ({self.stage.updates_per_rollout}) is needed, so that groups "
-                f"stay whole; got {self.data.batch_size}"
+                f"stage.live_samples: at most data.batch_size ({batch}) is needed; got {stage.live_samples}"
+            )
+        key, samples = (
+            ("data.batch_size", batch)
+            if stage.live_samples is None
+            else ("stage.live_samples", stage.live_samples)
+        )
+        if samples % stage.updates_per_rollout:
+            raise ValueError(
+                f"{key}: a multiple of stage.updates_per_rollout ({stage.updates_per_rollout}) is needed, so that groups stay whole; "
+                f"got {samples}"
+            )
+        updates = stage.updates_per_rollout * stage.epochs_per_rollout
+        if self.trainer.max_steps > 0 and self.trainer.max_steps % updates:
+            raise ValueError(
+                f"trainer.max_steps: a multiple of the {updates} updates that a rollout makes is needed; got {self.trainer.max_steps}"
             )
         return self
 

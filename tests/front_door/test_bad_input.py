@@ -56,10 +56,21 @@ def refused(cli, tmp_path, *arguments):
         ("head.checkpoint=nowhere.safetensors", ["head.checkpoint", "nowhere.safetensors"]),
         ("policy.weights=nowhere", ["policy.weights", "nowhere"]),
         ("data.batch_size=2000000", ["data.batch_size", "1000000"]),
+        ("stage.updates_per_rollout=2 trainer.max_steps=3", ["trainer.max_steps", "multiple of the 2", "got 3"]),
+        ("stage=dapo stage.live_samples=0", ["stage.live_samples", "0"]),
+        ("stage=dapo stage.live_samples=4", ["stage.live_samples", "2", "got 4"]),
+        ("trainer.accelerator=gpu", ["trainer"]),
+        ("policy.lora={rank:2,alpha:2,dropout:0.1}", ["policy.lora.dropout", "0.1"]),
+        ("stage.updates_per_rollout=3", ["data.batch_size", "stage.updates_per_rollout", "2"]),
+        ("reward=seg_zero grammar=seg_r1_points", ["reward.terms.reasoning", "thought", "SegR1Points"]),
+        ("stage=ppo_dense reference=frozen_copy grammar=seg_r1_points trainer.max_steps=2", ["stage.shaping", "ends", "SegR1Points"]),
+        ("stage.kl_weight=0.1 stage.kl_reward=0.1 reference=frozen_copy", ["stage.kl_reward", "not in both"]),
+        ("reference=adapter_off stage.kl_weight=0.1", ["reference", "policy.lora"]),
+        ("callbacks.best.monitor=val/x/iou trainer.max_steps=1 trainer.val_check_interval=1", ["callbacks.best.monitor"]),
     ],
 )  # fmt: skip
 def test_one_line_names_the_key(cli, tmp_path, override, words):
-    arguments = (override,) if override.startswith("+experiment") else (*DEMO, override)
+    arguments = (override,) if override.startswith("+experiment") else (*DEMO, *override.split())
     line = refused(cli, tmp_path, *arguments)
     for word in words:
         assert word in line, line

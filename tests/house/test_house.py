@@ -18,7 +18,7 @@ LEVELS = {
     "rollout": 3, "segmenter": 3,
     "stages": 4,
     "tracking": 5,
-    "front_door": 6, "schema": 6, "running": 6, "train": 6, "evaluate": 6, "export": 6, "prepare": 6, "assets": 6,
+    "front_door": 6, "schema": 6, "running": 6, "train": 6, "evaluate": 6, "export": 6, "prepare": 6, "recipe": 6, "assets": 6,
 }  # fmt: skip
 # Third-party packages that have one place.
 HOMES = {
@@ -142,7 +142,7 @@ def test_names_of_logged_scalars_are_api():
     assert logged == {
         "reward/total", "reward/iou", "reward/structure", "reward/spread", "policy/loss", "policy/grad_norm",
         "critic/explained_variance", "critic/value", "critic/grad_norm",
-        "rollout/length", "rollout/fault_rate", "rollout/cut_off", "rollout/dead_groups",
+        "rollout/length", "rollout/fault_rate", "rollout/cut_off", "rollout/repeated", "rollout/dead_groups",
         "sft/loss", "head/loss", "head/iou", "head/quality_loss", "tower/cell_loss", "tower/box_loss",
     }  # fmt: skip
 

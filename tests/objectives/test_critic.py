@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -58,8 +59,11 @@ def test_with_decay_and_discount_one_it_is_what_is_still_to_come_less_the_value(
 
 def test_nothing_behind_the_end_matters():
     rewards, values, mask, decay = episode(1)
-    other = gae(rewards.masked_fill(~mask, 9.0), values.masked_fill(~mask, -7.0), mask, decay, 0.9)
-    torch.testing.assert_close(other, gae(rewards, values, mask, decay, 0.9))
+    found = gae(rewards, values, mask, decay, 0.9)
+    nonsense = (x.masked_fill(~mask, wrong) for x, wrong in ((rewards, 9.0), (values, -7.0)))
+    other = gae(*nonsense, mask, decay.masked_fill(~mask, 3.0), 0.9)
+    assert not mask.all() and (found[~mask] == 0).all()
+    torch.testing.assert_close(other, found, rtol=0, atol=0)
 
 
 def test_decays_by_hand():
@@ -67,37 +71,71 @@ def test_decays_by_hand():
     closes = torch.tensor([[False, True, False, False]])
     assert constant_decay(mask, closes, decay=0.5).tolist() == [[0.5] * 4]
     assert segment_decay(mask, closes, decay=0.5).tolist() == [[1.0, 0.5, 1.0, 1.0]]
-    assert length_decay(mask, closes, alpha=0.5)[0, 0].item() == pytest.approx(1 - 1 / 1.5)
+    lengths = torch.tensor(
+        [[True, True, True, False], [True, True, False, False], [True, False, False, False]]
+    )
+    third = length_decay(lengths, torch.zeros_like(lengths), alpha=0.5)
+    torch.testing.assert_close(third, torch.tensor([[1 / 3], [0.0], [0.0]]).expand(3, 4))  # never below 0
+
+
+def tree(seed):
+    """All completions of three tokens of two kinds: terminal and dense rewards, and the potential before each token.
+
+    Dense rewards are the terminal ones plus what each token adds to the potential of what is written; the potential
+    is zero at both ends, so the addition sums to zero over each completion.
+    """
+    noise, paths = torch.Generator().manual_seed(seed), list(product("ab", repeat=3))
+    states = {path[:t]: torch.rand(1, generator=noise).item() for path in paths for t in (1, 2)}
+    before = torch.tensor([[0.0, states[path[:1]], states[path[:2]]] for path in paths], dtype=D)
+    terminal = torch.zeros(8, 3, dtype=D)
+    terminal[:, -1] = torch.rand(8, generator=noise, dtype=D)
+    return terminal, terminal + torch.cat([before[:, 1:], torch.zeros(8, 1, dtype=D)], 1) - before, before
+
+
+def exact_critic(rewards):
+    """What a policy that draws both tokens alike has to come, before each token: the mean over all continuations."""
+    to_come = rewards.flip(1).cumsum(1).flip(1)
+    means = [to_come[:, t].view(2**t, -1).mean(1).repeat_interleave(2 ** (3 - t)) for t in range(3)]
+    return torch.stack(means, 1)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_with_an_exact_critic_dense_and_terminal_rewards_give_the_same_advantages(seed):
-    """Potential-based shaping moves the value of every state by its potential, and the advantages not at all."""
-    noise = torch.Generator().manual_seed(seed)
-    potential = torch.rand(4, 6, generator=noise, dtype=D)  # after each token
-    potential[:, -1] = 0
-    before = torch.cat([torch.zeros(4, 1, dtype=D), potential[:, :-1]], 1)
-    shaping = potential - before
-    torch.testing.assert_close(shaping.sum(1), torch.zeros(4, dtype=D), rtol=0, atol=1e-12)
-    terminal = torch.zeros(4, 6, dtype=D)
-    terminal[:, -1] = torch.rand(4, generator=noise, dtype=D)
-    values = torch.rand(4, 6, generator=noise, dtype=D)
-    mask, one = torch.ones(4, 6, dtype=torch.bool), torch.ones(4, 6, dtype=D)
+@pytest.mark.parametrize("decay", [1.0, 0.95, 0.0])
+def test_with_exact_critics_dense_and_terminal_rewards_give_the_same_advantages_at_any_decay(seed, decay):
+    terminal, dense, before = tree(seed)
+    assert (dense - terminal).abs().max() > 0.1
+    torch.testing.assert_close(dense.sum(1), terminal.sum(1))
+    torch.testing.assert_close(exact_critic(dense), exact_critic(terminal) - before)
+    mask = torch.ones(8, 3, dtype=torch.bool)
+    found, expected = (
+        gae(r, exact_critic(r), mask, torch.full_like(r, decay), 1.0) for r in (dense, terminal)
+    )
+    torch.testing.assert_close(found, expected)
+    assert expected.abs().max() > 0.05
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_one_and_the_same_critic_dense_rewards_shift_advantages_by_the_potential(seed):
+    """Whatever the critic says, at decay 1; the potential is known before the token, so the shift is a baseline."""
+    terminal, dense, before = tree(seed)
+    values = torch.rand(8, 3, generator=torch.Generator().manual_seed(seed), dtype=D)
+    mask, one = torch.ones(8, 3, dtype=torch.bool), torch.ones(8, 3, dtype=D)
     torch.testing.assert_close(
-        gae(terminal + shaping, values - before, mask, one, 1.0), gae(terminal, values, mask, one, 1.0)
+        gae(dense, values, mask, one, 1.0), gae(terminal, values, mask, one, 1.0) - before
     )
 
 
 def test_the_value_loss_by_hand():
-    values = torch.tensor([[0.9, 0.5, 0.1]], dtype=D, requires_grad=True)
-    old, returns = torch.tensor([[0.5, 0.5, 0.5]], dtype=D), torch.tensor([[1.0, 1.0, 0.6]], dtype=D)
-    weights = torch.tensor([[0.5, 0.5, 0.0]], dtype=D)
+    values = torch.tensor([[0.9, 0.5, 0.1, 0.0]], dtype=D, requires_grad=True)
+    old, returns = torch.full((1, 4), 0.5, dtype=D), torch.tensor([[1.0, 1.0, 0.6, 0.6]], dtype=D)
+    weights = torch.tensor([[0.4, 0.5, 0.0, 0.1]], dtype=D)
     out = clipped_value_loss(values, old, returns, weights, 0.2)
-    # 0.9 is held at 0.7: max(0.01, 0.09); 0.5 moves freely: 0.25; the third does not count
-    assert out.loss.item() == pytest.approx(0.5 * (0.5 * 0.09 + 0.5 * 0.25))
-    assert out.stats["value_clip"].item() == pytest.approx(0.5)
+    # 0.9 is held at 0.7: max(0.01, 0.09); 0.5 moves freely: 0.25; the third does not count; the last went the wrong
+    # way and pays in full, beyond the clip as it is: max(0.36, 0.09)
+    assert out.loss.item() == pytest.approx(0.5 * (0.4 * 0.09 + 0.5 * 0.25 + 0.1 * 0.36))
+    assert out.stats["value_clip"].item() == pytest.approx(0.4)
     out.loss.backward()
-    torch.testing.assert_close(values.grad, torch.tensor([[0.0, -0.25, 0.0]], dtype=D))
+    torch.testing.assert_close(values.grad, torch.tensor([[0.0, -0.25, 0.0, -0.06]], dtype=D))
 
 
 def test_explained_variance_of_a_critic_that_knows_says_the_mean_or_has_nothing_to_know():

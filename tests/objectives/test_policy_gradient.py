@@ -12,6 +12,8 @@ from torch import Tensor
 from segrl.objectives.advantages import group_relative
 from segrl.objectives.clipped import importance_ratio, ppo_clip
 from segrl.objectives.kl import k3
+from segrl.objectives.masked import per_budget as shares_of_budget
+from segrl.objectives.masked import per_group as shares_of_groups
 from segrl.objectives.masked import per_sequence as shares_of_sequences
 from segrl.objectives.masked import per_token as shares_of_tokens
 from segrl.objectives.policy_gradient import policy_gradient
@@ -24,6 +26,14 @@ def per_sequence(mask: Tensor) -> Tensor:
 
 def per_token(mask: Tensor) -> Tensor:
     return shares_of_tokens(mask, 1, float(mask.sum()))
+
+
+def per_group(mask: Tensor) -> Tensor:
+    return shares_of_groups(mask, 3, 0.0)
+
+
+def per_budget(mask: Tensor) -> Tensor:
+    return shares_of_budget(mask, 3, 0.0, budget=6)
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
@@ -83,9 +93,8 @@ def test_two_completions_by_hand() -> None:
     stats, loss = by_hand(kl_weight=0.0, reference=None)
     assert loss == pytest.approx(-2.8 / 6 + 2.5 / 4, abs=1e-7)
     assert stats["ratio"] == pytest.approx(3.0 / 6 + 2.5 / 4, abs=1e-7)
-    assert stats["clip_fraction"] == pytest.approx(
-        1 / 6, abs=1e-7
-    )  # where the bound holds the gradient back: 1.5 with A = +1
+    # held back is 1.5 with A = +1 alone; 1.5 with A = -1 and 0.5 with A = +1 pay their full price
+    assert stats["clip_fraction"] == pytest.approx(1 / 6, abs=1e-7)
     assert stats["entropy"] == pytest.approx(1.0, abs=1e-7)
     assert "kl" not in stats
 
@@ -305,7 +314,7 @@ def update_gradient(size: int, shares: Callable[[Tensor], Tensor]) -> tuple[Tens
     return theta.grad, loss, stats
 
 
-@pytest.mark.parametrize("shares", [per_sequence, per_token])
+@pytest.mark.parametrize("shares", [per_sequence, per_token, per_group, per_budget])
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_an_update_cut_into_parts_has_the_gradient_of_the_whole(
     size: int, shares: Callable[[Tensor], Tensor]

@@ -10,6 +10,7 @@ from segrl.objectives import advantages as adv
 from segrl.objectives.clipped import cispo_clip, gspo_clip, ppo_clip, sequence_ratio
 from segrl.objectives.kl import k1, k2, k3
 from segrl.objectives.masked import per_budget, per_group, per_sequence, per_token, weighted_sum
+from segrl.objectives.policy_gradient import policy_gradient
 
 D = torch.float64
 
@@ -41,6 +42,27 @@ def test_a_dual_clip_bounds_negative_advantages_alone():
     assert dual.clipped.tolist() == [[True, False, True]]
 
 
+def test_beyond_the_dual_clip_there_is_no_gradient():
+    ratio, gain = row(10.0, 2.0), row(-1.0, -1.0)
+    leaf = ratio.log().requires_grad_()
+    ppo_clip(
+        leaf, torch.zeros_like(leaf), gain, ones(leaf), low=0.2, high=0.2, dual=3.0
+    ).loss.sum().backward()
+    torch.testing.assert_close(leaf.grad, row(0.0, 2.0))
+
+
+@pytest.mark.parametrize(("dual", "high"), [(None, 0.1), (1.4, 0.4)])
+def test_what_is_held_back_is_counted_by_side(dual, high):
+    # held: the first above, the second below; with a dual clip at 1.4 the third, too, above
+    new, gain = row(1.5, 0.5, 1.5, 0.5).log(), row(1.0, -1.0, -1.0, 1.0)
+    surrogate = partial(ppo_clip, low=0.2, high=0.2, dual=dual)
+    old, weights = torch.zeros_like(new), row(0.1, 0.2, 0.3, 0.4)
+    stats = policy_gradient(new, old, None, gain, weights, surrogate, k3, 0.0).stats
+    assert stats["clip_low"].item() == pytest.approx(0.2)
+    assert stats["clip_high"].item() == pytest.approx(high)
+    assert stats["drift"].item() == pytest.approx(-0.4 * math.log(1.5) - 0.6 * math.log(0.5))
+
+
 def test_gspo_has_one_ratio_per_completion_the_geometric_mean_without_the_padding():
     new, old = row(-1.0, -2.0, -50.0), row(-2.0, -2.5, -1.0)
     mask = torch.tensor([[True, True, False]])
@@ -53,7 +75,9 @@ def test_cispo_keeps_the_gradient_of_clipped_tokens_and_lets_none_through_the_ra
     new = row(0.0, 0.0, 0.0).requires_grad_()
     old = -row(3.0, 1.0, 0.5).log()
     gain = row(1.0, 1.0, -2.0)
-    cispo_clip(new, old, gain, ones(new), low=0.2, high=1.0).loss.sum().backward()
+    out = cispo_clip(new, old, gain, ones(new), low=0.2, high=1.0)
+    out.loss.sum().backward()
+    assert out.clipped.tolist() == [[True, False, True]]
     torch.testing.assert_close(new.grad, -row(2.0, 1.0, 0.8) * gain)
 
 
@@ -99,16 +123,24 @@ def test_advantages_know_only_what_is_relative(name):
     found = RELATIVE[name](rewards)
     assert (found[1] == 0).all() and found[0].abs().min() > 0
     torch.testing.assert_close(found.sum(1), torch.zeros(3), rtol=0, atol=1e-5)
-    torch.testing.assert_close(RELATIVE[name](rewards + 5), found, rtol=0, atol=1e-4)
+    shift = torch.tensor([[5.0], [-2.0], [1.0]])  # each group by its own
+    torch.testing.assert_close(RELATIVE[name](rewards + shift), found, rtol=0, atol=1e-4)
     order = torch.tensor([2, 0, 3, 1])
     torch.testing.assert_close(RELATIVE[name](rewards[:, order]), found[:, order], rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="at least 2"):
         RELATIVE[name](rewards[:, :1])
 
 
-def test_leave_one_out_against_a_loop():
+def test_centred_and_leave_one_out_by_hand():
     rewards = torch.tensor([[1.0, 2.0, 6.0]])
+    assert adv.group_centred(rewards).tolist() == [[-2.0, -1.0, 3.0]]
     assert adv.leave_one_out(rewards).tolist() == [[1 - 4.0, 2 - 3.5, 6 - 1.5]]
+
+
+def test_leave_one_out_is_a_loop_over_the_others():
+    rewards = torch.rand(5, 4, generator=torch.Generator().manual_seed(2), dtype=D)
+    loop = [[x - sum(r[:g] + r[g + 1 :]) / 3 for g, x in enumerate(r)] for r in rewards.tolist()]
+    torch.testing.assert_close(adv.leave_one_out(rewards), torch.tensor(loop, dtype=D))
 
 
 def test_one_deviation_for_the_whole_batch():
@@ -128,6 +160,20 @@ def test_token_weights_by_hand():
         [[True, True, True], [True, False, False], [True, False, False], [True, False, False]]
     )
     assert per_group(uneven, 2, 0.0)[:, 0].tolist() == [0.125, 0.125, 0.25, 0.25]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_weights_by_group_and_by_budget_are_a_loop_over_groups(seed):
+    mask = ragged(seed)[3]
+    mask[2:4] = False  # a group of which nothing counts
+    by_group, by_budget = torch.zeros(8, 6), torch.zeros(8, 6)
+    for first in range(0, 8, 2):
+        tokens = [(n, t) for n in (first, first + 1) for t in range(6) if mask[n, t]]
+        for n, t in tokens:
+            by_group[n, t] = 1 / len(tokens) / 4
+            by_budget[n, t] = 1 / (8 * 6)
+    torch.testing.assert_close(per_group(mask, 2, 0.0), by_group)
+    torch.testing.assert_close(per_budget(mask, 2, 0.0, budget=6), by_budget)
 
 
 @pytest.mark.parametrize("weights", [per_sequence, per_token, per_group, partial(per_budget, budget=6)])

@@ -16,7 +16,7 @@ from segrl.stages.policy_gradient import PolicyGradientStage
 RUN = (
     "+experiment=demo", "logger=csv", "data.batch_size=2", "data.train_length=8", "data.test_length=2", "rollout.max_tokens=24",
     "stage.group_size=3", "trainer.max_steps=6", "callbacks.checkpoint.every_n_steps=3", "trainer.accelerator=cpu",
-    "stage.optimizer.lr=1e-3",
+    "stage.optimizer.lr=1e-3", "stage.schedule=null",
 )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ class ChatTraces(Dataset[Sample]):
         side: resize images to this square; none leaves them as they are.
 
     Raises:
-        ValueError: naming file and line, if a line is no trace, or its solution is no sentence of the grammar.
+        ValueError: naming file and line, if a line is no trace; on access, if its solution is no sentence of the grammar.
     """
 
     def __init__(self, path: str, grammar: Grammar, side: int | None) -> None:

@@ -189,7 +189,12 @@ class HFPolicy(nn.Module):
 
     def log_distribution(self, hidden: Tensor) -> Tensor:
         """Hidden states `[..., D]` to float32 log-probabilities `[..., V]` of what may be sampled."""
-        logits = self.model.lm_head(hidden).float() / self.temperature
+        with torch.autocast(
+            hidden.device.type, enabled=False
+        ):  # bfloat16 logits are wrong in the third digit
+            logits = (
+                nn.functional.linear(hidden.float(), self.model.lm_head.weight.float()) / self.temperature
+            )
         return logits.index_fill(-1, self.never_sampled, float("-inf")).log_softmax(-1)
 
     def read(self, prefixes: Sequence[Prefix], completions: Completions) -> Tensor:
@@ -220,7 +225,7 @@ class HFPolicy(nn.Module):
                 "these are an adapter's weights: set policy.lora as it was trained, or export them and set policy.weights"
             )
         names = {name.replace(".base_layer.", "."): name for name in self.state_dict()}
-        found = {names.get(name, name): value for name, value in weights.items()}
+        found = {names.get(name, name): value for name, value in weights.items() if ".critic." not in name}
         try:
             missing, unexpected = self.load_state_dict(found, strict=False)
         except RuntimeError as error:

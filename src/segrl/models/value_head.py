@@ -30,10 +30,11 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor, insight: Tensor | None) -> Tensor:
         """`[N, T, D]` and `[N, I]` to `[N, T]`."""
-        seen = self.norm(hidden.float())
-        if insight is not None:
-            seen = torch.cat([seen, insight[:, None].expand(-1, seen.shape[1], -1).to(seen)], -1)
-        values: Tensor = self.outer(nn.functional.silu(self.inner(seen)))[..., 0]
+        with torch.autocast(hidden.device.type, enabled=False):
+            seen = self.norm(hidden.float())
+            if insight is not None:
+                seen = torch.cat([seen, insight[:, None].expand(-1, seen.shape[1], -1).to(seen)], -1)
+            values: Tensor = self.outer(nn.functional.silu(self.inner(seen)))[..., 0]
         return values
 
 

@@ -114,16 +114,20 @@ def _written(thought: str, between: str, payload: object) -> str:
 
 
 def _sayable(parsed: Parsed) -> MaskPrompt:
-    """Its mask prompt; raises ValueError where there is none."""
+    """Its mask prompt; raises ValueError where there is none, or its labels are no labels."""
     if parsed.prompt is None:
         raise ValueError(f"a mask prompt is needed to write a completion; got the fault {parsed.fault}")
+    if not np.isin(parsed.prompt.labels, (0, 1)).all():
+        raise ValueError(
+            f"labels 0 and 1 are needed to write a completion; got {parsed.prompt.labels.tolist()}"
+        )
     return parsed.prompt
 
 
 def _ask(text: str, query: str | None) -> list[Message]:
     """One user message: image, then text."""
-    what = instructions.NO_QUERY if query is None else query
-    said = text.replace("{Question}", what.strip().rstrip("."))
+    what = (query or "").strip().rstrip(".").strip() or instructions.NO_QUERY
+    said = text.replace("{Question}", what)
     return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": said}]}]
 
 

@@ -14,13 +14,18 @@ class Fault(Exception):
         self.kind = kind
 
 
-def fields(text: str, tag: str) -> list[str]:
-    """Contents of every closed `<tag>...</tag>`, in order."""
+def spans(text: str, tag: str) -> list[tuple[int, int]]:
+    """Where the content of every closed `<tag>...</tag>` begins and ends, in order."""
     opening, closing, found, at = f"<{tag}>", f"</{tag}>", [], 0
     while (start := text.find(opening, at)) >= 0 and (end := text.find(closing, start)) >= 0:
-        found.append(text[start + len(opening) : end])
+        found.append((start + len(opening), end))
         at = end + len(closing)
     return found
+
+
+def fields(text: str, tag: str) -> list[str]:
+    """Those contents."""
+    return [text[start:end] for start, end in spans(text, tag)]
 
 
 def opened(box: np.ndarray, frame: Frame) -> list[int]:

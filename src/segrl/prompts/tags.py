@@ -12,7 +12,7 @@ import numpy as np
 
 from segrl.prompts import instructions
 from segrl.prompts.frames import from_unit, to_unit
-from segrl.prompts.scan import Fault, fields, opened
+from segrl.prompts.scan import Fault, fields, opened, spans
 from segrl.protocols import Message
 from segrl.types import Frame, MaskPrompt, Parsed, ParseFault
 
@@ -22,20 +22,16 @@ _PAIR = re.compile(rf"{_NUMBER},{_NUMBER}")
 
 
 def _rest(text: str) -> str:
-    """What follows the last field."""
-    end = max(text.rfind(tag) + len(tag) for tag in ("</bbox>", "</points>", "</labels>"))
-    return text[end:].strip()
+    """What follows the last field that is closed; a closing tag alone is no field."""
+    ends = [end + len(f"</{tag}>") for tag in ("bbox", "points", "labels") for _, end in spans(text, tag)]
+    return text[max(ends) :].strip()
 
 
-def _ends(text: str, points: int) -> list[int]:
+def _ends(text: str) -> list[int]:
     """Where each box is complete, and each point: that is where its label is written."""
-    boxes, at = [], 0
-    while (at := text.find("</bbox>", at)) >= 0:
-        boxes.append(at)
-        at += 1
-    start = text.find("<labels>") + len("<labels>")
-    digits = [i + 1 for i in range(start, text.find("</labels>", start)) if text[i].isdigit()]
-    return [*boxes, *digits[:points]]
+    ((start, end),) = spans(text, "labels")
+    labels = [i + 1 for i in range(start, end) if text[i].isdigit()]
+    return [*(end for _, end in spans(text, "bbox")), *labels]
 
 
 def _only(text: str, tag: str, missing: ParseFault) -> str:
@@ -96,6 +92,8 @@ def _write_points(prompt: MaskPrompt, frame: Frame, between: str, limit: int) ->
     """The points field and its labels."""
     if not 1 <= len(prompt.points) <= limit:
         raise ValueError(f"1 to {limit} points are needed to write a completion; got {len(prompt.points)}")
+    if not np.isin(prompt.labels, (0, 1)).all():
+        raise ValueError(f"labels 0 and 1 are needed to write a completion; got {prompt.labels.tolist()}")
     pairs = ",".join(f"[{x},{y}]" for x, y in from_unit(prompt.points, frame).tolist())
     labels = ",".join(str(v) for v in prompt.labels.tolist())
     return f"<points>[{pairs}]</points>{between}<labels>[{labels}]</labels>"
@@ -163,7 +161,7 @@ class SegR1Tags:
         except Fault as fault:
             return Parsed(thought=thoughts[0].strip() if thoughts else "", fault=fault.kind)
         prompt = MaskPrompt.of(corners, points, labels)
-        ends = tuple(behind + end for end in _ends(answer, len(labels)))
+        ends = tuple(behind + end for end in _ends(answer))
         return Parsed(thought=thoughts[0].strip(), prompt=prompt, ends=ends, rest=_rest(answer))
 
 

@@ -62,17 +62,23 @@ class Quantile:
 
     def __init__(self, of: Callable[[Answer, Sample], float], window: int) -> None:
         self.of, self.latest = of, deque[float](maxlen=window)
+        self.pending: list[float] = []
 
     def __call__(self, answer: Answer, sample: Sample) -> float:
-        """In [0, 1]; the first answer of all pays its own reward. A fault pays nothing and is not remembered."""
+        """In [0, 1]; before anything is remembered an answer pays its own reward. A fault pays nothing and is not remembered."""
         if answer.parsed.fault:
             return 0.0
         value = self.of(answer, sample)
-        known = np.fromiter(self.latest, float)
-        self.latest.append(value)
-        if not len(known):
+        self.pending.append(value)
+        if not self.latest:
             return value
+        known = np.fromiter(self.latest, float)
         return float((known < value).mean() + (known == value).mean() / 2)
+
+    def settle(self) -> None:
+        """Remember what was ranked since: a group is ranked against what came before it, so equal answers earn the same."""
+        self.latest.extend(self.pending)
+        self.pending.clear()
 
     def remembered(self) -> list[float]:
         """For a checkpoint."""

@@ -59,5 +59,8 @@ class RewardMixture:
         for name, (fn, _) in self.terms.items():
             values = [fn(answer, samples[n // group]) for n, answer in enumerate(answers)]
             terms[name] = torch.tensor(values, dtype=torch.float32).view(len(samples), group)
+        for fn, _ in self.terms.values():
+            if isinstance(fn, Quantile):
+                fn.settle()
         total = torch.stack([weight * terms[name] for name, (_, weight) in self.terms.items()]).sum(0)
         return Scores(total=total, terms=terms)

@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 import lightning
 import numpy as np
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from segrl.data.batching import Collate, Trace
@@ -66,6 +67,8 @@ class Stage(lightning.LightningModule):
         self.strict_loading = False
         self.latest: dict[str, float] = {}
         self.sampled = 0
+        self.started_from: str | None = None
+        self.keep_frozen = False
         self.collate = self.eval_collate = Collate(None, None)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own union
@@ -109,6 +112,17 @@ class Stage(lightning.LightningModule):
         """Whatever draws from the global generator (dropout) repeats itself after a resume, too."""
         torch.manual_seed(self.noise_seed(self.global_rank))
 
+    def step(self, optimizer: LightningOptimizer) -> None:
+        """Scale gradients down to `max_grad_norm`, update, and move the schedule."""
+        self.configure_gradient_clipping()
+        optimizer.step()
+        self.step_schedule()
+
+    def step_schedule(self) -> None:
+        """If there is one."""
+        if (schedule := self.lr_schedulers()) is not None:
+            cast("torch.optim.lr_scheduler.LRScheduler", schedule).step()
+
     def over_ranks(self, value: Tensor) -> Tensor:
         """Mean over the ranks."""
         return cast("Tensor", self.trainer.strategy.reduce(value.float(), reduce_op="mean"))
@@ -122,7 +136,8 @@ class Stage(lightning.LightningModule):
         self.log_dict(self.latest, on_step=True, on_epoch=False)
 
     def _learned(self) -> dict[str, Tensor]:
-        still = {name for name, p in self.named_parameters() if not p.requires_grad}
+        frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+        still = set() if self.keep_frozen else frozen
         return {
             k: v
             for k, v in self.state_dict().items()
@@ -131,7 +146,8 @@ class Stage(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what is frozen: it is rebuilt from its own files."""
-        checkpoint["state_dict"] = self._learned()
+        checkpoint["state_dict"], checkpoint["stage"] = self._learned(), type(self).__name__
+        checkpoint["init_from"], checkpoint["total_updates"] = self.started_from, self.total_updates
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the weights of another architecture; raises ValueError naming the first difference."""
@@ -144,6 +160,12 @@ class Stage(lightning.LightningModule):
                     f"ckpt_path: a checkpoint of this stage and policy is needed; at {name} the checkpoint has "
                     f"{other}, this run {mine}"
                 )
+        planned = checkpoint.get("total_updates")
+        if self._trainer is not None and self.make_schedule is not None and planned != self.total_updates:
+            raise ValueError(
+                f"stage.schedule: it was made for {planned} updates, and this run would make {self.total_updates}: keep "
+                "trainer.max_steps and max_epochs, or set stage.schedule=null from the start"
+            )
 
 
 class SegStage(Stage):
@@ -174,6 +196,7 @@ class SegStage(Stage):
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Take over the policy of an earlier stage; raises ValueError if its architecture is another."""
         self.policy.take_over(weights)
+        self.keep_frozen = True  # what does not learn is no longer what policy.weights holds
 
     def evaluate_batch(self, batch: Batch) -> list[Record]:
         """Segment a batch and score it at the size of its masks."""

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from segrl.models.hf_vlm import HFPolicy
-from segrl.models.reference import Reference
+from segrl.models.reference import AdapterOff, Reference
 from segrl.objectives.policy_gradient import Divergence, MakeSurrogate, policy_gradient
 from segrl.protocols import Grammar, MaskHead, RolloutEngine
 from segrl.rewards.mixture import RewardMixture
@@ -73,6 +73,10 @@ class PolicyGradientStage(SegStage):
             raise ValueError(
                 f"reference: a reference is needed to measure a KL of weight {kl_weight + kl_reward}; got none"
             )
+        if policy.lora is not None and policy.lora["dropout"] > 0:
+            raise ValueError(
+                f"policy.lora.dropout: 0 is needed, so that what samples is what is updated; got {policy.lora['dropout']}"
+            )
         super().__init__(policy, grammar, head, engine, optimizer, schedule, max_grad_norm, seed)
         self.automatic_optimization = False
         self.make_reference = reference if kl_weight + kl_reward > 0 else None
@@ -91,6 +95,11 @@ class PolicyGradientStage(SegStage):
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """The reference starts there, too."""
+        if isinstance(self.reference, AdapterOff) and any(".lora_" in name for name in weights):
+            raise ValueError(
+                "reference=adapter_off would measure against the weights without any adapter, not against this start: export "
+                "it and set policy.weights, or take reference=frozen_copy"
+            )
         super().start_from(weights)
         if self.make_reference is not None:
             self.reference = self.make_reference(self.policy)
@@ -230,8 +239,7 @@ class PolicyGradientStage(SegStage):
         stats |= self.tame_gradients()
         self.refuse_nonfinite(stats)
         optimizer.step()
-        if (schedule := self.lr_schedulers()) is not None:
-            cast("torch.optim.lr_scheduler.LRScheduler", schedule).step()
+        self.step_schedule()
         return stats
 
     def refuse_nonfinite(self, stats: dict[str, Tensor]) -> None:

@@ -164,5 +164,6 @@ class PPOStage(PolicyGradientStage):
     def credit_stats(self, experience: Experience) -> dict[str, Tensor | float]:
         """How much the critic knew."""
         assert experience.values is not None and experience.returns is not None
-        known = explained_variance(experience.values, experience.returns, experience.completions.mask)
-        return {"critic/explained_variance": known, "critic/value": experience.values.mean()}
+        mask = experience.completions.mask
+        known = explained_variance(experience.values, experience.returns, mask)
+        return {"critic/explained_variance": known, "critic/value": experience.values[mask].mean()}

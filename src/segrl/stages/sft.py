@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
+from typing import cast
 
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+
+from segrl.data.batching import Trace
+from segrl.models.hf_vlm import HFPolicy
 from segrl.models.shared_prefix import pad_right
 from segrl.objectives.masked import per_token
 from segrl.objectives.sft import sft
-from segrl.stages.base import SegStage
+from segrl.protocols import Grammar, MaskHead, RolloutEngine
+from segrl.stages.base import MakeOptimizer, MakeSchedule, SegStage
 from segrl.types import Batch, Completions
 
 
 class SFTStage(SegStage):
-    """Imitates the answers that `trace` writes; see `SegStage` for the arguments."""
+    """Imitates the answers that `trace` writes.
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    Args:
+        micro_batch_size: samples in one forward and backward pass; gradients add up.
+        policy, grammar, head, engine, optimizer, schedule, max_grad_norm, seed, trace, also: see `SegStage`.
+    """
+
+    def __init__(
+        self, policy: HFPolicy, grammar: Grammar, head: MaskHead, engine: RolloutEngine,
+        optimizer: MakeOptimizer, schedule: MakeSchedule | None, max_grad_norm: float, seed: int,
+        trace: Trace, also: Sequence[Grammar], micro_batch_size: int,
+    ) -> None:  # fmt: skip
+        super().__init__(policy, grammar, head, engine, optimizer, schedule, max_grad_norm, seed, trace, also)
+        self.automatic_optimization = False
+        self.micro_batch_size = micro_batch_size
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One update: cross-entropy on the answers' tokens."""
-        if batch.answers is None:
-            raise ValueError("stage.trace: a trace writer is needed to imitate; got none")
+        assert batch.answers is not None, "the collate of a stage with a trace writes answers"
         tokens, mask = pad_right(batch.answers, self.policy.pad_id)
-        finished = mask.any(1)
-        answers = Completions(tokens=tokens, mask=mask, texts=[], finished=finished)
-        logprobs = self.policy.logprobs(batch.prefixes, answers)
-        out = sft(logprobs, per_token(mask, 1, float(self.over_ranks(mask.sum()))))
-        self.remember({"sft/loss": out.stats["loss"]})
-        return out.loss
+        weights = per_token(mask, 1, float(self.over_ranks(mask.sum())))
+        optimizer, loss = cast("LightningOptimizer", self.optimizers()), torch.zeros((), device=self.device)
+        optimizer.zero_grad()
+        for start in range(0, len(batch), self.micro_batch_size):
+            rows = slice(start, start + self.micro_batch_size)
+            said = Completions(tokens=tokens[rows], mask=mask[rows], texts=[], finished=mask[rows].any(1))
+            out = sft(self.policy.logprobs(batch.prefixes[rows], said), weights[rows])
+            self.manual_backward(out.loss)
+            loss = loss + out.stats["loss"]
+        self.step(optimizer)
+        self.remember({"sft/loss": loss})

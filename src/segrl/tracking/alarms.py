@@ -5,37 +5,37 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from statistics import mean
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import lightning
 
 from segrl.stages.base import Stage
 
 
+class Rule(TypedDict):
+    """When the mean of a scalar over the last updates is out of bounds."""
+
+    scalar: str
+    stop: bool
+    """Whether the run stops, after saving; else it is warned of, once."""
+    above: NotRequired[float]
+    below: NotRequired[float]
+    collapse: NotRequired[float]
+    """Share of its best mean under which it may not fall."""
+    explosion: NotRequired[float]
+    """Multiple of its first mean that it may not pass."""
+
+
 class Alarms(lightning.Callback):
-    """Warns, or stops the run after saving, when the mean of a scalar over the last updates is out of bounds.
+    """Warns of a scalar that is out of bounds, or stops the run after saving.
 
     Args:
         window: updates that a mean is taken over.
-        above: scalar to the bound that its mean may not pass.
-        below: scalar to the bound that its mean may not fall under.
-        collapse: scalar to the share of its best mean under which it may not fall; 0.5 is half of what it once was.
-        explosion: scalar to the multiple of its first mean that it may not pass.
-        stop: scalars whose alarm stops the run; the others warn, once.
+        rules: by name.
     """
 
-    def __init__(
-        self,
-        window: int,
-        above: Mapping[str, float],
-        below: Mapping[str, float],
-        collapse: Mapping[str, float],
-        explosion: Mapping[str, float],
-        stop: list[str],
-    ) -> None:
-        self.window, self.stop = window, set(stop)
-        self.above, self.below = dict(above), dict(below)
-        self.collapse, self.explosion = dict(collapse), dict(explosion)
+    def __init__(self, window: int, rules: Mapping[str, Rule]) -> None:
+        self.window, self.rules = window, dict(rules)
         self.recent: dict[str, deque[float]] = {}
         self.first: dict[str, float] = {}
         self.best: dict[str, float] = {}
@@ -53,25 +53,32 @@ class Alarms(lightning.Callback):
         self.warned = set(state_dict["warned"])
 
     def reasons(self, scalars: Mapping[str, float]) -> dict[str, str]:
-        """Take in one update's scalars; what is out of bounds, and why."""
-        found: dict[str, str] = {}
-        for name in {*self.above, *self.below, *self.collapse, *self.explosion} & set(scalars):
-            recent = self.recent.setdefault(name, deque(maxlen=self.window))
-            recent.append(scalars[name])
-            if len(recent) < self.window:
-                continue
-            now = mean(recent)
-            first = self.first.setdefault(name, now)
-            best = self.best[name] = max(self.best.get(name, now), now)
-            if now > self.above.get(name, float("inf")):
-                found[name] = f"{now:.3g} is above {self.above[name]:.3g}"
-            elif now < self.below.get(name, float("-inf")):
-                found[name] = f"{now:.3g} is below {self.below[name]:.3g}"
-            elif name in self.collapse and best > 0 and now < self.collapse[name] * best:
-                found[name] = f"{now:.3g} has fallen from {best:.3g}"
-            elif name in self.explosion and first > 0 and now > self.explosion[name] * first:
-                found[name] = f"{now:.3g} has risen from {first:.3g}"
-        return found
+        """Take in one update's scalars; the rules that are broken, and how."""
+        means: dict[str, float] = {}
+        for scalar in {rule["scalar"] for rule in self.rules.values()} & set(scalars):
+            recent = self.recent.setdefault(scalar, deque(maxlen=self.window))
+            recent.append(scalars[scalar])
+            if len(recent) == self.window:
+                means[scalar] = now = mean(recent)
+                self.first.setdefault(scalar, now)
+                self.best[scalar] = max(self.best.get(scalar, now), now)
+        broken = {name: self._broken(rule, means) for name, rule in self.rules.items()}
+        return {name: reason for name, reason in broken.items() if reason}
+
+    def _broken(self, rule: Rule, means: Mapping[str, float]) -> str:
+        """How a rule is broken; empty where it is not."""
+        if rule["scalar"] not in means:
+            return ""
+        now, first, best = (known[rule["scalar"]] for known in (means, self.first, self.best))
+        if "above" in rule and now > rule["above"]:
+            return f"{now:.3g} is above {rule['above']:.3g}"
+        if "below" in rule and now < rule["below"]:
+            return f"{now:.3g} is below {rule['below']:.3g}"
+        if "collapse" in rule and best > 0 and now < rule["collapse"] * best:
+            return f"{now:.3g} has fallen from {best:.3g}"
+        if "explosion" in rule and first > 0 and now > rule["explosion"] * first:
+            return f"{now:.3g} has risen from {first:.3g}"
+        return ""
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
@@ -80,12 +87,10 @@ class Alarms(lightning.Callback):
         if not isinstance(pl_module, Stage):
             return
         for name, reason in self.reasons(pl_module.latest).items():
-            stops = name in self.stop
+            stops = self.rules[name]["stop"]
             if trainer.is_global_zero and (stops or name not in self.warned):
+                what = f"{name} ({self.rules[name]['scalar']}, mean of {self.window} updates)"
                 verdict = "stopping, saved" if stops else "going on"
-                print(
-                    f"  alarm at update {trainer.global_step}: {name}, mean of {self.window} updates, {reason}; {verdict}",
-                    flush=True,
-                )
+                print(f"  alarm at update {trainer.global_step}: {what}: {reason}; {verdict}", flush=True)
             self.warned.add(name)
             trainer.should_stop = trainer.should_stop or stops

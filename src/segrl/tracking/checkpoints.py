@@ -51,7 +51,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path}: a checkpoint is needed; the file is cut off or is none")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())[:120]
         raise ValueError(
@@ -116,6 +116,11 @@ class KeepBest(lightning.Callback):
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """From a checkpoint."""
         self.best = state_dict["best"]
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Gone on with in a new folder, the best is still to come."""
+        if not Path(self.path).is_file():
+            self.best = float("-inf")
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save, if it is the best; raises ValueError for a metric that was not validated."""

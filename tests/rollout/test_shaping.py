@@ -1,0 +1,88 @@
+"""Dense rewards add up to nothing, stand where things close, and the terminal reward stays what it was."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from segrl.data.synthetic import SyntheticScenes
+from segrl.metrics.functional.overlap import iou
+from segrl.metrics.functional.shape import inner_point, tight_box
+from segrl.prompts.answer_json import SamR1Json
+from segrl.prompts.tags import SegR1Tags
+from segrl.rewards.mask import tiered_potential
+from segrl.rollout.shaping import PromptShaping, unfolded
+from segrl.segmenter import Segmenter
+from segrl.types import Batch, Completions, MaskPrompt, Parsed
+
+SCENES = SyntheticScenes("test", 3, 0, 128, (0.5, 1.0), (2, 2))
+POTENTIALS = [iou, partial(tiered_potential, tiers={0.8: 1.0, 0.7: 0.75, 0.5: 0.5})]
+
+
+class Echo:
+    """Says what it is told."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+
+@pytest.fixture(params=[SegR1Tags(4, 8), SamR1Json(8)], ids=["tags", "json"])
+def spoken(request, nano_policy, nano_head):
+    """Completions of two samples: right, half right, points only outside, a fault, and one cut off."""
+    grammar, policy = request.param, nano_policy("qwen3_vl")
+    samples = [SCENES[0], SCENES[1]]
+    prefixes = [policy.encoder.encode(grammar.messages(None), s.image) for s in samples]
+    texts = []
+    for sample, prefix in zip(samples, prefixes, strict=True):
+        box, point = tight_box(sample.objects[0]), inner_point(sample.objects[0])
+        for prompt in (
+            MaskPrompt.of([box], [point, point], [1, 1]),
+            MaskPrompt.of([np.clip(box + 0.1, 0, 1)], [point, [0.99, 0.99], [0.01, 0.99]], [1, 0, 0]),
+            MaskPrompt.of([[0, 0, 1, 1]], [[0.5, 0.5]], [0]),
+        ):
+            texts.append(grammar.render(Parsed(thought="here", prompt=prompt), prefix.frame))
+        texts += [texts[-1][:-20], "no answer"]
+    rows = [policy.encoder.answer(text) for text in texts]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.arange(tokens.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
+    said = Completions(
+        tokens=tokens, mask=mask, texts=policy.encoder.decode(tokens, mask), finished=mask.any(1)
+    )
+    batch = Batch(samples=samples, prefixes=prefixes)
+    answers = Segmenter(policy, grammar, None, nano_head).read(batch, said, 5)
+    return policy.encoder, nano_head, batch, said, answers
+
+
+@pytest.mark.parametrize("potential", POTENTIALS)
+def test_every_completion_adds_up_to_nothing(spoken, potential):
+    encoder, head, batch, said, answers = spoken
+    rewards, closes = PromptShaping(potential, 1.0)(head, encoder, batch, said, answers)
+    torch.testing.assert_close(rewards.sum(1), torch.zeros(10), rtol=0, atol=1e-6)
+    assert (rewards[~said.mask] == 0).all() and not closes[~said.mask].any()
+    faults = [n for n, a in enumerate(answers) if a.parsed.fault]
+    assert len(faults) == 4 and (rewards[faults] == 0).all() and not closes[faults].any()
+    assert rewards.abs().max() > 0.2
+
+
+def test_a_reward_stands_at_the_token_that_closes_what_it_pays(spoken):
+    encoder, head, batch, said, answers = spoken
+    rewards, closes = PromptShaping(iou, 1.0)(head, encoder, batch, said, answers)
+    for n, answer in enumerate(answers):
+        for end, _ in unfolded(answer):
+            at = encoder.token_at(said.tokens[n, : answer.length], end)
+            up_to = [
+                encoder.decode(said.tokens[n : n + 1, :k], said.mask[n : n + 1, :k])[0] for k in (at, at + 1)
+            ]
+            assert len(up_to[0]) < end <= len(up_to[1])
+            assert closes[n, at]
+
+
+def test_the_first_box_pays_what_its_mask_is_worth(spoken):
+    encoder, head, batch, said, answers = spoken
+    rewards, _ = PromptShaping(iou, 1.0)(head, encoder, batch, said, answers)
+    end, alone = unfolded(answers[0])[0]
+    ((mask,),) = head.segment([batch.samples[0].image], [[alone]])
+    at = encoder.token_at(said.tokens[0, : answers[0].length], end)
+    assert rewards[0, at].item() == pytest.approx(iou(mask, batch.samples[0].mask), abs=1e-6)
+    assert len(alone.boxes) == 1 and not len(alone.points)

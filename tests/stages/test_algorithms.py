@@ -1,0 +1,151 @@
+"""Every algorithm on the one loop: it runs, starts at ratio 1, resumes, and does what is its own."""
+
+import json
+
+import pytest
+import torch
+
+from segrl.front_door import conf_folder
+from segrl.stages.policy_gradient import PolicyGradientStage
+from segrl.stages.ppo import PPOStage
+
+RUN = (
+    "+experiment=demo", "logger=csv", "data.workers=0", "data.batch_size=4", "data.test_length=2", "data.train_length=16",
+    "rollout.max_tokens=24", "stage.group_size=3", "trainer.accelerator=cpu", "trainer.max_steps=2", "stage.micro_batch_size=2",
+    "stage.optimizer.lr=1e-3", "policy.temperature=1.0", "stage.schedule=null",
+)  # fmt: skip
+REFERENCE = ("reference=frozen_copy", "stage.kl_weight=0.01")
+OWN = {"dapo": ("stage.live_samples=2",), "rloo": ("stage.kl_weight=0.0", "stage.kl_reward=0.05")}
+STAGES = sorted(
+    p.stem
+    for p in (conf_folder() / "stage").glob("*.yaml")
+    if p.stem not in ("_loop", "_sft", "sft", "sft_traces", "tower", "mask_head")
+)
+
+
+def weights(run):
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_algorithm_starts_at_ratio_one_and_moves_the_policy(cli, tmp_path, monkeypatch, stage):
+    seen = []
+    update = PolicyGradientStage.update
+
+    def watched(self, minibatch):
+        stats = update(self, minibatch)
+        seen.append({name: float(value) for name, value in stats.items()})
+        return stats
+
+    monkeypatch.setattr(PolicyGradientStage, "update", watched)
+    warm = ("stage.critic_warmup=0",) if stage.startswith("ppo") else ()
+    code, _, err = cli(
+        *RUN, f"stage={stage}", *REFERENCE, *OWN.get(stage, ()), *warm, f"paths.run={tmp_path}/run"
+    )
+    assert code == 0, err
+    assert seen[0]["policy/ratio"] == pytest.approx(1.0, abs=1e-6) or stage in ("dr_grpo", "rloo", "dapo")
+    assert seen[0]["policy/clip_low"] == seen[0]["policy/clip_high"] == 0
+    assert seen[0]["policy/drift"] == pytest.approx(0.0, abs=1e-6)
+    assert all(torch.isfinite(torch.tensor(list(stats.values()))).all() for stats in seen)
+    assert seen[0]["policy/grad_norm"] > 0
+    two = stage in ("sam_r1", "ppo", "ppo_dense")
+    assert (seen[1]["policy/drift"] != 0) == two  # the second minibatch is no longer the policy's own
+    assert len((tmp_path / "run/history.jsonl").read_text().splitlines()) == (1 if two else 2)
+
+
+def test_the_warm_up_moves_the_critic_alone(cli, tmp_path):
+    code, _, err = cli(*RUN, "stage=ppo", *REFERENCE, "stage.critic_lr=1e-3", f"paths.run={tmp_path}/warm")
+    assert code == 0, err
+    code, _, err = cli(*RUN, "stage=ppo", *REFERENCE, "stage.critic_warmup=1", f"paths.run={tmp_path}/later")
+    assert code == 0, err
+    warm, later = weights(tmp_path / "warm")["state_dict"], weights(tmp_path / "later")["state_dict"]
+    assert not torch.equal(
+        warm["critic.head.outer.weight"], torch.zeros_like(warm["critic.head.outer.weight"])
+    )
+    from segrl.front_door import asset
+    from segrl.models.hf_vlm import HFPolicy
+
+    start = HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", "sdpa", None, True).state_dict()
+    assert all(torch.equal(warm[f"policy.{name}"], value) for name, value in start.items())
+    assert any(not torch.equal(later[f"policy.{name}"], value) for name, value in start.items())
+
+
+class Killed(BaseException):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("stage", ["ppo_dense", "sam_r1"])
+def test_resume_is_exact_with_a_critic_two_updates_and_a_reward_that_remembers(
+    cli, tmp_path, monkeypatch, stage
+):
+    arguments = (
+        *RUN,
+        f"stage={stage}",
+        *REFERENCE,
+        "reward=quantile",
+        "trainer.max_steps=8",
+        "callbacks.checkpoint.every_n_steps=2",
+    )
+    arguments += ("stage.critic_warmup=3",) if stage.startswith("ppo") else ()
+    schedule = "stage.schedule={_target_: torch.optim.lr_scheduler.OneCycleLR, _partial_: true, max_lr: 1e-3, cycle_momentum: false}"
+    arguments = (*arguments, schedule)
+    code, _, err = cli(*arguments, f"paths.run={tmp_path}/whole")
+    assert code == 0, err
+    update = PolicyGradientStage.update
+
+    def dying(self, minibatch):
+        if self.global_step == 5:  # in the middle of a rollout
+            raise Killed
+        return update(self, minibatch)
+
+    monkeypatch.setattr(PolicyGradientStage, "update", dying)
+    with pytest.raises(Killed):
+        cli(*arguments, f"paths.run={tmp_path}/cut")
+    monkeypatch.setattr(PolicyGradientStage, "update", update)
+    code, _, err = cli(f"resume={tmp_path}/cut", runs=None)
+    assert code == 0, err
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert whole["global_step"] == cut["global_step"] == 8
+    assert whole["reward"] == cut["reward"] and whole["sampled"] == cut["sampled"]
+    assert all(torch.equal(value, cut["state_dict"][name]) for name, value in whole["state_dict"].items())
+    histories = [(tmp_path / run / "history.jsonl").read_text() for run in ("whole", "cut")]
+    assert histories[0] == histories[1]
+
+
+def test_dapo_takes_what_can_teach_and_stops_trying_when_it_has_enough(cli, tmp_path, monkeypatch):
+    """Samples whose place in the batch is even have groups without spread."""
+    from segrl.rewards.mixture import RewardMixture
+
+    score, tried = RewardMixture.__call__, []
+
+    def uneven(self, answers, samples):
+        scores = score(self, answers, samples)
+        for b, sample in enumerate(samples):
+            place = int(sample.id[-6:]) % 2
+            scores.total[b] = torch.arange(scores.total.shape[1]).float() if place else 0.5
+            tried.append(sample.id)
+        return scores
+
+    monkeypatch.setattr(RewardMixture, "__call__", uneven)
+    code, _, err = cli(
+        *RUN, "stage=dapo", "stage.live_samples=2", "data.batch_size=12", "trainer.max_steps=1", "test_before=false",
+        f"paths.run={tmp_path}/run",
+    )  # fmt: skip
+    assert code == 0, err
+    assert 2 <= len(tried) < 12 and len(tried) % 2 == 0
+    line = json.loads((tmp_path / "run/history.jsonl").read_text())
+    assert line["rollout/dead_groups"] == 0.0
+    odd = [int(name[-6:]) % 2 for name in tried]
+    assert sum(odd) >= 2 and sum(odd[:-2]) < 2
+
+
+def test_the_critic_is_told_the_truth_and_the_policy_is_not(cli, tmp_path, monkeypatch):
+    told = []
+    insight = PPOStage.insight
+    monkeypatch.setattr(
+        PPOStage, "insight", lambda self, batch: told.append(insight(self, batch)) or told[-1]
+    )
+    code, _, err = cli(*RUN, "stage=ppo", *REFERENCE, "stage.critic.insight=5", f"paths.run={tmp_path}/run")
+    assert code == 0, err
+    assert told[0].shape == (12, 5) and ((told[0] >= 0) & (told[0] <= 1)).all()
+    assert (told[0][:3] == told[0][0]).all() and not torch.equal(told[0][0], told[0][3])
