@@ -31,6 +31,7 @@ class Surrogate(_Node):
 
     low: Bound
     high: Bound
+    dual: float | None = Field(None, gt=1)
 
 
 class Stage(_Node):

@@ -14,7 +14,7 @@ SGD = (
 )
 RUN = (
     "+experiment=demo", "logger=csv", "trainer.accelerator=cpu", "data.train_length=64", "data.test_length=5",
-    "trainer.max_steps=3", "stage.group_size=3", "rollout.max_tokens=24", "data.workers=0", "stage.micro_batch_size=1",
+    "trainer.max_steps=4", "stage.group_size=3", "rollout.max_tokens=24", "data.workers=0", "stage.micro_batch_size=1",
     "policy.temperature=1.0", *SGD,
 )  # fmt: skip
 REFERENCE = ("reference=frozen_copy", "stage.kl_weight=0.01")

@@ -29,7 +29,7 @@ def per_token(mask: Bool[Tensor, "N T"], group_size: int, tokens: float) -> Floa
         group_size: completions per sample.
         tokens: that count in the whole update, mean over ranks.
     """
-    return mask.float() / max(float(tokens), 1.0)
+    return mask.float() / (tokens if tokens > 0 else 1.0)
 
 
 def per_group(mask: Bool[Tensor, "N T"], group_size: int, tokens: float) -> Float[Tensor, "N T"]:

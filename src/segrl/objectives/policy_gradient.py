@@ -62,6 +62,6 @@ def policy_gradient(
     }
     if reference is not None:
         kl = weighted_sum(divergence(logprobs, counted(reference.detach(), weights)), weights)
-        loss = loss + kl_weight * kl
+        loss = loss + kl_weight * kl if kl_weight > 0 else loss  # zero times infinity is no number
         stats["kl"] = kl
     return LossOutput(loss=loss, stats={name: value.detach() for name, value in stats.items()})

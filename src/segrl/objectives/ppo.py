@@ -12,7 +12,9 @@ from segrl.types import LossOutput
 
 def whiten(values: Float[Tensor, "N T"], mean: float, deviation: float) -> Float[Tensor, "N T"]:
     """Mean 0 and deviation 1, given those of the whole update on all ranks."""
-    return (values - mean) / (deviation + 1e-8)
+    return (values - mean) / (
+        deviation**2 + 1e-8
+    ) ** 0.5  # added inside the root: rounding noise must not become advantage
 
 
 def explained_variance(
@@ -21,7 +23,8 @@ def explained_variance(
     r"""\( 1 - \mathrm{Var}(R - V) / \mathrm{Var}(R) \): 1 for a critic that knows, 0 for one that says the mean; zero if R is constant."""
     spread = returns[mask].var(unbiased=False)
     left = (returns - values)[mask].var(unbiased=False)
-    return torch.where(spread > 0, 1 - left / spread.clamp_min(1e-12), 0.0)
+    known = spread > 1e-10 * (1 + returns[mask].square().mean())
+    return torch.where(known, 1 - left / spread.clamp_min(1e-12), 0.0)
 
 
 def clipped_value_loss(

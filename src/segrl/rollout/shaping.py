@@ -36,7 +36,7 @@ class PromptShaping:
     r"""Potential-based shaping: \( c(\Phi_k - \Phi_{k-1}) \) where the k-th box or point closes, \( -c\Phi_K \) at the end.
 
     \( \Phi_k = f(\mathrm{mask}(p_1..p_k), truth) \), \( \Phi_0 = 0 \). It adds up to zero over every completion, so with a discount
-    of 1 the best policies stay the best (Ng et al. 1999); it helps only through a decay below 1 or a critic that errs.
+    of 1 the best policies stay the best (Ng et al. 1999), and an exact critic's advantages what they were: it helps a critic that errs.
 
     Args:
         potential: f, of a mask and the truth.

@@ -236,6 +236,10 @@ class PolicyGradientStage(SegStage):
                 self.manual_backward(out.loss)
             seen = {"policy/loss": out.loss.detach(), **out.stats}
             stats = {name: stats.get(name, 0.0) + value for name, value in seen.items()}
+        share = self.over_ranks(weights.sum()).clamp_min(
+            1e-12
+        )  # what is logged is a mean, whatever the loss's normaliser
+        stats = {name: value if name == "policy/loss" else value / share for name, value in stats.items()}
         stats |= self.tame_gradients()
         self.refuse_nonfinite(stats)
         optimizer.step()
