@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -12,9 +14,8 @@ from segrl.types import LossOutput
 
 def whiten(values: Float[Tensor, "N T"], mean: float, deviation: float) -> Float[Tensor, "N T"]:
     """Mean 0 and deviation 1, given those of the whole update on all ranks."""
-    return (values - mean) / (
-        deviation**2 + 1e-8
-    ) ** 0.5  # added inside the root: rounding noise must not become advantage
+    # Added inside the root: rounding noise must not become advantage.
+    return (values - mean) / math.sqrt(deviation**2 + 1e-8)
 
 
 def explained_variance(
