@@ -15,6 +15,7 @@ def job(cfg: DictConfig) -> float | None:
                 f"{key}: to score a policy, init_from=CHECKPOINT is needed; {key} goes on with a training"
             )
     check(cfg)
+    cfg.data.batch_size = 1  # nothing is trained: a training set of any size will do
     from segrl.running import Run
 
     run = Run.build(cfg)

@@ -30,6 +30,11 @@ def conf_folder() -> Path:
     )
 
 
+def experiments() -> list[str]:
+    """Names of all experiments."""
+    return sorted(path.stem for path in (conf_folder() / "experiment").glob("*.yaml"))
+
+
 def asset(name: str) -> str:
     """Path of a file or folder that ships with the package."""
     return str(_HERE / "assets" / name)
@@ -164,10 +169,12 @@ def _composition(message: str, config_name: str, arguments: list[str]) -> str:
         key = unknown.group(1)
         if full := re.search(r"full_key: (\S+)", message):
             key = full.group(1)
+        if key == "experiment":
+            return "experiment: it is added to the defaults: write +experiment=NAME"
         return f"{key}: there is no such key{_nearest(key, list(_keys(config_name, arguments)))}"
     if option := re.search(r"(?:Could not find|In '[^']+': Could not find) '([^']+)'", message):
         group, _, name = option.group(1).rpartition("/")
-        options = [path.stem for path in (conf_folder() / group).glob("*.yaml")]
+        options = [path.stem for path in (conf_folder() / group).glob("[!_]*.yaml")]
         return f"{group}={name}: there is no such option{_nearest(name, options)} (there are: {', '.join(sorted(options))})"
     return " ".join(message.split())
 
@@ -228,6 +235,10 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     """
     folder = Path(cfg.resume)
     saved, checkpoint = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
+    if saved.is_file() and not checkpoint.is_file():
+        raise ValueError(
+            f"resume: {folder} was stopped before its first checkpoint (callbacks.checkpoint.every_n_steps); start it anew"
+        )
     if not saved.is_file() or not checkpoint.is_file():
         raise ValueError(
             f"resume: a run folder with config.yaml and checkpoints/last.ckpt is needed; {folder} is none"

@@ -68,7 +68,10 @@ def main() -> None:
     """Entry point."""
     jobs = {"traces": traces}
     if len(sys.argv) < 2 or sys.argv[1] not in jobs:
-        print(f"segrl: prepare: one of {', '.join(jobs)} is needed; see --help of each", file=sys.stderr)
+        print(
+            f"segrl: prepare: one of {', '.join(jobs)} is needed: python -m segrl.prepare traces --help",
+            file=sys.stderr,
+        )
         sys.exit(2)
     job = sys.argv.pop(1)
     enter(f"prepare_{job}", jobs[job])

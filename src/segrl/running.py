@@ -114,10 +114,12 @@ class Run:
         text = OmegaConf.to_yaml(
             cfg
         )  # unresolved: an override of a resumed run reaches all that refers to it
+        new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(text)
         logger: Logger = instantiate(cfg.logger)(folder, provenance(text))
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+        if new:  # MLflow's parameters are written once; a resumed run has its changes in config.yaml
+            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
         return logger
 
     @staticmethod
@@ -168,7 +170,7 @@ class Run:
         ):
             if wanted is not None and wanted not in names:
                 raise ValueError(
-                    f"{key}: one of {', '.join(names) or 'a validation set'} is needed; got {wanted}"
+                    f"{key}: null or one of {', '.join(names) or 'a validation set'} is needed; got {wanted}"
                 )
 
     @staticmethod
@@ -235,8 +237,8 @@ class Run:
         if self._seg_stage is None:
             raise ValueError("data: test sets are needed to score a policy; this dataset has none")
         metrics = report.means(self._test(self._seg_stage, "after"))
-        for name, value in metrics.items():
-            _say(f"  {name:<32}{value:.4f}")
+        if self.trainer.is_global_zero:
+            report.print_means(metrics)
         return self._keep(metrics, {}, [])
 
     def _take_best(self, stage: SegStage) -> None:
@@ -264,6 +266,8 @@ class Run:
             if before.is_file():
                 table = report.compare(report.load(before), scores, self.cfg.seed)
                 report.print_table(table)
+            else:
+                report.print_means(metrics)
             report.draw(next(iter(self.data.test.values())), before, after, folder / "before_after.png")
         metrics |= {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
         return self._keep(metrics, table, [drawn] if drawn else [])

@@ -105,6 +105,13 @@ class Trainer(_Node):
     max_epochs: int = Field(ge=-1, strict=True)
     max_steps: int = Field(ge=-1, strict=True)
 
+    @model_validator(mode="after")
+    def _some(self) -> Trainer:
+        """A run makes at least one update."""
+        if self.max_steps == 0 or self.max_epochs == 0:
+            raise ValueError("trainer.max_steps and max_epochs: -1 (no end) or at least 1 is needed; got 0")
+        return self
+
 
 class Paths(BaseModel):
     """`paths`."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from segrl.front_door import check, enter, resumed
+from segrl.front_door import check, enter, experiments, resumed
 
 if TYPE_CHECKING:
     from segrl.running import Run
@@ -33,6 +33,9 @@ def job(cfg: DictConfig) -> float | None:
 
 def main() -> None:
     """Entry point."""
+    if len(sys.argv) == 1:
+        print(f"segrl: +experiment=NAME is needed; there are: {', '.join(experiments())}", file=sys.stderr)
+        sys.exit(2)
     enter("train", job)
 
 

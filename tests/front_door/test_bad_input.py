@@ -57,6 +57,8 @@ def refused(cli, tmp_path, *arguments):
         ("policy.weights=nowhere", ["policy.weights", "nowhere"]),
         ("data.batch_size=2000000", ["data.batch_size", "1000000"]),
         ("stage.updates_per_rollout=2 trainer.max_steps=3", ["trainer.max_steps", "multiple of the 2", "got 3"]),
+        ("trainer.max_steps=0", ["trainer.max_steps", "got 0"]),
+        ("experiment=demo", ["+experiment"]),
         ("stage=dapo stage.live_samples=0", ["stage.live_samples", "0"]),
         ("stage=dapo stage.live_samples=4", ["stage.live_samples", "2", "got 4"]),
         ("trainer.accelerator=gpu", ["trainer"]),
@@ -70,7 +72,7 @@ def refused(cli, tmp_path, *arguments):
     ],
 )  # fmt: skip
 def test_one_line_names_the_key(cli, tmp_path, override, words):
-    arguments = (override,) if override.startswith("+experiment") else (*DEMO, *override.split())
+    arguments = (override,) if "experiment=" in override else (*DEMO, *override.split())
     line = refused(cli, tmp_path, *arguments)
     for word in words:
         assert word in line, line

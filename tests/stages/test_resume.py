@@ -158,3 +158,24 @@ def test_a_real_kill_at_any_step(cli, tmp_path, sent, at_step):
     assert (tmp_path / "whole" / "history.jsonl").read_text() == (
         tmp_path / "cut" / "history.jsonl"
     ).read_text()
+
+
+def test_a_run_recorded_in_mlflow_goes_on_in_its_record(cli, tmp_path):
+    """The default logger writes parameters once, and the resumed part is of the same MLflow run."""
+    from mlflow.tracking import MlflowClient
+
+    arguments = [argument for argument in RUN if argument != "logger=csv"]
+    code, _, err = cli(*arguments, "trainer.max_steps=3", f"paths.run={tmp_path}/half")
+    assert code == 0, err
+    run_id = (tmp_path / "half/mlflow_run_id").read_text()
+    code, _, err = cli(f"resume={tmp_path}/half", "trainer.max_steps=4", runs=None)
+    assert code == 0, err
+    assert (tmp_path / "half/mlflow_run_id").read_text() == run_id
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    steps = {m.step for m in client.get_metric_history(run_id, "reward/total")}
+    assert len(steps) == 4 and client.get_run(run_id).info.status == "FINISHED"
+    code, _, err = cli(f"resume={tmp_path}/nothing", runs=None)
+    assert code == 2
+    (tmp_path / "half/checkpoints/last.ckpt").unlink()
+    code, _, err = cli(f"resume={tmp_path}/half", runs=None)
+    assert code == 2 and "before its first checkpoint" in err

@@ -146,6 +146,12 @@ def means(scores: Scores) -> dict[str, float]:
     }
 
 
+def print_means(metrics: Mapping[str, float]) -> None:
+    """Scores that are compared with nothing, on stdout."""
+    for name, value in metrics.items():
+        print(f"  {name:<32}{value:.4f}")
+
+
 def print_table(table: Table) -> None:
     """The comparison on stdout."""
     for dataset, metrics in table.items():
