@@ -35,6 +35,7 @@ class TowerStage(Stage):
         optimizer: MakeOptimizer, schedule: MakeSchedule | None, max_grad_norm: float, seed: int,
     ) -> None:  # fmt: skip
         super().__init__(optimizer, schedule, max_grad_norm, seed)
+        self.keep_frozen = True  # a later stage starts from the whole policy
         self.policy = policy.requires_grad_(False)
         self.tower.requires_grad_(True)
         width = policy.model.config.vision_config.out_hidden_size
