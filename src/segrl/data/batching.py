@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -61,31 +61,36 @@ class Collate:
 
 
 class Shuffled(Sampler[int]):
-    """A permutation that is a pure function of (seed, epoch): the order survives any kill. Every rank sees its own share.
+    """A permutation per epoch, begun where the run stands: the order is a function of the seed and of the batches done.
+
+    So it survives any kill, and no loader's state has to. Every rank sees its own share.
 
     Args:
         length: of the dataset.
+        batch_size: of this rank; what does not fill a batch is left for another epoch.
         seed: of the run.
-        rank, ranks: of this process; shares are equal, and what does not divide is left for another epoch.
+        rank, ranks: of this process; shares are equal.
+        batches_done: how many batches the run has consumed, asked when an epoch begins or is gone on with.
     """
 
-    def __init__(self, length: int, seed: int, rank: int, ranks: int) -> None:
-        self.length, self.seed, self.rank, self.ranks, self.epoch = length, seed, rank, ranks, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
-        self.epoch = epoch
+    def __init__(
+        self, length: int, batch_size: int, seed: int, rank: int, ranks: int, batches_done: Callable[[], int]
+    ) -> None:  # fmt: skip
+        self.length, self.batch_size, self.seed, self.rank, self.ranks = length, batch_size, seed, rank, ranks
+        self.batches_done = batches_done
 
     def __len__(self) -> int:
-        """Samples of this rank."""
-        return self.length // self.ranks
+        """Samples of this rank in an epoch: whole batches."""
+        return self.length // self.ranks // self.batch_size * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        """Indices of this rank in this epoch's order."""
+        """Indices of this rank that are left of the epoch."""
+        epoch, batch = divmod(self.batches_done(), len(self) // self.batch_size)
         order = torch.randperm(
-            self.length, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            self.length, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         )
-        return iter(order[: len(self) * self.ranks][self.rank :: self.ranks].tolist())
+        share = order[: self.length // self.ranks * self.ranks][self.rank :: self.ranks][: len(self)]
+        return iter(share[batch * self.batch_size :].tolist())
 
 
 class Share(Sampler[int]):

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
+import sys
 from typing import cast
 
 import lightning
-from torch.utils.data import Dataset
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from segrl.data.batching import Collate, Share, Shuffled
 from segrl.protocols import SampleSet
 from segrl.types import Sample
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def _die_with_parent(worker: int) -> None:
+    """A loader process does not outlive a killed run (Linux; elsewhere it notices by itself, in time)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class SegDataModule(lightning.LightningDataModule):
@@ -65,36 +75,44 @@ class SegDataModule(lightning.LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
-    def train_dataloader(self) -> StatefulDataLoader[Sample]:
-        """Shuffled, whole batches only, resumable in the middle of an epoch."""
+    def _batches_done(self) -> int:
+        """Of the run so far: its updates, by those that a batch makes."""
+        assert self.trainer is not None
+        per_batch = getattr(self.trainer.lightning_module, "updates_per_batch", 1)
+        return int(self.trainer.global_step) // int(per_batch)
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Shuffled, whole batches only, from where the run stands."""
         rank, ranks = self._ranks()
         length = self._check_batch(ranks)
-        return StatefulDataLoader(
+        return DataLoader(
             cast("Dataset[Sample]", self.train),
             batch_size=self.batch_size,
-            sampler=Shuffled(length, self.seed, rank, ranks),
+            sampler=Shuffled(length, self.batch_size, self.seed, rank, ranks, self._batches_done),
             num_workers=self.workers,
             collate_fn=self.collate,
             drop_last=True,
             persistent_workers=self.workers > 0,
+            worker_init_fn=_die_with_parent,
         )
 
-    def _eval_loaders(self, datasets: dict[str, SampleSet]) -> list[StatefulDataLoader[Sample]]:
+    def _eval_loaders(self, datasets: dict[str, SampleSet]) -> list[DataLoader[Sample]]:
         return [
-            StatefulDataLoader(
+            DataLoader(
                 cast("Dataset[Sample]", dataset),
                 batch_size=self.eval_batch_size,
                 sampler=Share(len(dataset), *self._ranks()),
                 num_workers=self.workers,
                 collate_fn=self.eval_collate,
+                worker_init_fn=_die_with_parent,
             )
             for dataset in datasets.values()
         ]
 
-    def val_dataloader(self) -> list[StatefulDataLoader[Sample]]:
+    def val_dataloader(self) -> list[DataLoader[Sample]]:
         """One loader per validation set, in order of their names' appearance."""
         return self._eval_loaders(self.val)
 
-    def test_dataloader(self) -> list[StatefulDataLoader[Sample]]:
+    def test_dataloader(self) -> list[DataLoader[Sample]]:
         """One loader per test set."""
         return self._eval_loaders(self.test)

@@ -73,6 +73,7 @@ class EveryNSteps(lightning.Callback):
     def __init__(self, path: str, every_n_steps: int) -> None:
         self.path, self.every_n_steps = path, every_n_steps
         self.saved_at = 0
+        self.due = False
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """What is loaded need not be saved again."""
@@ -83,7 +84,14 @@ class EveryNSteps(lightning.Callback):
     ) -> None:
         """Save if it is time, or if SIGTERM came: Lightning then leaves the loop."""
         passed = trainer.global_step // self.every_n_steps > self.saved_at // self.every_n_steps
-        if passed or trainer.received_sigterm:
+        # After an epoch's last batch Lightning has not closed the epoch yet: a run resumed from there would repeat it.
+        self.due = passed or trainer.received_sigterm
+        if self.due and not trainer.is_last_batch:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """What was due at the epoch's last batch."""
+        if self.due:
             self._save(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
