@@ -7,12 +7,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from segrl.data.batching import Collate, Share, Shuffled
+from segrl.data import batching
+from segrl.data.batching import Collate, Share
 from segrl.data.traces import Annotator
 from segrl.prompts.frames import absolute_pixels
 from segrl.prompts.tags import SegR1Tags
 from segrl.protocols import Message
 from segrl.types import Prefix, Sample
+
+
+class Shuffled(batching.Shuffled):
+    """In batches of one, at the beginning of a given epoch."""
+
+    def __init__(self, length: int, seed: int, rank: int, ranks: int) -> None:
+        super().__init__(length, 1, seed, rank, ranks, lambda: self.epoch * len(self))
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
 
 STOP = 0
 GRAMMAR = SegR1Tags(max_boxes=4, max_points=4)
@@ -195,3 +208,19 @@ def test_shares_of_an_evaluation_set_hold_each_index_once(length: int, ranks: in
 
 def test_a_share_is_in_order() -> None:
     assert list(Share(10, 1, 3)) == [1, 4, 7]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5])
+def test_wherever_it_stands_what_follows_is_what_would_have_followed(batch_size: int) -> None:
+    """Epoch after epoch from the beginning, against a start at every batch."""
+    done = 0
+
+    def sampler(at: int) -> batching.Shuffled:
+        return batching.Shuffled(17, batch_size, 4, 1, 2, lambda: at)
+
+    per_epoch = len(sampler(0)) // batch_size
+    whole = [index for epoch in range(3) for index in sampler(epoch * per_epoch)]
+    for done in range(3 * per_epoch):
+        rest = list(sampler(done))
+        assert rest == whole[done * batch_size : (done // per_epoch + 1) * per_epoch * batch_size]
+    assert len(sampler(0)) % batch_size == 0

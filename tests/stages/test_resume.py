@@ -39,10 +39,10 @@ def same(a, b):
     return a == b
 
 
-@pytest.mark.parametrize(("workers", "dies_at"), [(0, 5), (1, 4)])
-def test_resume_equals_never_having_stopped(cli, tmp_path, monkeypatch, workers, dies_at):
-    """Four updates an epoch: the resumed part crosses into a new permutation."""
-    arguments = (*RUN, f"data.workers={workers}")
+@pytest.mark.parametrize(("workers", "dies_at", "every"), [(0, 5, 3), (1, 4, 3), (1, 5, 4), (0, 5, 2)])
+def test_resume_equals_never_having_stopped(cli, tmp_path, monkeypatch, workers, dies_at, every):
+    """Four updates an epoch: the resumed part crosses into a new permutation, or begins with it."""
+    arguments = (*RUN, f"data.workers={workers}", f"callbacks.checkpoint.every_n_steps={every}")
     code, _, err = cli(*arguments, f"paths.run={tmp_path}/whole")
     assert code == 0, err
     update = PolicyGradientStage.update
@@ -57,7 +57,7 @@ def test_resume_equals_never_having_stopped(cli, tmp_path, monkeypatch, workers,
         cli(*arguments, f"paths.run={tmp_path}/cut")
     monkeypatch.setattr(PolicyGradientStage, "update", update)
     cut = tmp_path / "cut"
-    assert state(cut)["global_step"] == 3 and not (cut / "metrics.json").exists()
+    assert state(cut)["global_step"] == dies_at // every * every and not (cut / "metrics.json").exists()
     code, out, err = cli(f"resume={cut}", runs=None)
     assert code == 0, err
     whole, resumed = state(tmp_path / "whole"), state(cut)

@@ -85,7 +85,7 @@ class Shuffled(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Indices of this rank that are left of the epoch."""
-        epoch, batch = divmod(self.batches_done(), len(self) // self.batch_size)
+        epoch, batch = divmod(self.batches_done(), max(1, len(self) // self.batch_size))
         order = torch.randperm(
             self.length, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         )
