@@ -89,7 +89,7 @@ class Run:
         cls._check_checkpoints(cfg)
         data: SegDataModule = instantiate(cfg.data.module)
         stage: Stage = instantiate(cfg.stage)
-        data.connect(stage.collate, stage.eval_collate)
+        data.connect(stage.collate, stage.eval_collate, stage.updates_per_batch)
         cls._check_metrics(cfg, data)
         if (scored := folder / "evaluation" / "before.jsonl").is_file():
             report.check_same_samples(report.load(scored), {name: s.ids for name, s in data.test.items()})
@@ -111,9 +111,8 @@ class Run:
         """Create the run folder and its logger, on the first rank; all that could be wrong has been built by now."""
         if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
             return None
-        text = OmegaConf.to_yaml(
-            cfg
-        )  # unresolved: an override of a resumed run reaches all that refers to it
+        # Unresolved, so that an override of a resumed run reaches all that refers to it.
+        text = OmegaConf.to_yaml(cfg)
         new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(text)

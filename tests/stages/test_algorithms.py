@@ -20,7 +20,7 @@ OWN = {"dapo": ("stage.live_samples=2",), "rloo": ("stage.kl_weight=0.0", "stage
 STAGES = sorted(
     p.stem
     for p in (conf_folder() / "stage").glob("*.yaml")
-    if p.stem not in ("_loop", "_sft", "sft", "sft_traces", "tower", "mask_head")
+    if p.stem[0] != "_" and p.stem not in ("sft", "sft_traces", "tower", "mask_head")
 )
 
 

@@ -57,10 +57,12 @@ class SegDataModule(lightning.LightningDataModule):
         self._check_batch(1)
         self.collate: Collate | None = None
         self.eval_collate: Collate | None = None
+        self.updates_per_batch = 1
 
-    def connect(self, collate: Collate, eval_collate: Collate) -> None:
-        """Say how samples become batches; the stage knows, because its policy and grammar do."""
+    def connect(self, collate: Collate, eval_collate: Collate, updates_per_batch: int) -> None:
+        """Say how samples become batches, and how many updates a batch makes; the stage knows."""
         self.collate, self.eval_collate = collate, eval_collate
+        self.updates_per_batch = updates_per_batch
 
     def _check_batch(self, ranks: int) -> int:
         """Number of training samples; raises ValueError if they do not fill one batch."""
@@ -78,8 +80,7 @@ class SegDataModule(lightning.LightningDataModule):
     def _batches_done(self) -> int:
         """Of the run so far: its updates, by those that a batch makes."""
         assert self.trainer is not None
-        per_batch = getattr(self.trainer.lightning_module, "updates_per_batch", 1)
-        return int(self.trainer.global_step) // int(per_batch)
+        return int(self.trainer.global_step) // self.updates_per_batch
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Shuffled, whole batches only, from where the run stands."""

@@ -18,10 +18,13 @@ from segrl.types import Batch, Completions, Experience, Scores
 
 
 class GRPOStage(PolicyGradientStage):
-    """Group Relative Policy Optimization (arXiv 2402.03300) and its kin: SAM-R1, Dr.GRPO, GSPO, CISPO, RLOO, REINFORCE++.
+    """Group Relative Policy Optimization (arXiv 2402.03300) and its kin: SAM-R1, Dr.GRPO, DAPO, GSPO, CISPO, RLOO, REINFORCE++.
 
     Args:
         advantage: rewards of groups `[B, G]`, of all ranks, to advantages; see `objectives.advantages`.
+        live_samples: dynamic sampling (DAPO, arXiv 2503.14476, 3.2): of a batch so many samples are taken, per rank, whose
+            groups have spread; they are tried that many at a time until there are enough. Where they run out, groups
+            without spread fill up and count nothing. None takes the batch as it is.
         policy, grammar, head, engine, reward, reference, optimizer, schedule, max_grad_norm, seed, group_size,
             micro_batch_size, updates_per_rollout, epochs_per_rollout, surrogate, token_weights, divergence, kl_weight,
             kl_reward: see `PolicyGradientStage`.
@@ -33,14 +36,14 @@ class GRPOStage(PolicyGradientStage):
         optimizer: MakeOptimizer, schedule: MakeSchedule | None, max_grad_norm: float, seed: int,
         group_size: int, micro_batch_size: int, updates_per_rollout: int, epochs_per_rollout: int,
         surrogate: MakeSurrogate, token_weights: TokenWeights, divergence: Divergence, kl_weight: float, kl_reward: float,
-        advantage: Callable[[Tensor], Tensor],
+        advantage: Callable[[Tensor], Tensor], live_samples: int | None,
     ) -> None:  # fmt: skip
         super().__init__(
             policy, grammar, head, engine, reward, reference, optimizer, schedule, max_grad_norm, seed, group_size,
             micro_batch_size, updates_per_rollout, epochs_per_rollout, surrogate, token_weights, divergence,
             kl_weight, kl_reward,
         )  # fmt: skip
-        self.advantage = advantage
+        self.advantage, self.live_samples = advantage, live_samples
 
     def credit(self, experience: Experience, rollout: Rollout) -> Experience:
         """Every token has its completion's advantage."""
@@ -50,37 +53,10 @@ class GRPOStage(PolicyGradientStage):
         own = self.advantage(everywhere)[first : first + len(rewards)].reshape(-1, 1)
         return replace(experience, advantages=own.expand(experience.completions.mask.shape).contiguous())
 
-
-class DAPOStage(GRPOStage):
-    """With dynamic sampling (DAPO, arXiv 2503.14476, 3.2): samples are tried until enough of them can teach.
-
-    A batch holds more samples than an update needs. They are sampled `live_samples` at a time until so many groups have
-    spread; where they run out, groups without spread fill up, and count nothing.
-
-    Args:
-        live_samples: of an update, per rank.
-        policy, grammar, head, engine, reward, reference, optimizer, schedule, max_grad_norm, seed, group_size,
-            micro_batch_size, updates_per_rollout, epochs_per_rollout, surrogate, token_weights, divergence, kl_weight,
-            kl_reward, advantage: see `GRPOStage`.
-    """
-
-    def __init__(
-        self, policy: HFPolicy, grammar: Grammar, head: MaskHead, engine: RolloutEngine, reward: RewardMixture,
-        reference: MakeReference | None,
-        optimizer: MakeOptimizer, schedule: MakeSchedule | None, max_grad_norm: float, seed: int,
-        group_size: int, micro_batch_size: int, updates_per_rollout: int, epochs_per_rollout: int,
-        surrogate: MakeSurrogate, token_weights: TokenWeights, divergence: Divergence, kl_weight: float, kl_reward: float,
-        advantage: Callable[[Tensor], Tensor], live_samples: int,
-    ) -> None:  # fmt: skip
-        super().__init__(
-            policy, grammar, head, engine, reward, reference, optimizer, schedule, max_grad_norm, seed, group_size,
-            micro_batch_size, updates_per_rollout, epochs_per_rollout, surrogate, token_weights, divergence,
-            kl_weight, kl_reward, advantage,
-        )  # fmt: skip
-        self.live_samples = live_samples
-
     def rollout(self, batch: Batch, first: int = 0) -> Rollout:
-        """Of the first samples whose groups have spread."""
+        """Of the batch, or of its first samples whose groups have spread."""
+        if self.live_samples is None:
+            return super().rollout(batch, first)
         tried: list[Rollout] = []
         live: list[int] = []
         for start in range(0, len(batch), self.live_samples):
@@ -101,7 +77,9 @@ class DAPOStage(GRPOStage):
         )
 
     def counts(self, completions: Completions, scores: Scores) -> Tensor:
-        """Only of groups that have spread."""
+        """All, or under dynamic sampling those of groups that have spread."""
+        if self.live_samples is None:
+            return super().counts(completions, scores)
         live = _with_spread(scores).to(completions.mask.device)
         return completions.mask & live.repeat_interleave(self.group_size)[:, None]
 

@@ -236,9 +236,8 @@ class PolicyGradientStage(SegStage):
                 self.manual_backward(out.loss)
             seen = {"policy/loss": out.loss.detach(), **out.stats}
             stats = {name: stats.get(name, 0.0) + value for name, value in seen.items()}
-        share = self.over_ranks(weights.sum()).clamp_min(
-            1e-12
-        )  # what is logged is a mean, whatever the loss's normaliser
+        # What is logged is a mean, whatever normalises the loss.
+        share = self.over_ranks(weights.sum()).clamp_min(1e-12)
         stats = {name: value if name == "policy/loss" else value / share for name, value in stats.items()}
         stats |= self.tame_gradients()
         self.refuse_nonfinite(stats)
@@ -271,7 +270,7 @@ class PolicyGradientStage(SegStage):
         return {
             "reward/total": total.mean(),
             **{f"reward/{name}": value.mean() for name, value in scores.terms.items()},
-            "reward/spread": total.std(1).mean(),
+            "reward/spread": total.std(1).nan_to_num().mean(),  # a group of one has none
             "rollout/length": mean(answer.length for answer in answers),
             "rollout/fault_rate": mean(answer.parsed.fault is not None for answer in answers),
             "rollout/cut_off": mean(not answer.finished for answer in answers),
