@@ -5,7 +5,7 @@ import inspect
 import numpy as np
 import pytest
 
-from segrl.metrics.functional.intervals import paired_bootstrap
+from segrl.metrics.functional.intervals import bootstrap_weights, paired_bootstrap
 
 
 def test_a_gain_that_is_the_same_everywhere_has_no_interval_around_it() -> None:
@@ -63,3 +63,56 @@ def test_unequal_or_no_scores_are_refused_with_their_numbers(before: int, after:
     as_in_use = inspect.unwrap(paired_bootstrap)  # without the shape check of the tests
     with pytest.raises(ValueError, match=f"got {before} and {after}"):
         as_in_use(np.zeros(before), np.zeros(after), seed=0)
+
+
+# --- weights
+
+
+def test_weights_are_shares_of_n_draws() -> None:
+    weights = bootstrap_weights(7, 300, seed=0)
+    assert weights.shape == (300, 7)
+    assert weights.dtype == np.float64
+    assert weights.sum(1) == pytest.approx(np.ones(300), abs=1e-12)
+    assert (weights * 7 == np.round(weights * 7)).all()
+    assert (weights >= 0).all()
+
+
+def test_one_sample_always_weighs_everything() -> None:
+    assert (bootstrap_weights(1, 5, seed=0) == 1.0).all()
+
+
+def test_two_samples_are_drawn_as_two_coins() -> None:
+    first = bootstrap_weights(2, 8000, seed=1)[:, 0]
+    assert [np.mean(first == share) for share in (0, 0.5, 1)] == pytest.approx([0.25, 0.5, 0.25], abs=0.02)
+
+
+def test_weights_have_the_moments_of_the_multinomial() -> None:
+    n, weights = 20, bootstrap_weights(20, 20_000, seed=2)
+    assert weights.mean(0) == pytest.approx(np.full(n, 1 / n), abs=2e-3)
+    covariance = np.cov(weights.T)
+    assert np.diag(covariance) == pytest.approx(np.full(n, (1 - 1 / n) / n**2), rel=0.05)
+    assert covariance[0, 1] == pytest.approx(-1 / n**3, rel=0.3)
+
+
+def test_means_by_weights_are_those_of_the_paired_bootstrap() -> None:
+    before, after = np.random.default_rng(3).random((2, 60))
+    means = bootstrap_weights(60, 400, seed=4) @ (after - before)
+    interval = paired_bootstrap(before, after, seed=4, draws=400)
+    assert np.quantile(means, [0.025, 0.975]) == pytest.approx(interval, abs=1e-12)
+
+
+def test_a_quotient_of_means_gets_an_interval() -> None:
+    # cumulative IoU of equal samples is one number, whichever are drawn
+    weights = bootstrap_weights(30, 200, seed=5)
+    both, either = np.full(30, 3.0), np.full(30, 4.0)
+    assert (weights @ both) / (weights @ either) == pytest.approx(np.full(200, 0.75), abs=1e-12)
+
+
+def test_weights_are_a_function_of_the_seed() -> None:
+    assert (bootstrap_weights(9, 20, seed=6) == bootstrap_weights(9, 20, seed=6)).all()
+    assert (bootstrap_weights(9, 20, seed=6) != bootstrap_weights(9, 20, seed=7)).any()
+
+
+def test_no_sample_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one sample"):
+        bootstrap_weights(0, 10, seed=0)

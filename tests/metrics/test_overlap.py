@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from segrl.metrics.functional.overlap import iou, mean_absolute_error
+from segrl.metrics.functional.overlap import intersection_union, iou, mean_absolute_error
 
 EMPTY, FULL = np.zeros((40, 60), bool), np.ones((40, 60), bool)
 SQUARE, SHIFTED = EMPTY.copy(), EMPTY.copy()
@@ -78,6 +78,38 @@ def test_one_pixel_put_right_never_lowers_the_overlap(pair: tuple[np.ndarray, np
         better[y, x] = truth[y, x]
         assert iou(better, truth) >= iou(mask, truth)
         assert mean_absolute_error(better, truth) < mean_absolute_error(mask, truth)
+
+
+def test_ignored_pixels_are_in_neither_by_hand() -> None:
+    mask = np.array([[True, True, False], [True, False, False]])
+    truth = np.array([[True, False, False], [True, True, False]])
+    ignore = np.array([[True, False, True], [False, True, False]])
+    assert intersection_union(mask, truth, None) == (2, 4)
+    assert intersection_union(mask, truth, ignore) == (1, 2)
+    assert intersection_union(mask, truth, np.ones_like(mask)) == (0, 0)
+
+
+@given(PAIRS, st.integers(0, 10**6))
+def test_what_is_ignored_may_be_anything(pair: tuple[np.ndarray, np.ndarray], seed: int) -> None:
+    mask, truth = pair
+    ignore, other = np.random.default_rng(seed).random((2, *mask.shape)) < 0.4
+    found = intersection_union(mask, truth, ignore)
+    assert found == intersection_union(np.where(ignore, other, mask), np.where(ignore, ~other, truth), ignore)
+    assert found == intersection_union(mask[~ignore][None], truth[~ignore][None], None)
+    assert intersection_union(mask, truth, np.zeros_like(mask)) == intersection_union(mask, truth, None)
+
+
+def test_every_real_map_overlaps_its_truth_as_published(published: dict, edges: dict) -> None:
+    for group in published.values():
+        counts = []
+        for pair in group.pairs.values():
+            counts.append(intersection_union(pair.saliency >= 128, pair.truth, None))
+            assert counts[-1] == (pair.expected["bin128_inter"], pair.expected["bin128_union"])
+        both, either = np.sum(counts, 0)
+        assert both / either == pytest.approx(group.dataset["ciou"], abs=1e-12)
+    for pair in edges.values():
+        counted = intersection_union(pair.saliency >= 128, pair.truth, None)
+        assert counted == (pair.expected["bin128_inter"], pair.expected["bin128_union"])
 
 
 def test_the_input_masks_are_left_as_they_are() -> None:

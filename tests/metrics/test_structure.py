@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from segrl.metrics.functional.structure import structure
+from segrl.metrics.functional.structure import quadrants_of, structure
+from segrl.metrics.functional.tally import structure as structure_of_tally
+from segrl.metrics.functional.tally import tally
 
 EPS = np.spacing(1)
 
@@ -259,3 +261,41 @@ def test_the_score_lies_between_zero_and_one_and_only_the_truth_earns_one(
     assert structure(truth, truth) == pytest.approx(1.0, abs=1e-9)
     if (mask != truth).any():
         assert structure(mask, truth) < 1 - 1e-6
+
+
+# --- grey maps: the same arithmetic
+
+
+@given(PAIRS, st.integers(0, 10**6))
+def test_random_grey_maps_score_as_the_oracle_says(pair: tuple[np.ndarray, np.ndarray], seed: int) -> None:
+    truth = pair[1]
+    saliency = np.random.default_rng(seed).integers(0, 256, truth.shape).astype(np.uint8)
+    for map_ in (saliency, saliency // 64 * 80):
+        if (map_ == map_[0, 0]).all() and map_[0, 0] not in (0, 255):
+            continue  # the oracle's mean of a constant is rounded
+        found = structure_of_tally(tally(map_, truth))
+        assert found == pytest.approx(oracle(stretched(map_), truth), abs=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_alpha_blends_the_terms_of_a_grey_map(alpha: float) -> None:
+    soft = (SHIFTED * 150 + SQUARE * 100).astype(np.uint8)
+    t = tally(soft, SQUARE)
+    blended = alpha * structure_of_tally(t, 1.0) + (1 - alpha) * structure_of_tally(t, 0.0)
+    assert structure_of_tally(t, alpha) == pytest.approx(blended, abs=1e-12)
+    assert structure_of_tally(t, 0.0) == pytest.approx(
+        of_region(stretched(soft), SQUARE.astype(float)), abs=1e-9
+    )
+
+
+def test_quadrants_meet_behind_the_centroid() -> None:
+    # rows 10 to 29: mean 19.5, rounded to even 20; columns 20 to 39: 29.5, 30
+    assert quadrants_of(SQUARE) == [np.s_[:21, :31], np.s_[:21, 31:], np.s_[21:, :31], np.s_[21:, 31:]]
+    assert quadrants_of(EMPTY)[0] == np.s_[:40, :60]
+
+
+def test_masks_are_read_as_they_lie() -> None:
+    for turn in (np.s_[::-1, ::-1], np.s_[::2, 1::3]):
+        packed = np.ascontiguousarray(SHIFTED[turn]), np.ascontiguousarray(SQUARE[turn])
+        assert structure(SHIFTED[turn], SQUARE[turn]) == structure(*packed)
+    assert structure(SHIFTED.T, SQUARE.T) == pytest.approx(structure(SHIFTED, SQUARE), abs=1e-12)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 
 
 def paired_bootstrap(
@@ -31,3 +31,26 @@ def paired_bootstrap(
     means = [gain[rng.integers(0, len(gain), len(gain))].mean() for _ in range(draws)]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def bootstrap_weights(n: int, draws: int, seed: int) -> Float64[np.ndarray, "draws n"]:
+    """How much each of n samples weighs when n are drawn anew: times drawn / n, so that every row sums to 1.
+
+    `weights @ values` are the means of the resamples. A score of a set that is a function of means (the quotient of two,
+    the maximum of a mean curve) has the quantiles of that function, over the rows, as its interval. The draws are those of
+    `paired_bootstrap` with the same seed.
+
+    Args:
+        n: samples.
+        draws: resamples; the result takes 8 bytes for each sample of each, and nothing beside it grows with both.
+        seed: of the draws.
+
+    Raises:
+        ValueError: if there is no sample.
+    """
+    if n < 1:
+        raise ValueError(f"at least one sample is needed to draw from; got {n}")
+    rng, weights = np.random.default_rng(seed), np.empty((draws, n))
+    for row in weights:
+        np.divide(np.bincount(rng.integers(0, n, n), minlength=n), n, out=row)
+    return weights

@@ -6,10 +6,20 @@ import numpy as np
 from jaxtyping import Bool
 
 
+def intersection_union(
+    mask: Bool[np.ndarray, "H W"], truth: Bool[np.ndarray, "H W"], ignore: Bool[np.ndarray, "H W"] | None
+) -> tuple[int, int]:
+    """Pixels in both masks, and in at least one; ignored pixels are in neither."""
+    both, either = mask & truth, mask | truth
+    if ignore is not None:
+        both, either = both & ~ignore, either & ~ignore
+    return int(np.count_nonzero(both)), int(np.count_nonzero(either))
+
+
 def iou(mask: Bool[np.ndarray, "H W"], truth: Bool[np.ndarray, "H W"]) -> float:
     """Intersection over union in [0, 1]; 1 where both are empty (LISA's and gRefCOCO's convention)."""
-    union = int(np.count_nonzero(mask | truth))
-    return int(np.count_nonzero(mask & truth)) / union if union else 1.0
+    both, either = intersection_union(mask, truth, None)
+    return both / either if either else 1.0
 
 
 def mean_absolute_error(mask: Bool[np.ndarray, "H W"], truth: Bool[np.ndarray, "H W"]) -> float:
