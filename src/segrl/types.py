@@ -30,6 +30,8 @@ class Sample:
     """What to segment; none where the task's constant instruction says it all."""
     objects: np.ndarray | None = None
     """bool `[n, H, W]`, the mask's objects one by one; none where the dataset does not tell them apart."""
+    ignore: np.ndarray | None = None
+    """bool `[H, W]`, pixels that no score looks at; none where all count."""
     path: Path | None = None
     """File of the image; none where it was drawn."""
     trace: Parsed | None = None
@@ -85,8 +87,6 @@ class Parsed:
     thought: str = ""
     prompt: MaskPrompt | None = None
     fault: ParseFault | None = None
-    ends: tuple[int, ...] = ()
-    """Where in the text each box, then each point, is complete; empty where a grammar does not say."""
     rest: str = ""
     """What the completion rambles on with behind its answer; it does not spoil the answer."""
 

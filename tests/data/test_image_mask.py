@@ -111,7 +111,7 @@ def test_an_image_without_a_mask_is_an_error_there_too(tmp_path: Path) -> None:
 def test_a_missing_folder_is_named_and_so_is_the_key_to_change(tmp_path: Path, missing: str) -> None:
     for folder in {"Imgs", "GT"} - {missing}:
         write(tmp_path / folder, "a.png")
-    with pytest.raises(ValueError, match=rf"{missing} \(set data\.root\)"):
+    with pytest.raises(ValueError, match=rf"{missing} \(set data\.root, or"):
         pair(tmp_path / "Imgs", tmp_path / "GT", "")
 
 
@@ -239,6 +239,51 @@ def test_a_mask_of_another_size_is_refused_by_name(tmp_path: Path) -> None:
         ImageMaskFolders(str(tmp_path), [{"images": "i", "masks": "m"}], side=8)[0]
 
 
+# --- keys of a folder pair
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("resize_mask", True, r"folders\[0\]\.resize_mask: there is no such key.*resize_masks"),
+        ("objects", "car", r"folders\[0\]\.objects: "),
+        ("objects", [0.5], r"folders\[0\]\.objects\.0: "),
+        ("keep", 3, r"folders\[0\]\.keep: "),
+    ],
+)
+def test_a_key_that_is_wrong_is_named(tmp_path: Path, key: str, value: object, words: str) -> None:
+    one_good_pair_and(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        ImageMaskFolders(str(tmp_path), [{"images": "i", "masks": "m", key: value}], side=None)
+
+
+def test_objects_and_background_are_not_both_named(tmp_path: Path) -> None:
+    one_good_pair_and(tmp_path)
+    keys = {"images": "i", "masks": "m", "objects": [1], "background": [0]}
+    with pytest.raises(ValueError, match=r"folders\[0\]\.background: objects or background"):
+        ImageMaskFolders(str(tmp_path), [keys], side=None)
+
+
+def test_masks_may_have_a_suffix_and_lie_beside_their_images(tmp_path: Path) -> None:
+    write(tmp_path / "x", "a.png", "a_mask.png", "b.png", "b_mask.png")
+    dataset = ImageMaskFolders(str(tmp_path), [{"images": "x", "masks": "x", "mask_suffix": "_mask"}], None)
+    assert dataset.ids == ["a", "b"]
+    assert dataset[1].path == tmp_path / "x" / "b.png" and (dataset[1].mask == (VALUES > 0)).all()
+    (tmp_path / "x" / "b_mask.png").unlink()
+    with pytest.raises(ValueError, match="none for b$"):
+        ImageMaskFolders(str(tmp_path), [{"images": "x", "masks": "x", "mask_suffix": "_mask"}], None)
+
+
+def test_a_survey_lists_what_the_constructor_refuses(tmp_path: Path) -> None:
+    write(tmp_path / "i", "a.png", "b.png", "b.jpg", "alone.png"), write(tmp_path / "m", "a.png", "b.png")
+    folders = [{"images": "i", "masks": "m"}, {"images": "nowhere", "masks": "m"}]
+    found = ImageMaskFolders.survey(str(tmp_path), folders, None)
+    assert [piece.id for piece in found.pieces] == ["i/a", "i/b"] and found.without_mask == ["alone"]
+    assert ["b.jpg and b.png" in found.faults[0], "nowhere" in found.faults[1]] == [True, True]
+    with pytest.raises(ValueError, match=r"b\.jpg and b\.png"):
+        ImageMaskFolders(str(tmp_path), folders, None)
+
+
 # --- real downloads
 
 
@@ -281,3 +326,22 @@ def test_judo_00005_made_grey_is_still_one_pixel_too_narrow_and_its_neighbour_is
     fit = ImageMaskFolders(str(tmp_path), [{**folders, "keep": "00008"}], side=None)
     assert fit[0].mask.shape == (480, 854)
     assert 0.001 < fit[0].mask.mean() < 0.5
+
+
+def test_davis_reads_right_once_it_is_said_what_is_background_and_that_masks_may_be_resized(
+    realdata: Path,
+) -> None:
+    folders = {"images": "images", "masks": "masks", "background": [0], "resize_masks": True}
+    dataset = ImageMaskFolders(str(realdata / "davis_like"), [folders], side=None)
+    assert dataset.ids == ["bike_00000", "judo_00000", "judo_00005", "judo_00008", "judo_00013"]
+    areas = [int(dataset[i].mask.sum()) for i in range(5)]
+    assert {dataset[i].mask.shape for i in range(5)} == {(480, 854)}
+    assert [areas[i] for i in (0, 1, 3, 4)] == [6466 + 7971, 53811, 7986, 9489]
+    assert abs(areas[2] - 6034) < 60  # of a mask 853 wide
+
+
+def test_the_road_is_refused_by_its_values_and_its_cars_are_read(realdata: Path) -> None:
+    folders = {"images": "misc_pairs", "masks": "misc_pairs", "mask_suffix": "_mask"}
+    with pytest.raises(ValueError, match=r"road_mask\.png.*80, 160, 240"):
+        ImageMaskFolders(str(realdata), [folders], side=None)[0]
+    assert int(ImageMaskFolders(str(realdata), [{**folders, "objects": [240]}], None)[0].mask.sum()) == 2400

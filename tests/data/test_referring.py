@@ -1,15 +1,18 @@
 """The RefCOCO family, and chat traces."""
 
+import io
 import json
 import os
 import pickle
 
 import numpy as np
 import pytest
+from layouts import coco, ref
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from segrl.data.chat_traces import AsWritten, ChatTraces
-from segrl.data.referring import ReferringExpressions, read_refs, read_segmentation
+from segrl.data.referring import ReferringExpressions, belongs, read_refs, read_segmentation
 from segrl.data.traces import Annotator
 from segrl.prompts.tags import SegR1Tags
 from segrl.types import Sample
@@ -74,7 +77,146 @@ def test_a_draw_takes_so_many_objects_with_one_sentence_each_by_its_seed(realdat
         )
 
 
+@pytest.mark.parametrize(
+    ("ref_split", "of"),
+    [
+        ("testA", {"testA", "test"}),
+        ("testB", {"testB", "test"}),
+        ("testAB", {"testA", "testB", "testAB", "test"}),
+        ("testBC", {"testB", "testC", "testBC", "test"}),
+        ("test", {"test"}),
+        ("train", {"train"}),
+        ("val", {"val"}),
+    ],
+)
+def test_a_ref_is_of_a_split_as_the_refer_api_has_it(ref_split, of):
+    splits = {"train", "val", "test", "testA", "testB", "testC", "testAB", "testBC"}
+    assert {split for split in splits if belongs(ref_split, split)} == of
+
+
+def refer(tmp_path, *refs, name="refs(unc).p", split="val"):
+    coco(tmp_path, "images", "refcoco", name, list(refs))
+    return ReferringExpressions(
+        str(tmp_path / "refcoco"), str(tmp_path / "images"), name, split, None, 0, None
+    )
+
+
+def test_every_sentence_of_a_split_is_a_sample_stripped_and_in_lower_case(tmp_path):
+    found = refer(
+        tmp_path, ref(1, "val", 11, (" The LEFT ", "left")), ref(2, "testA", 12, ("top",)), ref(3, "val", 12, ("top",)),
+    )  # fmt: skip
+    assert [found[i].query for i in range(3)] == ["the left", "left", "top"]
+    assert found.ids == ["1-10", "1-11", "3-30"]
+    assert [int(found[i].mask.sum()) for i in range(3)] == [192, 192, 192]
+
+
+def test_grefcoco_names_one_object_several_or_none_and_refs_without_a_sentence_are_skipped(tmp_path):
+    found = refer(
+        tmp_path, ref(1, "val", [11], ("left",)), ref(2, "val", [11, 12], ("left and top",)), ref(3, "val", [-1], ("a cow",)),
+        ref(4, "val", -1, ("a dog",)), ref(5, "val", [11], ()), name="grefs(unc).json",
+    )  # fmt: skip
+    assert len(found) == 4
+    assert [int(found[i].mask.sum()) for i in range(4)] == [192, 288, 0, 0]
+    assert [len(found[i].objects) for i in range(4)] == [1, 2, 0, 0]
+    assert (found[1].objects.any(0) == found[1].mask).all()
+
+
+def test_refs_that_point_to_nothing_are_named_before_training(tmp_path):
+    with pytest.raises(ValueError, match="ref 1 names object 99, not in instances.json"):
+        refer(tmp_path, ref(1, "val", 99, ("x",)))
+    with pytest.raises(ValueError, match="ref 1 is of image 9, not in instances.json"):
+        refer(tmp_path, ref(1, "val", 11, ("x",), image=9))
+
+
+def test_images_that_are_not_there_are_named_before_training(tmp_path):
+    refer(tmp_path, ref(1, "val", 11, ("x",)), ref(2, "val", 21, ("y",), image=2))
+    (tmp_path / "images" / "COCO_train2014_000000000002.jpg").unlink()
+    arguments = (str(tmp_path / "refcoco"), str(tmp_path / "images"), "refs(unc).p", "val", None, 0, None)
+    with pytest.raises(ValueError, match="there is none for COCO_train2014_000000000002.jpg"):
+        ReferringExpressions(*arguments)
+    found = ReferringExpressions.survey(*arguments)
+    assert [p.id for p in found.pieces] == ["1-10"] and len(found.without_image) == 1
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"annotations": []}'])
+def test_instances_that_are_not_cocos_are_named(tmp_path, content):
+    refer(tmp_path, ref(1, "val", 11, ("x",)))
+    (tmp_path / "refcoco" / "instances.json").write_text(content)
+    with pytest.raises(ValueError, match=r"instances\.json: COCO's annotations are needed"):
+        ReferringExpressions(
+            str(tmp_path / "refcoco"), str(tmp_path / "images"), "refs(unc).p", "val", None, 0, None
+        )
+
+
+def test_os_system_is_never_run(tmp_path):
+    mark = tmp_path / "was_here"
+
+    class Worse:
+        def __reduce__(self):
+            return os.system, (f"touch {mark}",)
+
+    (tmp_path / "refs(unc).p").write_bytes(pickle.dumps([{"sentences": [Worse()]}], protocol=2))
+    with pytest.raises(ValueError, match="it names posix.system"):
+        read_refs(tmp_path / "refs(unc).p")
+    assert not mark.exists()
+
+
 GRAMMAR = SegR1Tags(4, 8)
+
+
+def shards(tmp_path, *rows, group=2):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path / "FCoT" / "data"
+    folder.mkdir(parents=True)
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    pq.write_table(pa.table(columns), folder / "train-00000-of-00001.parquet", row_group_size=group)
+    return str(tmp_path / "FCoT")
+
+
+def stored(shade, **other):
+    file = io.BytesIO()
+    Image.fromarray(np.full((40, 80, 3), shade, np.uint8)).save(file, "PNG")
+    return {**GOOD, "image": {"bytes": file.getvalue(), "path": f"{shade}.png"}, **other}
+
+
+def test_fcot_is_read_from_its_shards_as_downloaded(tmp_path):
+    found = ChatTraces(shards(tmp_path, *(stored(10 * i) for i in range(5))), GRAMMAR, None)
+    assert len(found) == 5 and len(set(found.ids)) == 5
+    for i in (4, 0, 3, 1, 2):
+        sample = found[i]
+        assert (
+            (sample.image == 10 * i).all() and sample.image.shape == (40, 80, 3) and sample.id == found.ids[i]
+        )
+        np.testing.assert_allclose(sample.trace.prompt.boxes, [[0.1, 0.1, 0.5, 0.5]], atol=1e-6)
+    assert ChatTraces(str(tmp_path / "FCoT"), GRAMMAR, 16)[0].image.shape == (16, 16, 3)
+
+
+def test_loader_workers_read_shards_too(tmp_path):
+    found = ChatTraces(shards(tmp_path, *(stored(10 * i) for i in range(5))), GRAMMAR, None)
+    loaded = DataLoader(found, batch_size=None, num_workers=2)
+    assert [int(sample.image[0, 0, 0]) for sample in loaded] == [0, 10, 20, 30, 40]
+
+
+def test_a_shard_that_is_no_trace_is_named(tmp_path):
+    path = shards(tmp_path, stored(1), stored(2, solution="nonsense"))
+    with pytest.raises(
+        ValueError, match=r"train-00000-of-00001\.parquet, row 1: a solution that the grammar"
+    ):
+        ChatTraces(path, GRAMMAR, None)[1]
+    (tmp_path / "FCoT" / "data" / "train-00001-of-00001.parquet").write_bytes(b"no parquet")
+    with pytest.raises(
+        ValueError, match=r"train-00001-of-00001\.parquet: a parquet shard of traces is needed"
+    ):
+        ChatTraces(path, GRAMMAR, None)
+    other = tmp_path / "other"
+    with pytest.raises(ValueError, match="there is no solution"):
+        ChatTraces(shards(other, {"image": "x", "thinking": "t", "problem": "p"}), GRAMMAR, None)
+    for nothing in (tmp_path / "nowhere", tmp_path / "other" / "empty"):
+        (other / "empty").mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match=r"data\.traces: a \.jsonl or parquet shards"):
+            ChatTraces(str(nothing), GRAMMAR, None)
 
 
 def traces(tmp_path, *lines):

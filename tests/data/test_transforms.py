@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segrl.data.transforms import read_image, read_mask, read_pair, squash
+from segrl.data.transforms import MaskRule, mask_kind, read_image, read_mask, read_pair, shown_size, squash
 from segrl.types import Sample
 
 OBJECT = np.zeros((6, 8), bool)
@@ -119,6 +119,88 @@ def test_a_palette_mask_is_refused_by_name(tmp_path: Path) -> None:
         read_mask(path)
 
 
+def palette(path: Path, indices: np.ndarray, colours: list[int]) -> Path:
+    image = Image.fromarray(indices.astype(np.uint8), "P")
+    image.putpalette(colours)
+    image.save(path)
+    return path
+
+
+LABELS = np.arange(48, dtype=np.uint8).reshape(6, 8) % 4  # 0 to 3, twelve pixels each
+COLOURS = [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]
+
+
+@pytest.mark.parametrize(
+    ("rule", "found"),
+    [
+        (MaskRule(objects=(2,)), [2]),
+        (MaskRule(objects=(1, 3)), [1, 3]),
+        (MaskRule(background=(0,)), [1, 2, 3]),
+        (MaskRule(background=(0, 3)), [1, 2]),
+        (MaskRule(objects=()), []),
+        (MaskRule(objects=(9,)), []),
+    ],
+)
+@pytest.mark.parametrize("stored", ["palette", "grey"])
+def test_a_rule_says_which_values_are_the_object(
+    tmp_path: Path, rule: MaskRule, found: list[int], stored: str
+) -> None:
+    path = tmp_path / "m.png"
+    palette(path, LABELS, COLOURS) if stored == "palette" else save(path, LABELS)
+    mask = read_mask(path, rule)
+    assert mask.dtype == bool and (mask == np.isin(LABELS, found)).all()
+
+
+def test_a_rule_beats_what_a_grey_mask_says_by_itself(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.png", grey(200, 90))
+    assert is_object(read_mask(path, MaskRule(objects=(90,))))
+    assert is_object(~read_mask(path))
+
+
+def test_a_palette_of_greys_is_what_it_shows_and_not_its_indices(tmp_path: Path) -> None:
+    shown = [255, 255, 255, 0, 0, 0, 90, 90, 90]
+    assert (read_mask(palette(tmp_path / "m.png", LABELS % 3, shown)) == (LABELS % 3 == 0)).all()
+
+
+@pytest.mark.parametrize("colours", [COLOURS, [0, 0, 0, 255, 255, 254], [7, 7, 7]])
+def test_a_palette_of_colours_or_of_one_shade_is_refused_with_the_way_out(
+    tmp_path: Path, colours: list[int]
+) -> None:
+    indices = LABELS % (len(colours) // 3)
+    with pytest.raises(ValueError, match=r"m\.png.*palette.*objects=\[INDEX,\.\.\.\] or background=\[0\]"):
+        read_mask(palette(tmp_path / "m.png", indices, colours))
+
+
+def test_labels_in_grey_without_any_dark_pixel_are_refused_by_their_values(tmp_path: Path) -> None:
+    values = np.choose(LABELS % 3, [80, 160, 240]).astype(np.uint8)
+    with pytest.raises(ValueError, match=r"m\.png.*80, 160, 240.*objects=\[VALUE"):
+        read_mask(save(tmp_path / "m.png", values))
+    assert read_mask(save(tmp_path / "m.png", np.maximum(values, 130))).all(), "a full mask with soft values"
+
+
+def test_votes_of_subjects_are_above_half_or_not(tmp_path: Path) -> None:
+    votes = np.array([[0, 42, 127, 128, 129, 170, 255]], np.uint8)
+    assert read_mask(save(tmp_path / "m.png", votes)).tolist() == [[False] * 4 + [True] * 3]
+
+
+@pytest.mark.parametrize("name", ["road", "judo_00005", "judo_00008", "bike_00000"])
+def test_real_labels_are_refused_by_name_and_read_by_a_rule(realdata: Path, name: str) -> None:
+    path = realdata / ("misc_pairs/road_mask.png" if name == "road" else f"davis_like/masks/{name}.png")
+    rule, area = {
+        "road": (MaskRule(objects=(240,)), 2400), "judo_00005": (MaskRule(background=(0,)), 6034),
+        "judo_00008": (MaskRule(objects=(3,)), 7986), "bike_00000": (MaskRule(background=(0,)), 6466 + 7971),
+    }[name]  # fmt: skip
+    with pytest.raises(ValueError, match=path.name):
+        read_mask(path)
+    assert int(read_mask(path, rule).sum()) == area
+
+
+def test_a_16_bit_mask_is_named_as_such(tmp_path: Path) -> None:
+    assert mask_kind(save(tmp_path / "m.png", grey(0, 65535, np.uint16))) == "16 bit, 0/65535"
+    assert mask_kind(save(tmp_path / "m.png", grey(0, 1, np.uint16))) == "16 bit, 0/1"
+    assert mask_kind(save(tmp_path / "m.png", grey(7, 255))) == "graded"
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 def test_a_colour_mask_whose_channels_differ_is_refused_by_name(tmp_path: Path, mode: str) -> None:
     values = np.repeat(grey(0, 255)[..., None], 3, 2)
@@ -226,6 +308,12 @@ def test_the_cameras_rotation_is_applied_only_if_that_gives_the_masks_size(tmp_p
     assert (read_image(path) == values).all()
 
 
+def test_the_size_shown_is_the_upright_one(tmp_path: Path) -> None:
+    assert shown_size(sideways(tmp_path / "i.png", coloured(shape=(6, 8)))) == (8, 6)
+    assert shown_size(sideways(tmp_path / "i.png", coloured(shape=(6, 8)), 3)) == (6, 8)
+    assert shown_size(save(tmp_path / "i.png", coloured(shape=(6, 8)))) == (6, 8)
+
+
 # --- pairs
 
 
@@ -243,6 +331,38 @@ def test_a_mask_of_another_size_is_refused_with_both_sizes(tmp_path: Path) -> No
     image = save(tmp_path / "photo.png", coloured(shape=(6, 9)))
     with pytest.raises(ValueError, match=r"truth\.png.*8x6.*photo\.png.*9x6"):
         read_pair(image, save(tmp_path / "truth.png", grey(0, 255)))
+
+
+def test_a_mask_within_one_percent_of_its_images_shape_is_resized_where_the_rule_says_so(
+    tmp_path: Path,
+) -> None:
+    image = save(tmp_path / "photo.png", coloured(shape=(200, 400)))
+    values = np.zeros((200, 399), np.uint8)
+    values[:, 200:] = 255
+    path = save(tmp_path / "truth.png", values)
+    with pytest.raises(ValueError, match=r"truth\.png.*399x200.*400x200 \(resize_masks=true"):
+        read_pair(image, path)
+    sample = read_pair(image, path, rule=MaskRule(resize=True))
+    assert sample.mask.shape == sample.image.shape[:2] == (200, 400)
+    assert not sample.mask[:, :200].any() and sample.mask[:, 201:].all()
+
+
+@pytest.mark.parametrize(("width", "fits"), [(397, True), (396, False), (403, True), (405, False)])
+def test_one_percent_is_the_limit(tmp_path: Path, width: int, fits: bool) -> None:
+    image = save(tmp_path / "photo.png", coloured(shape=(200, 400)))
+    path = save(tmp_path / "truth.png", np.full((200, width), 255, np.uint8))
+    if fits:
+        assert read_pair(image, path, rule=MaskRule(resize=True)).mask.all()
+    else:
+        with pytest.raises(ValueError, match="a mask of its image's size is needed") as refusal:
+            read_pair(image, path, rule=MaskRule(resize=True))
+        assert "resize_masks" not in str(refusal.value)
+
+
+def test_a_mask_of_half_the_size_has_the_same_shape(tmp_path: Path) -> None:
+    image = save(tmp_path / "photo.png", coloured(shape=(12, 16)))
+    sample = read_pair(image, save(tmp_path / "truth.png", grey(0, 255)), rule=MaskRule(resize=True))
+    assert (sample.mask == np.kron(OBJECT, np.ones((2, 2), bool))).all()
 
 
 def test_a_transposed_mask_is_refused(tmp_path: Path) -> None:

@@ -1,19 +1,27 @@
-"""Chat traces on the disk: one JSON object per line with `image`, `problem`, `thinking`, `solution`, as in Seg-R1's FCoT."""
+"""Chat traces as Seg-R1's FCoT is downloaded (parquet shards that hold the images), or as one JSON object per line.
+
+Each has `image`, `problem`, `thinking` and `solution`.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
-from torch.utils.data import Dataset
 
+from segrl.data.survey import OnDisk, Piece, Survey
 from segrl.data.transforms import read_image, squash
 from segrl.prompts.frames import absolute_pixels
 from segrl.protocols import Grammar
 from segrl.types import Parsed, Sample
+
+_COLUMNS = ("problem", "thinking", "solution")
 
 
 class Line(BaseModel):
@@ -29,11 +37,99 @@ class Line(BaseModel):
     query: str | None = None
 
 
-class ChatTraces(Dataset[Sample]):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """Where one trace's image lies."""
+
+    path: Path
+    group: int | None = None
+    """Row group of a parquet shard; none where the file is the image."""
+    row: int = 0
+
+    def content(self) -> bytes | None:
+        """The image's bytes, if they are a part of the file."""
+        return None if self.group is None else _images(self.path, self.group)[self.row]
+
+
+@lru_cache(maxsize=2)
+def _images(shard: Path, group: int) -> list[bytes]:
+    """The images of one row group, which the samples of a loader worker often share."""
+    import pyarrow.parquet
+
+    column = (
+        pyarrow.parquet.ParquetFile(shard).read_row_group(group, ["image"], use_threads=False).column("image")
+    )
+    return [image["bytes"] for image in column.to_pylist()]
+
+
+def _read_lines(path: Path) -> tuple[list[tuple[str, Line, Stored]], list[str]]:
+    """The traces of a `.jsonl`, each with a word for where it stands, and the faults of others."""
+    traces, faults = [], []
+    for number, text in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not text.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            line = _line(where, json.loads(text))
+            traces.append((where, line, Stored(path=path.parent / line.image)))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            faults.append(f"{where}: JSON is needed; {error}")
+        except ValueError as error:
+            faults.append(str(error))
+    return traces, faults
+
+
+def _read_shards(shards: Sequence[Path]) -> tuple[list[tuple[str, Line, Stored]], list[str]]:
+    """The same of parquet shards, without their images."""
+    import pyarrow
+    import pyarrow.parquet
+
+    traces: list[tuple[str, Line, Stored]] = []
+    faults: list[str] = []
+    for shard in shards:
+        try:
+            file = pyarrow.parquet.ParquetFile(shard)
+            groups = [
+                file.read_row_group(g, list(_COLUMNS), use_threads=False).to_pylist()
+                for g in range(file.num_row_groups)
+            ]
+        except (pyarrow.ArrowException, OSError) as error:
+            faults.append(f"{shard}: a parquet shard of traces is needed; it cannot be read ({error})")
+            continue
+        if missing := sorted({"image", *_COLUMNS} - set(file.schema_arrow.names)):
+            faults.append(
+                f"{shard}: columns image, {', '.join(_COLUMNS)} are needed; there is no {missing[0]}"
+            )
+            continue
+        number = 0
+        for group, rows in enumerate(groups):
+            for row, values in enumerate(rows):
+                where = f"{shard}, row {number}"
+                try:
+                    line = _line(where, {"image": f"{shard.stem}-{number:05d}", **values})
+                    traces.append((where, line, Stored(path=shard, group=group, row=row)))
+                except ValueError as error:
+                    faults.append(str(error))
+                number += 1
+    return traces, faults
+
+
+def _line(where: str, values: Any) -> Line:  # noqa: ANN401 - what JSON or parquet held
+    """One trace; ValueError naming where it stands and what it lacks."""
+    try:
+        return Line.model_validate(values)
+    except ValidationError as error:
+        found = error.errors()[0]
+        key = "".join(f"{part}: " for part in found["loc"])
+        raise ValueError(f"{where}: {key}{found['msg'].lower()}") from None
+
+
+class ChatTraces(OnDisk):
     """Samples with a trace and no mask.
 
     Args:
-        path: `.jsonl` file; images are found relative to its folder.
+        path: a `.jsonl`, whose images are found relative to its folder; a `.parquet`; or a folder of `.parquet`
+            shards, at any depth, as Hugging Face has it.
         grammar: reads the solutions.
         side: resize images to this square; none leaves them as they are.
 
@@ -42,52 +138,81 @@ class ChatTraces(Dataset[Sample]):
     """
 
     def __init__(self, path: str, grammar: Grammar, side: int | None) -> None:
-        self.path, self.grammar, self.side = Path(path), grammar, side
-        if not self.path.is_file():
-            raise ValueError(f"data.traces: a .jsonl of chat traces is needed; there is no file {path}")
-        self.lines = [
-            self._line(number, text)
-            for number, text in enumerate(self.path.read_text().splitlines(), 1)
-            if text.strip()
-        ]
-        if not self.lines:
-            raise ValueError(f"{path}: at least one trace is needed; the file is empty")
+        self.grammar, self.side = grammar, side
+        self.traces, faults = self._found(path)
+        if faults:
+            raise ValueError(faults[0])
 
-    def _line(self, number: int, text: str) -> Line:
-        try:
-            return Line.model_validate(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self.path}, line {number}: JSON is needed; {error}") from None
-        except ValidationError as error:
-            found = error.errors()[0]
-            raise ValueError(
-                f"{self.path}, line {number}: {'.'.join(map(str, found['loc']))}: {found['msg'].lower()}"
-            ) from None
+    @staticmethod
+    def _found(path: str) -> tuple[list[tuple[str, Line, Stored]], list[str]]:
+        """Traces and faults of whatever `path` is."""
+        at = Path(path)
+        shards = sorted(at.rglob("*.parquet")) if at.is_dir() else [at] if at.suffix == ".parquet" else []
+        if not at.exists() or at.is_dir() and not shards:
+            return [], [
+                f"data.traces: a .jsonl or parquet shards of chat traces are needed; there is no file {path}"
+            ]
+        traces, faults = _read_shards(shards) if shards else _read_lines(at)
+        if not traces and not faults:
+            faults.append(f"{path}: at least one trace is needed; the file is empty")
+        return traces, faults
+
+    @classmethod
+    def survey(cls, path: str, grammar: Grammar, side: int | None) -> Survey:
+        """What is there, fit or not; `side` changes nothing."""
+        traces, faults = cls._found(path)
+        found = Survey(faults=faults)
+        for index, (where, line, stored) in enumerate(traces):
+            if not stored.path.is_file():
+                found.without_image.append(f"{where.rpartition(', ')[2]} ({line.image})")
+                continue
+            found.pieces.append(
+                Piece(
+                    id=cls._named(index, line),
+                    image=stored.path,
+                    content=None if stored.group is None else partial(_images_at, stored),
+                    read=partial(cls._read, index, where, line, stored, grammar),
+                )
+            )
+        return found
+
+    @staticmethod
+    def _named(index: int, line: Line) -> str:
+        return f"{Path(line.image).stem}-{index}"
+
+    @classmethod
+    def _read(cls, index: int, where: str, line: Line, stored: Stored, grammar: Grammar) -> Sample:
+        """One sample at its own size; its mask is empty."""
+        image = read_image(stored.path, content=stored.content())
+        frame = absolute_pixels(*image.shape[:2])
+        said = grammar.parse(f"<think> {line.thinking} </think> {line.solution}", frame)
+        if said.fault is not None:
+            raise ValueError(f"{where}: a solution that the grammar reads is needed; {said.fault.value}")
+        return Sample(
+            id=cls._named(index, line), image=image, mask=np.zeros(image.shape[:2], bool), query=line.query,
+            trace=replace(said, thought=line.thinking.strip()),
+        )  # fmt: skip
 
     def __len__(self) -> int:
         """Number of traces."""
-        return len(self.lines)
+        return len(self.traces)
 
     @property
     def ids(self) -> list[str]:
         """Of all samples, in order."""
-        return [f"{Path(line.image).stem}-{i}" for i, line in enumerate(self.lines)]
+        return [self._named(index, line) for index, (_, line, _) in enumerate(self.traces)]
 
     def __getitem__(self, index: int) -> Sample:
         """Read one; its mask is empty."""
-        line = self.lines[index]
-        image = read_image(self.path.parent / line.image)
-        frame = absolute_pixels(*image.shape[:2])
-        said = self.grammar.parse(f"<think> {line.thinking} </think> {line.solution}", frame)
-        if said.fault is not None:
-            raise ValueError(
-                f"{self.path}, line {index + 1}: a solution that the grammar reads is needed; {said.fault.value}"
-            )
-        sample = Sample(
-            id=f"{Path(line.image).stem}-{index}", image=image, mask=np.zeros(image.shape[:2], bool), query=line.query,
-            trace=replace(said, thought=line.thinking.strip()),
-        )  # fmt: skip
+        sample = self._read(index, *self.traces[index], self.grammar)
         return sample if self.side is None else squash(sample, self.side)
+
+
+def _images_at(stored: Stored) -> bytes:
+    """The bytes of an image that lies in a shard."""
+    content = stored.content()
+    assert content is not None
+    return content
 
 
 class AsWritten:

@@ -2,89 +2,203 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-from torch.utils.data import Dataset
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from segrl.data.transforms import check_pair, read_pair, squash
+from segrl.data.survey import OnDisk, Piece, Survey, first_names
+from segrl.data.transforms import MaskRule, check_pair, read_pair, squash
 from segrl.types import Sample
 
 _IMAGES = {".jpg", ".jpeg", ".png", ".bmp"}
 _MASKS = {".png", ".jpg", ".jpeg", ".bmp"}
 
 
-def _files(folder: Path, suffixes: set[str], keep: str) -> dict[str, Path]:
-    """Stem to file, system files left out; raises ValueError on two files of one stem."""
+class FolderPair(BaseModel):
+    """One entry of `folders` in a dataset's YAML."""
+
+    model_config = ConfigDict(extra="forbid")
+    images: str
+    """Folder of photographs, relative to the root, read flat."""
+    masks: str
+    """Folder of ground truth, read flat; it may be the same."""
+    keep: str = ""
+    """Only stems that contain this take part."""
+    only_with_image: bool = False
+    """Masks without an image are another split's: CAMO keeps all its ground truth in one folder."""
+    mask_suffix: str = ""
+    """What a mask's stem has behind its image's, such as _mask."""
+    objects: Sequence[int] | None = None
+    """Values of a mask (of a palette file: indices) that are the object."""
+    background: Sequence[int] | None = None
+    """Values of a mask that are background; all others are the object."""
+    resize_masks: bool = False
+    """Bring a mask of another size, but of the same shape within 1 %, to its image's size."""
+
+    @classmethod
+    def of(cls, place: int, given: Mapping[str, object]) -> FolderPair:
+        """From the configuration; ValueError naming the key that is wrong."""
+        try:
+            one = cls.model_validate(dict(given))
+        except ValidationError as error:
+            found = error.errors()[0]
+            key = ".".join(map(str, (f"folders[{place}]", *found["loc"])))
+            if found["type"] == "extra_forbidden":
+                raise ValueError(
+                    f"{key}: there is no such key (there are: {', '.join(cls.model_fields)})"
+                ) from None
+            raise ValueError(f"{key}: {found['msg'].lower()}; got {found['input']!r}") from None
+        if one.objects is not None and one.background is not None:
+            raise ValueError(f"folders[{place}].background: objects or background is needed, not both")
+        return one
+
+    @property
+    def rule(self) -> MaskRule:
+        """How its masks are read."""
+        return MaskRule(
+            objects=None if self.objects is None else tuple(self.objects),
+            background=None if self.background is None else tuple(self.background),
+            resize=self.resize_masks,
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class Pairing:
+    """What two folders hold: the pairs in order, and all that has no partner."""
+
+    pairs: list[tuple[Path, Path]] = field(default_factory=list)
+    without_mask: set[str] = field(default_factory=set)
+    without_image: set[str] = field(default_factory=set)
+    faults: list[str] = field(default_factory=list)
+
+
+def _files(folder: Path, suffixes: set[str], keep: str, faults: list[str]) -> dict[str, Path]:
+    """Stem to file, system files left out; two files of one stem are a fault."""
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.name.startswith("._") or path.suffix.lower() not in suffixes or keep not in path.stem:
             continue
         if path.stem in found:
-            raise ValueError(
+            faults.append(
                 f"{folder}: one file per name is needed; got {found[path.stem].name} and {path.name}"
             )
         found[path.stem] = path
     return found
 
 
-def _first(names: set[str]) -> str:
-    """The first five, and how many there are."""
-    return ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def pairing(
+    images: Path, masks: Path, keep: str, only_with_image: bool = False, mask_suffix: str = ""
+) -> Pairing:
+    """Image and mask files of one folder pair, by stem; nothing is refused. Arguments as in `FolderPair`."""
+    found = Pairing()
+    for folder in (images, masks):
+        if not folder.is_dir():
+            found.faults.append(
+                f"data: a folder is needed; there is no {folder} (set data.root, or the root of the test set)"
+            )
+    if found.faults:
+        return found
+    pictures, truths = (
+        _files(folder, suffixes, keep, found.faults)
+        for folder, suffixes in ((images, _IMAGES), (masks, _MASKS))
+    )
+    if mask_suffix:
+        truths = {s.removesuffix(mask_suffix): path for s, path in truths.items() if s.endswith(mask_suffix)}
+        if images == masks:
+            pictures = {s: path for s, path in pictures.items() if not s.endswith(mask_suffix)}
+    found.pairs = [(path, truths[stem]) for stem, path in pictures.items() if stem in truths]
+    found.without_mask = set(pictures) - set(truths)
+    found.without_image = set() if only_with_image else set(truths) - set(pictures)
+    return found
 
 
-def pair(images: Path, masks: Path, keep: str, only_with_image: bool = False) -> list[tuple[Path, Path]]:
-    """Image and mask files of one folder pair, by stem.
-
-    Args:
-        images: folder of photographs, read flat.
-        masks: folder of ground truth, read flat.
-        keep: only stems that contain this take part ("" keeps all).
-        only_with_image: masks without an image are another split's: CAMO keeps all its ground truth in one folder.
+def pair(
+    images: Path, masks: Path, keep: str, only_with_image: bool = False, mask_suffix: str = ""
+) -> list[tuple[Path, Path]]:
+    """The pairs of two folders, if all is well with them.
 
     Raises:
         ValueError: naming the first five files that stand alone, or the folder that is missing or empty.
     """
-    for folder in (images, masks):
-        if not folder.is_dir():
-            raise ValueError(f"data: a folder is needed; there is no {folder} (set data.root)")
-    pictures, truths = _files(images, _IMAGES, keep), _files(masks, _MASKS, keep)
-    if alone := set(pictures) - set(truths):
-        raise ValueError(f"{masks}: a mask for every image is needed; there is none for {_first(alone)}")
-    if not only_with_image and (alone := set(truths) - set(pictures)):
-        raise ValueError(f"{images}: an image for every mask is needed; there is none for {_first(alone)}")
-    if not pictures:
+    found = pairing(images, masks, keep, only_with_image, mask_suffix)
+    if found.faults:
+        raise ValueError(found.faults[0])
+    if found.without_mask:
+        raise ValueError(
+            f"{masks}: a mask for every image is needed; there is none for {first_names(found.without_mask)}"
+        )
+    if found.without_image:
+        raise ValueError(
+            f"{images}: an image for every mask is needed; there is none for {first_names(found.without_image)}"
+        )
+    if not found.pairs:
         raise ValueError(
             f"{images}: at least one image is needed; the folder holds none"
             + (f" named *{keep}*" if keep else "")
         )
-    return [(path, truths[stem]) for stem, path in pictures.items()]
+    return found.pairs
 
 
-class ImageMaskFolders(Dataset[Sample]):
+class ImageMaskFolders(OnDisk):
     """One or more folder pairs in a row.
 
     Args:
         root: of the dataset as downloaded.
-        folders: of each pair: `images` and `masks` relative to root, optionally `keep` and `only_with_image`.
+        folders: of each pair, the keys of `FolderPair`: `images` and `masks`, the others where they are needed.
         side: resize to this square, image and mask together; none leaves them as they are.
 
     Raises:
         ValueError: if a folder is missing or empty, or files stand alone; on access, if a file is unfit.
     """
 
-    def __init__(self, root: str, folders: Sequence[dict[str, str | bool]], side: int | None) -> None:
-        self.pairs: list[tuple[Path, Path]] = []
-        for one in folders:
-            self.pairs += pair(
-                Path(root) / str(one["images"]), Path(root) / str(one["masks"]),
-                str(one.get("keep", "")), bool(one.get("only_with_image", False)),
-            )  # fmt: skip
-        for image, mask in self.pairs:
-            check_pair(image, mask)
-        self.root, self.side = Path(root), side
-        self.several = len(folders) > 1
+    def __init__(self, root: str, folders: Sequence[Mapping[str, object]], side: int | None) -> None:
+        self.root, self.side, self.several = Path(root), side, len(folders) > 1
+        self.pairs: list[tuple[Path, Path, MaskRule]] = []
+        for place, given in enumerate(folders):
+            one = FolderPair.of(place, given)
+            pairs = pair(
+                self.root / one.images, self.root / one.masks, one.keep, one.only_with_image, one.mask_suffix
+            )
+            self.pairs += [(image, mask, one.rule) for image, mask in pairs]
+        for image, mask, rule in self.pairs:
+            check_pair(image, mask, rule)
+
+    @classmethod
+    def survey(cls, root: str, folders: Sequence[Mapping[str, object]], side: int | None) -> Survey:
+        """What the folders hold, fit or not; `side` changes nothing. ValueError for a key that is wrong."""
+        found, base = Survey(), Path(root)
+        for place, given in enumerate(folders):
+            one = FolderPair.of(place, given)
+            images, masks = base / one.images, base / one.masks
+            part = pairing(images, masks, one.keep, one.only_with_image, one.mask_suffix)
+            if not part.pairs and not part.faults:
+                part.faults.append(f"{images}: at least one image with a mask is needed; there is none")
+            pieces = []
+            for image, mask in part.pairs:
+                name = cls._named(base, image, len(folders) > 1)
+                read = partial(cls._read, image, mask, one.rule, name)
+                pieces.append(Piece(id=name, image=image, mask=mask, read=read))
+            found.add(
+                Survey(
+                    pieces=pieces,
+                    without_mask=sorted(part.without_mask),
+                    without_image=sorted(part.without_image),
+                    faults=part.faults,
+                )
+            )
+        return found
+
+    @staticmethod
+    def _named(root: Path, image: Path, several: bool) -> str:
+        """The image's name, with its folder where there are several that may share names."""
+        return image.relative_to(root).with_suffix("").as_posix() if several else image.stem
+
+    @staticmethod
+    def _read(image: Path, mask: Path, rule: MaskRule, name: str) -> Sample:
+        return replace(read_pair(image, mask, rule=rule), id=name)
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -92,14 +206,11 @@ class ImageMaskFolders(Dataset[Sample]):
 
     @property
     def ids(self) -> list[str]:
-        """Of all samples, in order: the image's name, with its folder where there are several that may share names."""
-        return [self._id(image) for image, _ in self.pairs]
-
-    def _id(self, image: Path) -> str:
-        return image.relative_to(self.root).with_suffix("").as_posix() if self.several else image.stem
+        """Of all samples, in order."""
+        return [self._named(self.root, image, self.several) for image, _, _ in self.pairs]
 
     def __getitem__(self, index: int) -> Sample:
         """Read one pair."""
-        image, mask = self.pairs[index]
-        sample = replace(read_pair(image, mask), id=self._id(image))
+        image, mask, rule = self.pairs[index]
+        sample = self._read(image, mask, rule, self._named(self.root, image, self.several))
         return sample if self.side is None else squash(sample, self.side)

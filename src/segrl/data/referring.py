@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
+from segrl.data.survey import OnDisk, Piece, Survey, first_names
 from segrl.data.transforms import read_image, squash
 from segrl.types import Sample
 
@@ -32,7 +34,9 @@ class _Plain(pickle.Unpickler):
 def read_refs(path: Path) -> list[dict[str, Any]]:
     """The refs in a Python 2 pickle or a JSON file; raises ValueError naming one that is missing, damaged, or not plain data."""
     if not path.is_file():
-        raise ValueError(f"data: a refs file is needed; there is no {path} (set data.root)")
+        raise ValueError(
+            f"data: a refs file is needed; there is no {path} (set data.root, or the root of the test set)"
+        )
     try:
         if path.suffix == ".json":
             refs = json.loads(path.read_text())
@@ -58,7 +62,90 @@ def read_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
     return np.ascontiguousarray(mask.decode(encoded)).astype(bool)
 
 
-class ReferringExpressions(Dataset[Sample]):
+def belongs(ref_split: str, split: str) -> bool:
+    """Whether a ref is of a split, as the refer API has it: Google's `testAB` is of testA and of testB, and `test` is all of them."""
+    if split in ("testA", "testB", "testC"):
+        return ref_split.startswith("test") and split[-1] in ref_split[4:]
+    return ref_split.startswith("test") if split == "test" else ref_split == split
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Annotations:
+    """The refs of one split, and what they point to."""
+
+    path: Path
+    """The refs file."""
+    refs: list[dict[str, Any]]
+    """Those of the split that have a sentence; gRefCOCO holds some without, which its owners say to skip."""
+    objects: dict[int, dict[str, Any]]
+    pictures: dict[int, dict[str, Any]]
+    images: Path
+
+    @classmethod
+    def read(cls, annotations: str, images: str, refs: str, split: str) -> Annotations:
+        """From the files; ValueError naming one that is missing or is not what it should be."""
+        path, instances = Path(annotations) / refs, Path(annotations) / "instances.json"
+        chosen = [ref for ref in read_refs(path) if belongs(ref["split"], split) and ref["sentences"]]
+        if not instances.is_file() or not Path(images).is_dir():
+            missing = images if instances.is_file() else instances
+            raise ValueError(
+                f"data: annotations and images are needed; there is no {missing} (set data.root, or the root of the test set)"
+            )
+        try:
+            coco = json.loads(instances.read_text())
+            objects = {a["id"]: a for a in coco["annotations"]}
+            pictures = {i["id"]: i for i in coco["images"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{instances}: COCO's annotations are needed; it holds none ({error})") from None
+        return cls(path=path, refs=chosen, objects=objects, pictures=pictures, images=Path(images))
+
+    def named(self, ref: dict[str, Any]) -> list[int]:
+        """Ids of the objects that a ref names; none where it names nothing."""
+        ids = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
+        return [one for one in ids if one != _NOTHING]
+
+    def faults(self) -> list[str]:
+        """Refs that point to nothing, one line each."""
+        lost = []
+        for ref in self.refs:
+            if ref["image_id"] not in self.pictures:
+                lost.append(
+                    f"{self.path}: ref {ref['ref_id']} is of image {ref['image_id']}, not in instances.json"
+                )
+            lost += [
+                f"{self.path}: ref {ref['ref_id']} names object {one}, not in instances.json"
+                for one in self.named(ref)
+                if one not in self.objects
+            ]  # fmt: skip
+        return lost
+
+    def image(self, ref: dict[str, Any]) -> tuple[Path, tuple[int, int]]:
+        """File, height and width: found by the image's id, for the file name in a ref is not one of COCO's."""
+        picture = self.pictures[ref["image_id"]]
+        return self.images / picture["file_name"], (picture["height"], picture["width"])
+
+    def sample(self, ref: dict[str, Any], sentence: dict[str, Any]) -> Sample:
+        """Read one sentence's image and draw what it names; the sentence is stripped and in lower case, as LISA and its kin score it."""
+        path, size = self.image(ref)
+        objects = [read_segmentation(self.objects[i]["segmentation"], *size) for i in self.named(ref)]
+        mask = np.logical_or.reduce(objects) if objects else np.zeros(size, bool)
+        image = read_image(path, size)
+        if image.shape[:2] != size:
+            raise ValueError(
+                f"{path}: an image of {size[1]}x{size[0]} is needed; it is {image.shape[1]}x{image.shape[0]}"
+            )
+        return Sample(
+            id=name_of(ref, sentence), image=image, mask=mask, query=str(sentence["sent"]).strip().lower(), path=path,
+            objects=np.stack(objects) if objects else np.zeros((0, *size), bool),
+        )  # fmt: skip
+
+
+def name_of(ref: dict[str, Any], sentence: dict[str, Any]) -> str:
+    """Id of a sample: ref and sentence."""
+    return f"{ref['ref_id']}-{sentence['sent_id']}"
+
+
+class ReferringExpressions(OnDisk):
     """One sample per sentence of a split.
 
     Args:
@@ -77,23 +164,47 @@ class ReferringExpressions(Dataset[Sample]):
     def __init__(
         self, annotations: str, images: str, refs: str, split: str, count: int | None, seed: int, side: int | None
     ) -> None:  # fmt: skip
-        refs_path = Path(annotations) / refs
-        chosen = [ref for ref in read_refs(refs_path) if ref["split"] == split]
+        self.annotations, self.side = Annotations.read(annotations, images, refs, split), side
+        chosen = self.annotations.refs
         if not chosen or (count is not None and count > len(chosen)):
             raise ValueError(
-                f"{refs_path}: {count or 'some'} objects of the split {split} are needed; it has {len(chosen)}"
+                f"{self.annotations.path}: {count or 'some'} objects of the split {split} are needed; it has {len(chosen)}"
             )
-        instances = Path(annotations) / "instances.json"
-        if not instances.is_file() or not Path(images).is_dir():
-            missing = images if instances.is_file() else instances
-            raise ValueError(
-                f"data: annotations and images are needed; there is no {missing} (set data.root)"
-            )
-        coco = json.loads(instances.read_text())
-        self.objects = {a["id"]: a for a in coco["annotations"]}
-        self.pictures = {i["id"]: i for i in coco["images"]}
-        self.images, self.side = Path(images), side
+        if faults := self.annotations.faults():
+            raise ValueError(faults[0])
         self.rows = self._drawn(chosen, count, seed)
+        files = {self.annotations.image(ref)[0] for ref, _ in self.rows}
+        if lost := {file.name for file in files if not file.is_file()}:
+            raise ValueError(
+                f"{images}: an image for every object is needed; there is none for {first_names(lost)}"
+            )
+
+    @classmethod
+    def survey(
+        cls, annotations: str, images: str, refs: str, split: str, count: int | None, seed: int, side: int | None
+    ) -> Survey:  # fmt: skip
+        """Every sentence of the split, whatever is drawn of it; `side` changes nothing."""
+        try:
+            of = Annotations.read(annotations, images, refs, split)
+        except ValueError as error:
+            return Survey(faults=[str(error)])
+        found = Survey(faults=of.faults())
+        if not of.refs:
+            found.faults.append(f"{of.path}: objects of the split {split} are needed; it has 0")
+        lost: set[str] = set()
+        for ref in of.refs:
+            if ref["image_id"] not in of.pictures or not set(of.named(ref)) <= set(of.objects):
+                continue
+            path, (height, width) = of.image(ref)
+            if path.name in lost or not path.is_file():
+                lost.add(path.name)
+                continue
+            found.pieces += [
+                Piece(id=name_of(ref, s), image=path, size=(width, height), read=partial(of.sample, ref, s))
+                for s in ref["sentences"]
+            ]
+        found.without_image = sorted(lost)
+        return found
 
     @staticmethod
     def _drawn(
@@ -113,23 +224,9 @@ class ReferringExpressions(Dataset[Sample]):
     @property
     def ids(self) -> list[str]:
         """Of all samples, in order: ref and sentence."""
-        return [f"{ref['ref_id']}-{sentence['sent_id']}" for ref, sentence in self.rows]
+        return [name_of(ref, sentence) for ref, sentence in self.rows]
 
     def __getitem__(self, index: int) -> Sample:
-        """Read one: the image is found by its id, for the file name in a ref is not one of COCO's."""
-        ref, sentence = self.rows[index]
-        picture = self.pictures[ref["image_id"]]
-        path, size = self.images / picture["file_name"], (picture["height"], picture["width"])
-        named = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
-        objects = [read_segmentation(self.objects[i]["segmentation"], *size) for i in named if i != _NOTHING]
-        mask = np.logical_or.reduce(objects) if objects else np.zeros(size, bool)
-        image = read_image(path, mask.shape)
-        if image.shape[:2] != mask.shape:
-            raise ValueError(
-                f"{path}: an image of {picture['width']}x{picture['height']} is needed; it is {image.shape[1]}x{image.shape[0]}"
-            )
-        sample = Sample(
-            id=f"{ref['ref_id']}-{sentence['sent_id']}", image=image, mask=mask, query=str(sentence["sent"]).strip(), path=path,
-            objects=np.stack(objects) if objects else np.zeros((0, *size), bool),
-        )  # fmt: skip
+        """Read one."""
+        sample = self.annotations.sample(*self.rows[index])
         return sample if self.side is None else squash(sample, self.side)

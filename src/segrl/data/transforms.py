@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -11,44 +12,95 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from segrl.types import Sample
 
 _ORIENTATION = 0x0112  # EXIF; 5 and above lie on their side
-_UNDECODABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError)
+UNDECODABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError)
+_DARK = 64  # no soft edge and no vote leaves a mask without any pixel as dark as this; labels do
+_SAME_SHAPE = 0.01  # largest difference of aspect over which a mask is brought to its image's size
 
 
-def _open(path: Path) -> Image.Image:
-    """The decoded file; ValueError naming it if it is no image or is cut off."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskRule:
+    """How masks are read that do not say by themselves which pixels are the object."""
+
+    objects: tuple[int, ...] | None = None
+    """Values (indices, in a palette file) that are the object; all others are background."""
+    background: tuple[int, ...] | None = None
+    """Values that are background; all others are the object."""
+    resize: bool = False
+    """Bring a mask of another size to its image's, nearest pixel, where their aspects differ by less than 1 %."""
+
+    @property
+    def names_values(self) -> bool:
+        """Whether it says which values are the object."""
+        return self.objects is not None or self.background is not None
+
+    def object_of(self, values: np.ndarray) -> np.ndarray:
+        """Bool: where the object is."""
+        if self.objects is not None:
+            return np.isin(values, self.objects)
+        return ~np.isin(values, self.background or ())
+
+
+PLAIN = MaskRule()
+
+
+def _open(path: Path, content: bytes | None = None) -> Image.Image:
+    """The decoded file, or bytes of it; ValueError naming it if it is no image or is cut off."""
     try:
-        image = Image.open(path)
+        image = Image.open(path if content is None else BytesIO(content))
         image.load()
     except FileNotFoundError:
         raise ValueError(f"{path}: an image is needed; there is no such file") from None
-    except (*_UNDECODABLE, ValueError) as error:
+    except (*UNDECODABLE, ValueError) as error:
         raise ValueError(f"{path}: an image is needed; the file cannot be decoded ({error})") from None
     return image
 
 
-def read_mask(path: Path) -> np.ndarray:
+def _greys(image: Image.Image) -> np.ndarray | None:
+    """What a palette file shows, if it shows several greys and no colour; none otherwise."""
+    indices, palette = np.asarray(image), np.asarray(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    used = np.flatnonzero(np.bincount(indices.ravel(), minlength=256))
+    if len(used) < 2 or used[-1] >= len(palette) or (palette[used] != palette[used][:, :1]).any():
+        return None
+    table = np.zeros(256, np.uint8)
+    table[used] = palette[used][:, 0]
+    return table[indices]
+
+
+def _values(path: Path, image: Image.Image) -> np.ndarray:
+    """A mask file's one channel `[H, W]`; ValueError naming a colour file whose channels differ."""
+    values = np.asarray(image)
+    if values.ndim == 2:
+        return values
+    channels = values[..., :3] if values.shape[-1] >= 3 else values[..., :1]
+    if (channels != channels[..., :1]).any():
+        raise ValueError(f"{path}: a grey mask is needed; this one is {image.mode} and its channels differ")
+    return channels[..., 0]
+
+
+def read_mask(path: Path, rule: MaskRule = PLAIN) -> np.ndarray:
     """A ground-truth file to bool `[H, W]`.
 
     Grey 8-bit: above 128 is object, or above 0 where the largest value is 1. 16-bit scales to 8, unless all its values
-    are those of 8 bits; 1-bit is as it is.
+    are those of 8 bits; 1-bit is as it is. A palette that shows several greys is grey. A rule that names values beats all this.
 
     Raises:
-        ValueError: for a file that cannot be decoded, a palette file (its indices name instances: which is the
-            object?), a colour file whose channels differ, and grey values that are neither 0/1 nor reach above 128.
+        ValueError: for a file that cannot be decoded, a coloured palette file (its indices name instances: which is
+            the object?), a colour file whose channels differ, and grey values that are neither 0/1 nor reach above 128,
+            or that are labels: three or more, none of them dark.
     """
     image = _open(path)
+    if rule.names_values:
+        return rule.object_of(_values(path, image))
     if image.mode == "P":
-        raise ValueError(
-            f"{path}: a grey mask is needed; this is a palette PNG, whose indices do not say which is the object"
-        )
-    values = np.asarray(image)
-    if values.ndim == 3:
-        channels = values[..., :3] if values.shape[-1] >= 3 else values[..., :1]
-        if (channels != channels[..., :1]).any():
+        greys = _greys(image)
+        if greys is None:
             raise ValueError(
-                f"{path}: a grey mask is needed; this one is {image.mode} and its channels differ"
+                f"{path}: a grey mask is needed; this is a palette PNG, whose indices do not say which is the object "
+                "(objects=[INDEX,...] or background=[0], keys of data=image_mask and of its folder pair, do)"
             )
-        values = channels[..., 0]
+        values = greys
+    else:
+        values = _values(path, image)
     if values.dtype == bool:
         return values
     top = int(values.max())
@@ -56,20 +108,54 @@ def read_mask(path: Path) -> np.ndarray:
         values, top = values // 257, top // 257
     if 1 < top <= 128:
         raise ValueError(f"{path}: a mask of 0 and 255, or 0 and 1, is needed; its largest value is {top}")
+    if _DARK < values.min() <= 128 < top and len(found := np.unique(values)) > 2:
+        raise ValueError(
+            f"{path}: a mask with a background of 0 is needed; this one has {', '.join(map(str, found[:5]))} "
+            "(objects=[VALUE,...], a key of data=image_mask and of its folder pair, says which are the object)"
+        )
     return values > (0 if top == 1 else 128)
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
+def mask_kind(path: Path) -> str:
+    """What a ground-truth file holds, in words: "0/255", "0/1", "graded", "palette", with "16 bit" or "3 channels" before."""
+    image = _open(path)
+    if image.mode in ("1", "P"):
+        return {"1": "1 bit", "P": "palette"}[image.mode]
+    values = _values(path, image)
+    many = f"{len(image.getbands())} channels, " if len(image.getbands()) > 1 else ""
+    depth = "" if values.dtype == np.uint8 else "16 bit, "
+    found = set(
+        np.flatnonzero(np.bincount(values.ravel()))
+        if values.dtype == np.uint8
+        else np.unique(values).tolist()
+    )
+    if found <= {0, 255} or found <= {0, 65535}:
+        return f"{many}{depth}0/{255 if max(found) < 256 else 65535}"
+    return f"{many}{depth}{'0/1' if found <= {0, 1} else 'graded'}"
+
+
+def shown_size(path: Path) -> tuple[int, int]:
+    """Height and width of a photograph as its camera meant it to be seen; ValueError naming what is no image."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(_ORIENTATION, 1) >= 5
+            return image.size if turned else image.size[::-1]
+    except UNDECODABLE as error:
+        raise ValueError(f"{path}: an image is needed; the file cannot be decoded ({error})") from None
+
+
+def read_image(path: Path, size: tuple[int, int] | None = None, content: bytes | None = None) -> np.ndarray:
     """A photograph to uint8 RGB `[H, W, 3]`; grey, palette and transparent files are converted.
 
     Args:
         path: the file.
         size: height and width of its mask: the EXIF rotation is applied only if that gives this size.
+        content: the image's bytes, where they are only a part of the file.
 
     Raises:
         ValueError: for a file that cannot be decoded.
     """
-    image = _open(path)
+    image = _open(path, content)
     upright = ImageOps.exif_transpose(image)
     if size is not None and upright.size == (size[1], size[0]):
         image = upright
@@ -79,36 +165,47 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
+def _same_shape(image: tuple[int, int], mask: tuple[int, int]) -> bool:
+    """Whether a mask may be brought to its image's size."""
+    return abs(image[0] * mask[1] / (image[1] * mask[0]) - 1) < _SAME_SHAPE
+
+
 def _sizes_differ(
     image_path: Path, image: tuple[int, int], mask_path: Path, mask: tuple[int, int]
 ) -> ValueError:
     """Sizes are width, height."""
+    way_out = (
+        " (resize_masks=true, a key of data=image_mask and of its folder pair, resizes it)"
+        if _same_shape(image, mask)
+        else ""
+    )
     return ValueError(
         f"{mask_path}: a mask of its image's size is needed; the mask is {mask[0]}x{mask[1]}, "
-        f"{image_path.name} is {image[0]}x{image[1]}"
+        f"{image_path.name} is {image[0]}x{image[1]}{way_out}"
     )
 
 
-def check_pair(image_path: Path, mask_path: Path) -> None:
+def check_pair(image_path: Path, mask_path: Path, rule: MaskRule = PLAIN) -> None:
     """Find what makes a pair unfit from the files' headers; only a mask that is not plainly grey is decoded.
 
     Raises:
-        ValueError: as `read_pair`, except for damage inside a file whose beginning and end are whole.
+        ValueError: as `read_pair`, except for damage inside a file whose beginning and end are whole, and labels in grey.
     """
     try:
         with Image.open(image_path) as image:
             size, turned = image.size, image.getexif().get(_ORIENTATION, 1) >= 5
-    except _UNDECODABLE as error:
+    except UNDECODABLE as error:
         raise ValueError(f"{image_path}: an image is needed; the file cannot be decoded ({error})") from None
     try:
         with Image.open(mask_path) as mask:
             wanted, plain = mask.size, mask.mode in ("L", "1")
-    except _UNDECODABLE as error:
+    except UNDECODABLE as error:
         raise ValueError(f"{mask_path}: an image is needed; the file cannot be decoded ({error})") from None
-    if wanted != size and not (turned and wanted == size[::-1]):
+    fits = wanted == size or turned and wanted == size[::-1] or rule.resize and _same_shape(size, wanted)
+    if not fits:
         raise _sizes_differ(image_path, size, mask_path, wanted)
     if not plain or not _ends_whole(mask_path):
-        read_mask(mask_path)
+        read_mask(mask_path, rule)
 
 
 def _ends_whole(path: Path) -> bool:
@@ -120,25 +217,28 @@ def _ends_whole(path: Path) -> bool:
         return b"IEND" in file.read()
 
 
-def read_pair(image_path: Path, mask_path: Path, query: str | None = None) -> Sample:
-    """An image and its mask as a sample named by the image's stem.
+def read_pair(image_path: Path, mask_path: Path, query: str | None = None, rule: MaskRule = PLAIN) -> Sample:
+    """An image and its mask as a sample named by the image's stem; what is scored is a mask of the image's size.
 
     Raises:
-        ValueError: if either cannot be decoded, or their sizes differ.
+        ValueError: if either cannot be decoded, or their sizes differ and the rule does not say to resize.
     """
-    mask = read_mask(mask_path)
+    mask = read_mask(mask_path, rule)
     image = read_image(image_path, (mask.shape[0], mask.shape[1]))
-    if image.shape[:2] != mask.shape:
-        raise _sizes_differ(image_path, image.shape[1::-1], mask_path, mask.shape[::-1])
+    size = image.shape[1], image.shape[0]
+    if mask.shape[::-1] != size:
+        if not rule.resize or not _same_shape(size, mask.shape[::-1]):
+            raise _sizes_differ(image_path, size, mask_path, mask.shape[::-1])
+        mask = np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)) > 0
     return Sample(id=image_path.stem, image=image, mask=mask, query=query, path=image_path)
 
 
 def squash(sample: Sample, side: int) -> Sample:
-    """Resize to a square, as Seg-R1 trains: the image bicubic, the mask by its share of each new pixel."""
+    """Resize to a square, as Seg-R1 trains: the image bicubic, mask and ignored pixels by their share of each new one."""
     if sample.mask.shape == (side, side):
         return sample
     image = Image.fromarray(sample.image).resize((side, side), Image.Resampling.BICUBIC)
-    objects = sample.objects
+    objects, ignore = sample.objects, sample.ignore
     return replace(
         sample,
         image=np.asarray(image),
@@ -146,6 +246,7 @@ def squash(sample: Sample, side: int) -> Sample:
         objects=None
         if objects is None
         else np.array([_squashed(mask, side) for mask in objects], bool).reshape(-1, side, side),
+        ignore=None if ignore is None else _squashed(ignore, side),
     )
 
 

@@ -1,0 +1,222 @@
+"""The integrity of a dataset as it lies on the disk: counts, orphans, values, sizes, duplicates. Nothing is stopped by a bad file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from io import BytesIO
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from PIL import Image
+
+from segrl.data.survey import Piece, Survey, first_names
+from segrl.data.transforms import UNDECODABLE, mask_kind
+
+_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What one sample turned out to be."""
+
+    id: str
+    digest: str | None = None
+    """Of the image's bytes; none where they cannot be had."""
+    size: tuple[int, int] | None = None
+    """Width and height of the image as stored."""
+    turned: bool = False
+    """Whether the camera says that it is to be shown turned."""
+    kind: str | None = None
+    """Class of the mask file's values; none where the mask is drawn."""
+    other_size: str | None = None
+    """Sizes of image and mask, where they differ."""
+    share: float | None = None
+    """Of the image that is object; none where there is no mask."""
+    ignored: bool = False
+    fault: str | None = None
+    """Why it cannot be read."""
+
+
+def look(piece: Piece) -> Finding:
+    """Read one sample as its loader does, and remember what it is; what is unfit is a finding, not an error."""
+    try:
+        content = piece.image.read_bytes() if piece.content is None else piece.content()
+        with Image.open(BytesIO(content)) as image:
+            size, orientation = image.size, image.getexif().get(_ORIENTATION, 1)
+    except (*UNDECODABLE, ValueError) as error:
+        return Finding(
+            id=piece.id, fault=f"{piece.image}: an image is needed; the file cannot be decoded ({error})"
+        )
+    digest = hashlib.sha1(content, usedforsecurity=False).hexdigest()
+    seen: dict[str, Any] = {"id": piece.id, "digest": digest, "size": size, "turned": orientation != 1}
+    try:
+        wanted = _size(piece.mask) if piece.mask is not None else piece.size
+        if wanted is not None and size != wanted and not (orientation in _SIDEWAYS and size[::-1] == wanted):
+            whose = "the annotations say" if piece.mask is None else "mask"
+            seen["other_size"] = f"{piece.id}: image {size[0]}x{size[1]}, {whose} {wanted[0]}x{wanted[1]}"
+        if piece.mask is not None:
+            seen["kind"] = mask_kind(piece.mask)
+        sample = piece.read()
+    except ValueError as error:
+        return Finding(**seen, fault=" ".join(str(error).split()))
+    return Finding(
+        **seen,
+        share=None if sample.trace is not None else float(sample.mask.mean()),
+        ignored=sample.ignore is not None,
+    )
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Width and height by the header; ValueError naming what is no image."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except UNDECODABLE as error:
+        raise ValueError(f"{path}: an image is needed; the file cannot be decoded ({error})") from None
+
+
+@dataclass(slots=True, kw_only=True)
+class SplitReport:
+    """One split: numbers, and the names behind those that are not as they should be."""
+
+    name: str
+    samples: int
+    published: int | None
+    images: int
+    without_mask: list[str]
+    without_image: list[str]
+    faults: list[str]
+    """What cannot be listed or read, one line each."""
+    other_size: list[str]
+    turned: list[str]
+    kinds: dict[str, int]
+    share: tuple[float, float, float] | None
+    """Least, median and largest share of an image that is object."""
+    empty: list[str]
+    full: list[str]
+    ignored: int
+    """Samples with pixels that no score looks at."""
+
+    @property
+    def wrong(self) -> bool:
+        """Whether numbers of it would not be numbers of this dataset."""
+        count_differs = self.published is not None and self.published != self.samples
+        return bool(self.without_mask or self.without_image or self.faults or count_differs)
+
+    def lines(self) -> list[str]:
+        """For people."""
+        against = (
+            "no count is published"
+            if self.published is None
+            else f"published {self.published}: {'as it should be' if self.published == self.samples else 'DIFFERS'}"
+        )
+        told = [f"{self.name}: {self.samples} samples on {self.images} images ({against})"]
+        for what, names in (
+            ("WITHOUT A MASK", self.without_mask), ("WITHOUT AN IMAGE", self.without_image), ("other size", self.other_size),
+            ("EXIF-rotated", self.turned), ("empty masks", self.empty), ("full masks", self.full),
+        ):  # fmt: skip
+            told.append(f"  {what:<18}{len(names)}{f' ({first_names(names)})' if names else ''}")
+        if self.kinds:
+            kinds = sorted(self.kinds.items(), key=lambda kind: -kind[1])
+            told.append(f"  {'mask values':<18}" + ", ".join(f"{name} in {count}" for name, count in kinds))
+        if self.share is not None:
+            told.append(
+                f"  {'object share':<18}least {self.share[0]:.4f}, median {self.share[1]:.4f}, largest {self.share[2]:.4f}"
+            )
+        if self.ignored:
+            told.append(f"  {'ignored regions':<18}in {self.ignored}")
+        told.append(f"  {'UNFIT' if self.faults else 'unfit':<18}{len(self.faults)}")
+        told += [f"    {line}" for line in self.faults[:5]]
+        return told + (
+            [f"    and {len(self.faults) - 5} more (out=FILE.json has all)"] if len(self.faults) > 5 else []
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class Report:
+    """All splits, and what they share."""
+
+    splits: list[SplitReport]
+    duplicates: list[str] = field(default_factory=list)
+    """Images of the same bytes in several splits, one line each."""
+    licences: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def wrong(self) -> bool:
+        """Whether anything would spoil numbers. Duplicates across splits are published facts of some datasets: they are told, no more."""
+        return any(split.wrong for split in self.splits)
+
+    def lines(self) -> list[str]:
+        """For people."""
+        told = [line for split in self.splits for line in split.lines()]
+        if len(self.splits) > 1:
+            told.append(f"the same image in several splits: {len(self.duplicates)}")
+            told += [f"  {line}" for line in self.duplicates[:5]]
+        return told + [f"licence of {name}: {licence}" for name, licence in self.licences.items()]
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, every name."""
+        return {**asdict(self), "wrong": self.wrong}
+
+
+def _gathered(name: str, survey: Survey, published: int | None, found: list[Finding]) -> SplitReport:
+    """One split's report."""
+    shares = [one.share for one in found if one.share is not None]
+    return SplitReport(
+        name=name, samples=len(survey.pieces), published=published, images=len({one.digest for one in found} - {None}),
+        without_mask=list(survey.without_mask), without_image=list(survey.without_image),
+        faults=survey.faults + [one.fault for one in found if one.fault is not None],
+        other_size=[one.other_size for one in found if one.other_size is not None],
+        turned=[one.id for one in found if one.turned],
+        kinds=dict(Counter(one.kind for one in found if one.kind is not None)),
+        share=(min(shares), median(shares), max(shares)) if shares else None,
+        empty=[one.id for one in found if one.share == 0], full=[one.id for one in found if one.share == 1],
+        ignored=sum(one.ignored for one in found),
+    )  # fmt: skip
+
+
+def _duplicates(found: Mapping[str, list[Finding]]) -> list[str]:
+    """Images that several splits hold, by where they are."""
+    places: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    for split, findings in found.items():
+        for one in findings:
+            if one.digest is not None:
+                places[one.digest].setdefault(split, one.id)
+    return [
+        " = ".join(f"{split}/{name}" for split, name in at.items()) for at in places.values() if len(at) > 1
+    ]
+
+
+def check(
+    surveys: Mapping[str, Survey], published: Mapping[str, int | None], say: Callable[[str], None], threads: int
+) -> Report:  # fmt: skip
+    """Walk every sample of every split.
+
+    Args:
+        surveys: by split, what is on the disk.
+        published: by split, how many samples its owners publish; none where nobody does.
+        say: is told how far it has come.
+        threads: decoding at once.
+    """
+    found: dict[str, list[Finding]] = {}
+    with ThreadPoolExecutor(threads) as pool:
+        for name, survey in surveys.items():
+            found[name] = list(_counted(pool.map(look, survey.pieces), name, survey, say))
+    reports = [_gathered(name, survey, published.get(name), found[name]) for name, survey in surveys.items()]
+    return Report(splits=reports, duplicates=_duplicates(found))
+
+
+def _counted(
+    findings: Iterable[Finding], name: str, survey: Survey, say: Callable[[str], None]
+) -> Iterable[Finding]:
+    """The same, told at every tenth of the way."""
+    total = len(survey.pieces)
+    for done, finding in enumerate(findings, 1):
+        if done * 10 // total > (done - 1) * 10 // total:
+            say(f"{name}: {done} of {total}")
+        yield finding

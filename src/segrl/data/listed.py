@@ -1,0 +1,116 @@
+"""Any dataset as a list: one JSON object per line with `image`, `mask` and, where there is a question, `query`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from segrl.data.survey import OnDisk, Piece, Survey, first_names
+from segrl.data.transforms import check_pair, read_pair, squash
+from segrl.types import Sample
+
+
+class Line(BaseModel):
+    """One sample."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+    image: str = Field(min_length=1)
+    """File, relative to the root."""
+    mask: str = Field(min_length=1)
+    """File, relative to the root."""
+    query: str | None = None
+    """What to segment; none where the task's constant instruction says it all."""
+    id: str | None = None
+    """Unique; none is the image's stem and the place in the list."""
+
+
+def _line(path: Path, number: int, text: bytes) -> Line:
+    """One line of the list; ValueError naming it."""
+    try:
+        return Line.model_validate(json.loads(text))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}, line {number}: JSON is needed; {error}") from None
+    except ValidationError as error:
+        found = error.errors()[0]
+        key = "".join(f"{part}: " for part in found["loc"])
+        raise ValueError(f"{path}, line {number}: {key}{found['msg'].lower()}") from None
+
+
+def _read(image: Path, mask: Path, line: Line, name: str) -> Sample:
+    """One sample at its own size."""
+    return replace(read_pair(image, mask, line.query), id=name)
+
+
+class Listed(OnDisk):
+    """One sample per line of a `.jsonl`.
+
+    Args:
+        path: the list, in utf-8.
+        root: folder that its files are relative to; none is the folder of the list.
+        side: resize to this square, image and mask together; none leaves them as they are.
+
+    Raises:
+        ValueError: naming the line that is no sample, the id that is there twice, or the file that is missing or unfit.
+    """
+
+    def __init__(self, path: str, root: str | None, side: int | None) -> None:
+        found = self.survey(path, root, side)
+        if found.faults:
+            raise ValueError(found.faults[0])
+        if found.without_image or found.without_mask:
+            lost = first_names(found.without_image + found.without_mask)
+            raise ValueError(f"{path}: files that are there are needed; there is none for {lost}")
+        for piece in found.pieces:
+            assert piece.mask is not None
+            check_pair(piece.image, piece.mask)
+        self.pieces, self.side = found.pieces, side
+
+    @classmethod
+    def survey(cls, path: str, root: str | None, side: int | None) -> Survey:
+        """What the list names, fit or not; `side` changes nothing."""
+        at, found = Path(path), Survey()
+        if not at.is_file():
+            found.faults.append(f"{path}: a .jsonl of image, mask and query is needed; there is no such file")
+            return found
+        base, seen = at.parent if root is None else Path(root), set()
+        for number, text in enumerate(at.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+            if not text.strip():
+                continue
+            try:
+                line = _line(at, number, text)
+            except ValueError as error:
+                found.faults.append(str(error))
+                continue
+            name = line.id if line.id is not None else f"{Path(line.image).stem}-{number - 1}"
+            if name in seen:
+                found.faults.append(f"{at}, line {number}: an id of its own is needed; {name} is there twice")
+            seen.add(name)
+            image, mask = base / line.image, base / line.mask
+            if not image.is_file():
+                found.without_image.append(f"line {number} ({line.image})")
+            elif not mask.is_file():
+                found.without_mask.append(f"line {number} ({line.mask})")
+            else:
+                read = partial(_read, image, mask, line, name)
+                found.pieces.append(Piece(id=name, image=image, mask=mask, read=read))
+        if not seen and not found.faults:
+            found.faults.append(f"{path}: at least one sample is needed; the file is empty")
+        return found
+
+    def __len__(self) -> int:
+        """Number of lines."""
+        return len(self.pieces)
+
+    @property
+    def ids(self) -> list[str]:
+        """Of all samples, in order."""
+        return [piece.id for piece in self.pieces]
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read one."""
+        sample = self.pieces[index].read()
+        return sample if self.side is None else squash(sample, self.side)

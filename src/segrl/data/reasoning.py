@@ -1,0 +1,161 @@
+"""ReasonSeg as downloaded: photographs, and beside each a JSON of sentences and polygons."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
+
+from segrl.data.survey import OnDisk, Piece, Survey, first_names
+from segrl.data.transforms import read_image, shown_size, squash
+from segrl.types import Sample
+
+_TARGET, _IGNORED = 1, 255
+_IMAGES = {".jpg", ".jpeg", ".png"}
+
+
+class Shape(BaseModel):
+    """One polygon; "flag" marks one that means nothing, "ignore" a region that is not scored."""
+
+    label: str
+    points: list[tuple[FiniteFloat, FiniteFloat]] = Field(min_length=1)
+
+
+class Annotation(BaseModel):
+    """One JSON file."""
+
+    text: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
+    """The question and its paraphrases; the first is the one that is scored."""
+    shapes: list[Shape]
+
+
+def read_annotation(path: Path) -> Annotation:
+    """A JSON in utf-8 or, as some of the published files are, cp1252; ValueError naming what is no annotation."""
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", errors="replace")
+    try:
+        return Annotation.model_validate(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: JSON is needed; {error}") from None
+    except ValidationError as error:
+        found = error.errors()[0]
+        raise ValueError(f"{path}: {'.'.join(map(str, found['loc']))}: {found['msg'].lower()}") from None
+
+
+def _fill(canvas: np.ndarray, shape: Shape, value: int) -> None:
+    import cv2
+
+    corners = [np.array(shape.points, np.int32)]
+    cv2.polylines(canvas, corners, True, value, 1)
+    cv2.fillPoly(canvas, corners, value)
+
+
+def draw(shapes: list[Shape], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Target and ignored pixels, each bool `[height, width]`, in the published order.
+
+    As LISA's `data_processing.py` draws: coordinates cut off to integers, outline and inside, the largest polygon first,
+    so that smaller ones lie above it whatever they are.
+    """
+    drawn = [shape for shape in shapes if shape.label.lower() != "flag"]
+    areas = []
+    for shape in drawn:
+        alone = np.zeros((height, width), np.uint8)
+        _fill(alone, shape, 1)
+        areas.append(int(alone.sum()))
+    canvas = np.zeros((height, width), np.uint8)
+    for place in np.argsort(areas, kind="stable")[::-1]:
+        _fill(canvas, drawn[place], _IGNORED if "ignore" in drawn[place].label.lower() else _TARGET)
+    return canvas == _TARGET, canvas == _IGNORED
+
+
+def _read(image: Path, annotation: Annotation, sentence: int, name: str) -> Sample:
+    """One sample, upright as the camera meant it: the polygons were drawn on the photograph as it is shown."""
+    pixels = read_image(image, shown_size(image))
+    mask, ignore = draw(annotation.shapes, *pixels.shape[:2])
+    return Sample(
+        id=name, image=pixels, mask=mask, query=annotation.text[sentence].strip(), path=image,
+        ignore=ignore if ignore.any() else None,
+    )  # fmt: skip
+
+
+class ReasonSeg(OnDisk):
+    """One sample per photograph, or per sentence. Ids are stems, with the sentence's number where all are taken.
+
+    Args:
+        root: folder that holds `train`, `val` and `test`.
+        split: one of them.
+        every_sentence: paraphrases are samples of their own, for training; scores look at the first sentence alone.
+        side: resize to this square, image and mask together; none leaves them as they are.
+
+    Raises:
+        ValueError: if the folder is missing or empty, files stand alone, or a JSON is no annotation.
+    """
+
+    def __init__(self, root: str, split: str, every_sentence: bool, side: int | None) -> None:
+        found = self._listed(root, split, every_sentence)
+        folder = Path(root) / split
+        if found.faults:
+            raise ValueError(found.faults[0])
+        if found.without_mask:
+            raise ValueError(
+                f"{folder}: a .json for every image is needed; there is none for {first_names(found.without_mask)}"
+            )
+        if found.without_image:
+            raise ValueError(
+                f"{folder}: an image for every .json is needed; there is none for {first_names(found.without_image)}"
+            )
+        if not found.pieces:
+            raise ValueError(f"{folder}: at least one image with its .json is needed; the folder holds none")
+        self.pieces, self.side = found.pieces, side
+
+    @classmethod
+    def survey(cls, root: str, split: str, every_sentence: bool, side: int | None) -> Survey:
+        """What the split holds, by photograph: paraphrases are not counted, and `side` changes nothing."""
+        return cls._listed(root, split, False)
+
+    @staticmethod
+    def _listed(root: str, split: str, every_sentence: bool) -> Survey:
+        """Photographs with their annotations, and what stands alone."""
+        folder, found = Path(root) / split, Survey()
+        if not folder.is_dir():
+            found.faults.append(
+                f"{root}: a folder that holds {split} is needed; there is none (set the dataset's root)"
+            )
+            return found
+        files = [path for path in sorted(folder.iterdir()) if not path.name.startswith("._")]
+        images = {path.stem: path for path in files if path.suffix.lower() in _IMAGES}
+        texts = {path.stem: path for path in files if path.suffix.lower() == ".json"}
+        found.without_mask = sorted(set(images) - set(texts))
+        found.without_image = sorted(set(texts) - set(images))
+        for stem in sorted(set(images) & set(texts)):
+            try:
+                annotation = read_annotation(texts[stem])
+            except ValueError as error:
+                found.faults.append(str(error))
+                continue
+            for sentence in range(len(annotation.text) if every_sentence else 1):
+                name = f"{stem}-{sentence}" if every_sentence else stem
+                read = partial(_read, images[stem], annotation, sentence, name)
+                found.pieces.append(Piece(id=name, image=images[stem], read=read))
+        return found
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.pieces)
+
+    @property
+    def ids(self) -> list[str]:
+        """Of all samples, in order."""
+        return [piece.id for piece in self.pieces]
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read and draw one."""
+        sample = self.pieces[index].read()
+        return sample if self.side is None else squash(sample, self.side)
