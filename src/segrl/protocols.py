@@ -36,7 +36,7 @@ class Grammar(Protocol):
 
     @property
     def says(self) -> frozenset[str]:
-        """What it has words for: of "thought", "boxes", "points", "nothing" (no object), "ends" (`Parsed.ends`)."""
+        """What it has words for: of "thought", "boxes", "points", "nothing" (no object), "steps" (it is `Unfolding`)."""
         ...
 
     def messages(self, query: str | None) -> list[Message]:
@@ -49,6 +49,18 @@ class Grammar(Protocol):
 
     def parse(self, text: str, frame: Frame) -> Parsed:
         """Read a completion in linear time. Raises nothing, whatever the text: faults are values."""
+        ...
+
+
+@runtime_checkable
+class Unfolding(Protocol):
+    """A grammar that can tell how a mask prompt grows while it is written."""
+
+    def unfold(self, text: str, frame: Frame) -> list[tuple[int, MaskPrompt]]:
+        """Where in the text a box or a labelled point is complete, and all that is complete by then, in the order written.
+
+        What a step says depends on the text up to its end alone, whether or not the whole can be parsed.
+        """
         ...
 
 

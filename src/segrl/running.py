@@ -127,7 +127,7 @@ class Run:
         grammar: Any = get_class(cfg.grammar._target_)
         wanted = {f"reward.terms.{name}": term.get("needs", []) for name, term in cfg.reward.terms.items()}
         if cfg.stage.get("shaping") is not None:
-            wanted["stage.shaping"] = ["ends"]
+            wanted["stage.shaping"] = ["steps"]
         for key, words in wanted.items():
             for word in words:
                 if word not in grammar.says:

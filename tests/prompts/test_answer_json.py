@@ -274,25 +274,17 @@ def test_a_box_is_complete_at_its_closing_bracket_and_so_is_each_point(
     thought: str, payload: str, behind: str
 ) -> None:
     text = answered(payload, thought) + behind
-    ends = SAM_R1.parse(text, FRAME).ends
+    ends = [end for end, _ in SAM_R1.unfold(text, FRAME)]
     closed = ["".join(text[:end].split()).rpartition("[")[1:] for end in ends]
     assert closed == [("[", "10,20,30,40]"), ("[", "20,30,1]"), ("[", "90,190,0]")]
     assert all(text[end - 1] == "]" for end in ends)
 
 
-def test_the_box_comes_first_even_where_it_was_written_last() -> None:
+def test_a_box_written_last_is_said_last() -> None:
     text = answered('{"points":[[20,30,1],[90,190,0]],"bbox":[10,20,30,40]}')
-    ends = SAM_R1.parse(text, FRAME).ends
-    assert [text[:end].rpartition("[")[2] for end in ends] == ["10,20,30,40]", "20,30,1]", "90,190,0]"]
-    assert ends[0] > ends[2] > ends[1]
-
-
-@pytest.mark.parametrize(
-    "more", ['"size":[1],', '"size":"[1]",', '"bbox":[1,2,3,4],', '"points":[],"size":[1],']
-)
-def test_with_other_lists_in_the_answer_no_place_is_told_rather_than_a_wrong_one(more: str) -> None:
-    parsed = SAM_R1.parse(answered("{" + more + SAM_R1_PAYLOAD[1:]), FRAME)
-    assert (parsed.fault, parsed.ends) == (None, ())
+    steps = SAM_R1.unfold(text, FRAME)
+    assert [text[:end].rpartition("[")[2] for end, _ in steps] == ["20,30,1]", "90,190,0]", "10,20,30,40]"]
+    assert [(len(p.boxes), len(p.points)) for _, p in steps] == [(0, 1), (0, 2), (1, 2)]
 
 
 # --- what is written

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from segrl.prompts.answer_json import SamR1Json, SegZeroJson, VisionReasonerJson
 from segrl.prompts.frames import absolute_pixels, permille
 from segrl.prompts.tags import SegR1Points, SegR1Tags
-from segrl.protocols import Grammar
+from segrl.protocols import Grammar, Unfolding
 from segrl.types import Frame, MaskPrompt, Parsed, ParseFault
 
 
@@ -102,9 +102,12 @@ def test_what_is_written_is_read_back_within_half_a_frame_unit(name: str, data: 
     assert in_frame_units(read.prompt.boxes, meant.prompt.boxes, frame) <= 0.5 + 1e-3
     assert in_frame_units(read.prompt.points, meant.prompt.points, frame) <= 0.5 + 1e-3
     assert read.prompt.labels.tolist() == meant.prompt.labels.tolist()
-    assert len(read.ends) == (
-        len(read.prompt.boxes) + len(read.prompt.points) if "ends" in case.grammar.says else 0
-    )
+    assert isinstance(case.grammar, Unfolding) == ("steps" in case.grammar.says)
+    if isinstance(case.grammar, Unfolding):
+        steps = case.grammar.unfold(text, frame)
+        assert len(steps) == len(read.prompt.boxes) + len(read.prompt.points)
+        for part in ("boxes", "points", "labels"):
+            assert getattr(steps[-1][1], part).tolist() == getattr(read.prompt, part).tolist()
     check(case.grammar, text, frame)
 
 
@@ -189,10 +192,18 @@ TAGGED = (
     ],
 )
 def test_tags_say_where_each_box_is_complete_and_each_label(text: str) -> None:
-    parsed = CASES["seg_r1_tags"].grammar.parse(text, permille(1, 1))
-    assert parsed.fault is None
-    tails = [text[:end].rstrip()[-9:] for end in parsed.ends]
-    assert tails == ["[1,2,3,4]", "[5,6,7,8]", "labels>[1", "bels>[1,0"]
+    steps = CASES["seg_r1_tags"].grammar.unfold(text, permille(1, 1))
+    tails = [text[:end].rstrip()[-9:] for end, _ in steps]
+    assert tails == ["4]</bbox>", "8]</bbox>", "abels>[1,", "els>[1,0]"]
+
+
+@pytest.mark.parametrize("text", [
+    TAGGED.replace("</labels>", ""), TAGGED + "<labels>[1]</labels>", TAGGED.replace("</bbox>, <p", "</bbox>, <bbox>[9,9,1,1]</bbox><p"),
+])  # fmt: skip
+def test_what_a_box_was_worth_does_not_hang_on_the_faults_behind_it(text: str) -> None:
+    grammar = CASES["seg_r1_tags"].grammar
+    assert grammar.parse(text, permille(1, 1)).fault is not None
+    assert [len(p.boxes) for _, p in grammar.unfold(text, permille(1, 1))] == [1, 2, 2, 2]
 
 
 # --- whatever the text: no exception, no doubt, no wait
@@ -214,12 +225,14 @@ def check(grammar: Grammar, text: str, frame: Frame) -> ParseFault | None:
         if spent < 0.010:
             break
         assert attempt == 0, f"{spent:.3f} s for {len(text)} characters, {text[:200]!r}"
-    shown = f"{text[:1000]!r} with {parsed.fault} and ends {parsed.ends[:20]}"
+    shown = f"{text[:1000]!r} with {parsed.fault}"
+    if isinstance(grammar, Unfolding):
+        check_unfolding(grammar, text, frame)
     assert (parsed.prompt is None) != (parsed.fault is None), shown
     if parsed.prompt is None:
         assert isinstance(parsed.fault, ParseFault), shown
         return parsed.fault
-    prompt, ends = parsed.prompt, parsed.ends
+    prompt = parsed.prompt
     assert (prompt.boxes.dtype, prompt.points.dtype) == (np.float32, np.float32), shown
     assert prompt.boxes.shape[1:] == (4,), shown
     assert prompt.points.shape == (len(prompt.labels), 2), shown
@@ -228,12 +241,20 @@ def check(grammar: Grammar, text: str, frame: Frame) -> ParseFault | None:
         assert 0 <= y1 < y2 <= 1, shown
     assert all(0 <= value <= 1 for point in prompt.points.tolist() for value in point), shown
     assert set(prompt.labels.tolist()) <= {0, 1}, shown
-    boxes = len(prompt.boxes)
-    assert len(ends) in ((0, boxes + len(prompt.points)) if "ends" in grammar.says else (0,)), shown
-    for part in (ends[:boxes], ends[boxes:]):
-        assert all(a < b for a, b in zip(part, part[1:], strict=False)), shown
-    assert all(text[:end].rstrip()[-1:] in ("]", "0", "1") for end in ends), shown
     return None
+
+
+def check_unfolding(grammar: Unfolding, text: str, frame: Frame) -> None:
+    """Every step hangs on the text up to its end alone."""
+    start = time.thread_time()
+    steps = grammar.unfold(text, frame)
+    assert time.thread_time() - start < 0.05, text[:200]
+    shown = f"{text[:1000]!r} with {steps}"
+    ends = [end for end, _ in steps]
+    assert ends == sorted(ends), shown
+    for cut in {len(text) // 2, *ends[:3], *(end - 1 for end in ends[:3])}:
+        before = grammar.unfold(text[:cut], frame)
+        assert [repr(step) for step in before] == [repr(step) for step in steps if step[0] <= cut], shown
 
 
 NOISE = [

@@ -12,7 +12,7 @@ from segrl.metrics.functional.shape import inner_point, tight_box
 from segrl.prompts.answer_json import SamR1Json
 from segrl.prompts.tags import SegR1Tags
 from segrl.rewards.mask import tiered_potential
-from segrl.rollout.shaping import PromptShaping, unfolded
+from segrl.rollout.shaping import PromptShaping
 from segrl.segmenter import Segmenter
 from segrl.types import Batch, Completions, MaskPrompt, Parsed
 
@@ -51,25 +51,37 @@ def spoken(request, nano_policy, nano_head):
     )
     batch = Batch(samples=samples, prefixes=prefixes)
     answers = Segmenter(policy, grammar, None, nano_head).read(batch, said, 5)
-    return policy.encoder, nano_head, batch, said, answers
+    return grammar, policy.encoder, nano_head, batch, said, answers
 
 
 @pytest.mark.parametrize("potential", POTENTIALS)
 def test_every_completion_adds_up_to_nothing(spoken, potential):
-    encoder, head, batch, said, answers = spoken
-    rewards, closes = PromptShaping(potential, 1.0)(head, encoder, batch, said, answers)
+    grammar, encoder, head, batch, said, answers = spoken
+    rewards, closes = PromptShaping(potential, 1.0)(grammar, head, encoder, batch, said, answers)
     torch.testing.assert_close(rewards.sum(1), torch.zeros(10), rtol=0, atol=1e-6)
     assert (rewards[~said.mask] == 0).all() and not closes[~said.mask].any()
-    faults = [n for n, a in enumerate(answers) if a.parsed.fault]
-    assert len(faults) == 4 and (rewards[faults] == 0).all() and not closes[faults].any()
     assert rewards.abs().max() > 0.2
+    cut_off, silent = [3, 8], [4, 9]
+    assert all(answers[n].parsed.fault is not None for n in (*cut_off, *silent))
+    assert (rewards[silent] == 0).all() and not closes[silent].any()
+
+
+def test_a_fault_behind_a_box_does_not_take_back_what_the_box_was_paid(spoken):
+    """Or else breaking off would be the way to keep it."""
+    grammar, encoder, head, batch, said, answers = spoken
+    rewards, closes = PromptShaping(iou, 1.0)(grammar, head, encoder, batch, said, answers)
+    for whole, broken in ((2, 3), (7, 8)):
+        assert answers[whole].parsed.fault is None and answers[broken].parsed.fault is not None
+        first = int(closes[whole].nonzero()[0])
+        assert int(closes[broken].nonzero()[0]) == first
+        assert rewards[broken, first] == rewards[whole, first] > 0
 
 
 def test_a_reward_stands_at_the_token_that_closes_what_it_pays(spoken):
-    encoder, head, batch, said, answers = spoken
-    rewards, closes = PromptShaping(iou, 1.0)(head, encoder, batch, said, answers)
+    grammar, encoder, head, batch, said, answers = spoken
+    rewards, closes = PromptShaping(iou, 1.0)(grammar, head, encoder, batch, said, answers)
     for n, answer in enumerate(answers):
-        for end, _ in unfolded(answer):
+        for end, _ in grammar.unfold(answer.text, batch.prefixes[n // 5].frame):
             at = encoder.token_at(said.tokens[n, : answer.length], end)
             up_to = [
                 encoder.decode(said.tokens[n : n + 1, :k], said.mask[n : n + 1, :k])[0] for k in (at, at + 1)
@@ -79,9 +91,9 @@ def test_a_reward_stands_at_the_token_that_closes_what_it_pays(spoken):
 
 
 def test_the_first_box_pays_what_its_mask_is_worth(spoken):
-    encoder, head, batch, said, answers = spoken
-    rewards, _ = PromptShaping(iou, 1.0)(head, encoder, batch, said, answers)
-    end, alone = unfolded(answers[0])[0]
+    grammar, encoder, head, batch, said, answers = spoken
+    rewards, _ = PromptShaping(iou, 1.0)(grammar, head, encoder, batch, said, answers)
+    end, alone = grammar.unfold(answers[0].text, batch.prefixes[0].frame)[0]
     ((mask,),) = head.segment([batch.samples[0].image], [[alone]])
     at = encoder.token_at(said.tokens[0, : answers[0].length], end)
     assert rewards[0, at].item() == pytest.approx(iou(mask, batch.samples[0].mask), abs=1e-6)

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from segrl.prompts import instructions
 from segrl.prompts.frames import from_unit, to_unit
-from segrl.prompts.scan import Fault, fields, opened
+from segrl.prompts.scan import Fault, Said, fields, opened, unfolded
 from segrl.protocols import Message
 from segrl.types import Frame, MaskPrompt, Parsed, ParseFault
 
 _LONGEST = 20_000  # characters of an answer; a box of numbers is never longer
 _LARGEST = 1e6
+_VALUE = r"[ \t\r\n]*-?[0-9]{1,7}(?:\.[0-9]{1,7})?[ \t\r\n]*"
+_LIST = re.compile(rf"\[((?:{_VALUE},){{2,3}}{_VALUE})\]")
 
 
 def _no_constant(name: str) -> float:
@@ -38,8 +42,8 @@ def _load(payload: str) -> object:
         raise Fault(ParseFault.BAD_JSON) from None
 
 
-def _split(text: str) -> tuple[str, str, int, str]:
-    """Thought, payload, where the payload begins, and what follows the answer."""
+def _split(text: str) -> tuple[str, str, str]:
+    """Thought, payload, and what follows the answer."""
     thoughts = fields(text, "think")
     if not thoughts:
         raise Fault(ParseFault.NO_THOUGHT)
@@ -51,7 +55,7 @@ def _split(text: str) -> tuple[str, str, int, str]:
         raise Fault(ParseFault.DUPLICATE_FIELD)
     start = text.find("<answer>", behind) + len("<answer>")
     rest = text[start + len(answers[0]) + len("</answer>") :].strip()
-    return thoughts[0].strip(), answers[0], start, rest
+    return thoughts[0].strip(), answers[0], rest
 
 
 def _numbers(value: object, count: int) -> list[float]:
@@ -82,19 +86,6 @@ def _mapping(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Fault(ParseFault.BAD_JSON)
     return value
-
-
-def _closings(payload: str, start: int) -> list[int]:
-    """Where in the completion each list of plain numbers closes, in the order written."""
-    ends, plain = [], False
-    for i, letter in enumerate(payload):
-        if letter == "[":
-            plain = True
-        elif letter == "]":
-            if plain:
-                ends.append(start + i + 1)
-            plain = False
-    return ends
 
 
 def _whole(values: np.ndarray, frame: Frame) -> list[list[int]]:
@@ -138,7 +129,7 @@ class SamR1Json:
         max_points: more are a fault.
     """
 
-    says = frozenset({"thought", "boxes", "points", "ends"})
+    says = frozenset({"thought", "boxes", "points", "steps"})
 
     def __init__(self, max_points: int) -> None:
         self.max_points = max_points
@@ -166,7 +157,7 @@ class SamR1Json:
         """Read thought, box and points; all are needed."""
         thought = ""
         try:
-            thought, payload, start, rest = _split(text)
+            thought, payload, rest = _split(text)
             answer = _mapping(_load(payload))
             if "bbox" not in answer:
                 raise Fault(ParseFault.NO_BOX)
@@ -182,11 +173,27 @@ class SamR1Json:
             return Parsed(thought=thought, fault=fault.kind)
         points = to_unit(np.array(triples)[:, :2], frame)
         prompt = MaskPrompt.of([box], points, [int(label) for _, _, label in triples])
-        ends = _closings(payload, start)
-        if list(answer).index("bbox") > list(answer).index("points"):  # the box was written last
-            ends = ends[-1:] + ends[:-1]
-        told = tuple(ends) if len(ends) == 1 + len(triples) else ()
-        return Parsed(thought=thought, prompt=prompt, ends=told, rest=rest)
+        return Parsed(thought=thought, prompt=prompt, rest=rest)
+
+    def unfold(self, text: str, frame: Frame) -> list[tuple[int, MaskPrompt]]:
+        """The first list of four numbers is the box, lists of three are points; each is complete where it closes."""
+        thought = text.find("</think>")
+        begin = text.find("<answer>", thought) if thought >= 0 else -1
+        if begin < 0:
+            return []
+        end = text.find("</answer>", begin)
+        boxes: list[Said] = []
+        points: list[Said] = []
+        for found in _LIST.finditer(text, begin, end if end >= 0 else len(text)):
+            values = [float(value) for value in found[1].split(",")]
+            with suppress(Fault):
+                if len(values) == 4:
+                    boxes.append((found.end(), _box(values, frame), None))
+                elif values[2] in (0, 1):
+                    points.append(
+                        (found.end(), to_unit(np.array(_numbers(values, 3)[:2]), frame), int(values[2]))
+                    )
+        return unfolded([*boxes[:1], *points[: self.max_points]])
 
 
 class SegZeroJson:
@@ -213,7 +220,7 @@ class SegZeroJson:
         """Read thought, box and two points; all are needed."""
         thought = ""
         try:
-            thought, payload, _, rest = _split(text)
+            thought, payload, rest = _split(text)
             answer = _mapping(_load(payload))
             if "bbox" not in answer:
                 raise Fault(ParseFault.NO_BOX)
@@ -263,7 +270,7 @@ class VisionReasonerJson:
         """Read thought and objects, in the order written."""
         thought = ""
         try:
-            thought, payload, _, rest = _split(text)
+            thought, payload, rest = _split(text)
             objects = _load(payload)
             if not isinstance(objects, list):
                 raise Fault(ParseFault.BAD_JSON)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from segrl.types import Frame, ParseFault
+from segrl.types import Frame, MaskPrompt, ParseFault
 
 
 class Fault(Exception):
@@ -14,9 +16,24 @@ class Fault(Exception):
         self.kind = kind
 
 
-def spans(text: str, tag: str) -> list[tuple[int, int]]:
-    """Where the content of every closed `<tag>...</tag>` begins and ends, in order."""
-    opening, closing, found, at = f"<{tag}>", f"</{tag}>", [], 0
+Said = tuple[int, np.ndarray, int | None]
+"""Where a box, or a point, is complete in the text; its unit coordinates; the point's label."""
+
+
+def unfolded(said: Sequence[Said]) -> list[tuple[int, MaskPrompt]]:
+    """The mask prompt as it grows: at each end, all that is complete by then."""
+    steps = []
+    for end, _, _ in sorted(said, key=lambda one: one[0]):
+        known = [one for one in said if one[0] <= end]
+        boxes = [xy for _, xy, label in known if label is None]
+        points = [(xy, label) for _, xy, label in known if label is not None]
+        steps.append((end, MaskPrompt.of(boxes, [xy for xy, _ in points], [label for _, label in points])))
+    return steps
+
+
+def spans(text: str, tag: str, at: int = 0) -> list[tuple[int, int]]:
+    """Where the content of every closed `<tag>...</tag>` behind `at` begins and ends, in order."""
+    opening, closing, found = f"<{tag}>", f"</{tag}>", []
     while (start := text.find(opening, at)) >= 0 and (end := text.find(closing, start)) >= 0:
         found.append((start + len(opening), end))
         at = end + len(closing)

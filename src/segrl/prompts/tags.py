@@ -7,31 +7,28 @@ Parsing is `str.find`, `str.split` and patterns without nested repetition, so it
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 
 import numpy as np
 
 from segrl.prompts import instructions
 from segrl.prompts.frames import from_unit, to_unit
-from segrl.prompts.scan import Fault, fields, opened, spans
+from segrl.prompts.scan import Fault, Said, fields, opened, spans, unfolded
 from segrl.protocols import Message
 from segrl.types import Frame, MaskPrompt, Parsed, ParseFault
 
 _NUMBER = r"(-?[0-9]{1,6}(?:\.[0-9]{1,6})?)"
 _BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 _PAIR = re.compile(rf"{_NUMBER},{_NUMBER}")
+_POINT = re.compile(rf"\[{_NUMBER},{_NUMBER}\]")
+_LABEL = re.compile(r"([01])\s*[,\]]")
+_LABELS = re.compile(r"\s*\[\s*(?:[01]\s*[,\]]\s*){1,64}")
 
 
 def _rest(text: str) -> str:
     """What follows the last field that is closed; a closing tag alone is no field."""
     ends = [end + len(f"</{tag}>") for tag in ("bbox", "points", "labels") for _, end in spans(text, tag)]
     return text[max(ends) :].strip()
-
-
-def _ends(text: str) -> list[int]:
-    """Where each box is complete, and each point: that is where its label is written."""
-    ((start, end),) = spans(text, "labels")
-    labels = [i + 1 for i in range(start, end) if text[i].isdigit()]
-    return [*(end for _, end in spans(text, "bbox")), *labels]
 
 
 def _only(text: str, tag: str, missing: ParseFault) -> str:
@@ -110,7 +107,7 @@ class SegR1Tags:
         max_points: more are a fault.
     """
 
-    says = frozenset({"thought", "boxes", "points", "ends"})
+    says = frozenset({"thought", "boxes", "points", "steps"})
 
     def __init__(self, max_boxes: int, max_points: int) -> None:
         self.max_boxes = max_boxes
@@ -161,8 +158,25 @@ class SegR1Tags:
         except Fault as fault:
             return Parsed(thought=thoughts[0].strip() if thoughts else "", fault=fault.kind)
         prompt = MaskPrompt.of(corners, points, labels)
-        ends = tuple(behind + end for end in _ends(answer))
-        return Parsed(thought=thoughts[0].strip(), prompt=prompt, ends=ends, rest=_rest(answer))
+        return Parsed(thought=thoughts[0].strip(), prompt=prompt, rest=_rest(answer))
+
+    def unfold(self, text: str, frame: Frame) -> list[tuple[int, MaskPrompt]]:
+        """A box is complete where its tag closes, a point where its label is followed by a comma or a bracket."""
+        begin = text.find("</think>")
+        if begin < 0:
+            return []
+        said: list[Said] = []
+        for start, end in spans(text, "bbox", begin)[: self.max_boxes]:
+            with suppress(Fault):
+                said.append((end + len("</bbox>"), _read_box(text[start:end], frame), None))
+        for start, end in spans(text, "points", begin)[:1]:
+            pairs = [[float(v) for v in pair] for pair in _POINT.findall(_squeeze(text[start:end]))]
+            opening = text.find("<labels>", end)
+            listed = _LABELS.match(text, opening + len("<labels>")) if opening >= 0 else None
+            labels = _LABEL.finditer(text, *listed.span()) if listed is not None else iter(())
+            for pair, label in zip(pairs[: self.max_points], labels, strict=False):
+                said.append((label.end(), to_unit(np.array(pair), frame), int(label[1])))
+        return unfolded(said)
 
 
 class SegR1Points:

@@ -8,28 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segrl.protocols import Encoder, MaskHead
-from segrl.types import Answer, Batch, Completions, MaskPrompt
-
-
-def unfolded(answer: Answer) -> list[tuple[int, MaskPrompt]]:
-    """The mask prompt as it grew: for each box and point, in the order written, where its text ends and all up to it."""
-    prompt, ends = answer.parsed.prompt, answer.parsed.ends
-    if prompt is None:
-        return []
-    boxes = len(prompt.boxes)
-    order = sorted(range(len(ends)), key=lambda i: ends[i])
-    steps = []
-    for k in range(1, len(order) + 1):
-        said = sorted(order[:k])
-        points = [i - boxes for i in said if i >= boxes]
-        part = MaskPrompt(
-            boxes=prompt.boxes[[i for i in said if i < boxes]],
-            points=prompt.points[points],
-            labels=prompt.labels[points],
-        )
-        steps.append((ends[order[k - 1]], part))
-    return steps
+from segrl.protocols import Encoder, MaskHead, Unfolding
+from segrl.types import Answer, Batch, Completions
 
 
 class PromptShaping:
@@ -37,6 +17,8 @@ class PromptShaping:
 
     \( \Phi_k = f(\mathrm{mask}(p_1..p_k), truth) \), \( \Phi_0 = 0 \). It adds up to zero over every completion, so with a discount
     of 1 the best policies stay the best (Ng et al. 1999), and an exact critic's advantages what they were: it helps a critic that errs.
+    A step is paid whether or not the completion can be parsed in the end: paid only where it can, a fault behind a good box would
+    save the policy the last, negative payment, and be learned.
 
     Args:
         potential: f, of a mask and the truth.
@@ -48,6 +30,7 @@ class PromptShaping:
 
     def __call__(
         self,
+        grammar: Unfolding,
         head: MaskHead,
         encoder: Encoder,
         batch: Batch,
@@ -56,7 +39,9 @@ class PromptShaping:
     ) -> tuple[Tensor, Tensor]:
         """Rewards float32 `[N, T]` and the tokens that close something, bool `[N, T]`."""
         group = len(answers) // len(batch)
-        steps = [unfolded(answer) for answer in answers]
+        steps = [
+            grammar.unfold(answer.text, batch.prefixes[n // group].frame) for n, answer in enumerate(answers)
+        ]
         prompts = [
             [part for row in steps[b * group : (b + 1) * group] for _, part in row] for b in range(len(batch))
         ]
