@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -10,7 +11,8 @@ import lightning
 import numpy as np
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor, nn
 
 from segrl.data.batching import Collate, Trace
 from segrl.data.datamodule import SegDataModule
@@ -18,6 +20,7 @@ from segrl.metrics.saliency import SaliencyScores, score
 from segrl.models.hf_vlm import HFPolicy
 from segrl.protocols import Grammar, MaskHead, RolloutEngine
 from segrl.segmenter import Segmenter
+from segrl.stages.zero import ZeRO
 from segrl.types import Answer, Batch, Sample
 
 MakeOptimizer = Callable[[Iterable[Any]], torch.optim.Optimizer]
@@ -95,9 +98,27 @@ class Stage(lightning.LightningModule):
             return most
         return batches * self.updates_per_batch if most < 0 else min(most, batches * self.updates_per_batch)
 
+    def clip(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """Scale gradients down to `max_grad_norm`, wherever their shares lie; the norm that they had."""
+        strategy = self.trainer.strategy
+        clip = strategy.clip if isinstance(strategy, ZeRO) else torch.nn.utils.clip_grad_norm_
+        return clip(parameters, self.max_grad_norm)
+
     def configure_gradient_clipping(self, *_: object, **__: object) -> None:
-        """Scale gradients down to `max_grad_norm`."""
-        torch.nn.utils.clip_grad_norm_([p for p in self.parameters() if p.requires_grad], self.max_grad_norm)
+        """Of all that learns."""
+        self.clip(p for p in self.parameters() if p.requires_grad)
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """Inside, every rank has all weights, however they are shared out in training."""
+        strategy = self.trainer.strategy
+        return strategy.whole_weights() if isinstance(strategy, ZeRO) else nullcontext()
+
+    def backward_part(self, loss: Tensor, last: bool) -> None:
+        """Add to the gradients of an update; ranks exchange them once, in its last part."""
+        strategy = self.trainer.strategy
+        alone = last or not isinstance(strategy, ParallelStrategy)
+        with nullcontext() if alone else cast("ParallelStrategy", strategy).block_backward_sync():
+            self.manual_backward(loss)
 
     @property
     def datamodule(self) -> SegDataModule:
@@ -146,7 +167,9 @@ class Stage(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what is frozen: it is rebuilt from its own files."""
-        checkpoint["state_dict"], checkpoint["stage"] = self._learned(), type(self).__name__
+        with self.whole_weights():
+            checkpoint["state_dict"] = {k: v.to("cpu", copy=True) for k, v in self._learned().items()}
+        checkpoint["stage"] = type(self).__name__
         checkpoint["init_from"], checkpoint["total_updates"] = self.started_from, self.total_updates
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -200,7 +223,8 @@ class SegStage(Stage):
 
     def evaluate_batch(self, batch: Batch) -> list[Record]:
         """Segment a batch and score it at the size of its masks."""
-        answers = self.segmenter(batch)
+        with self.whole_weights():
+            answers = self.segmenter(batch)
         return [
             Record(sample=s, answer=a, scores=score(a.mask, s.mask, a.parsed.fault is not None))
             for s, a in zip(batch.samples, answers, strict=True)

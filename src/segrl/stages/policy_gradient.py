@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from statistics import mean
 from typing import Any, Protocol, cast
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from segrl.models.hf_vlm import HFPolicy
@@ -121,18 +119,19 @@ class PolicyGradientStage(SegStage):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One rollout and its updates."""
-        batch, completions, answers, scores = self.last_rollout = self.rollout(batch)
-        old_logprobs, values = self.as_sampled(batch, completions)
-        experience = Experience(
-            prefixes=batch.prefixes,
-            completions=completions,
-            counts=self.counts(completions, scores),
-            advantages=torch.zeros_like(completions.mask, dtype=torch.float32),
-            old_logprobs=old_logprobs,
-            reference_logprobs=self.reference_logprobs(batch, completions),
-            values=values,
-        )
-        experience = self.credit(experience, self.last_rollout)
+        with self.whole_weights():
+            batch, completions, answers, scores = self.last_rollout = self.rollout(batch)
+            old_logprobs, values = self.as_sampled(batch, completions)
+            experience = Experience(
+                prefixes=batch.prefixes,
+                completions=completions,
+                counts=self.counts(completions, scores),
+                advantages=torch.zeros_like(completions.mask, dtype=torch.float32),
+                old_logprobs=old_logprobs,
+                reference_logprobs=self.reference_logprobs(batch, completions),
+                values=values,
+            )
+            experience = self.credit(experience, self.last_rollout)
         stats = [self.update(minibatch) for minibatch in self.minibatches(experience)]
         self.remember(
             {**self.rollout_stats(answers, scores), **self.credit_stats(experience), **_means(stats)}
@@ -209,6 +208,11 @@ class PolicyGradientStage(SegStage):
             for b in range(0, len(batch), size)
         ])  # fmt: skip
 
+    def forward(self, part: Experience, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and figures of `objective`; what gradients flow through is a call of the module, where strategies hook in."""
+        out = self.objective(part, weights)
+        return out.loss, out.stats
+
     def objective(self, part: Experience, weights: Tensor) -> LossOutput:
         """The loss of a part of an update, given its tokens' shares `[N, T]`."""
         logprobs = self.policy.logprobs(part.prefixes, part.completions)
@@ -231,10 +235,9 @@ class PolicyGradientStage(SegStage):
         optimizer.zero_grad()
         parts = list(minibatch.split(self.micro_batch_size))
         for i, (part, rows) in enumerate(parts):
-            with self._gradients_kept() if i < len(parts) - 1 else nullcontext():
-                out = self.objective(part, weights[rows])
-                self.manual_backward(out.loss)
-            seen = {"policy/loss": out.loss.detach(), **out.stats}
+            loss, seen = self(part, weights[rows])
+            self.backward_part(loss, last=i == len(parts) - 1)
+            seen = {"policy/loss": loss.detach(), **seen}
             stats = {name: stats.get(name, 0.0) + value for name, value in seen.items()}
         # What is logged is a mean, whatever normalises the loss.
         share = self.over_ranks(weights.sum()).clamp_min(1e-12)
@@ -256,13 +259,7 @@ class PolicyGradientStage(SegStage):
 
     def tame_gradients(self) -> dict[str, Tensor]:
         """Scale gradients down to `max_grad_norm`; the norm that they had."""
-        learned = [p for p in self.parameters() if p.requires_grad]
-        return {"policy/grad_norm": torch.nn.utils.clip_grad_norm_(learned, self.max_grad_norm)}
-
-    def _gradients_kept(self) -> AbstractContextManager[None]:
-        """Ranks exchange gradients once per update, in its last part."""
-        strategy = self.trainer.strategy
-        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+        return {"policy/grad_norm": self.clip(p for p in self.parameters() if p.requires_grad)}
 
     def rollout_stats(self, answers: list[Answer], scores: Scores) -> dict[str, Tensor | float]:
         """What the rollout earned, and how."""

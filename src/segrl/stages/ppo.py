@@ -15,11 +15,12 @@ from segrl.models.value_head import Critic
 from segrl.objectives.gae import gae
 from segrl.objectives.policy_gradient import Divergence, MakeSurrogate
 from segrl.objectives.ppo import clipped_value_loss, explained_variance, whiten
-from segrl.protocols import Grammar, MaskHead, RolloutEngine
+from segrl.protocols import Grammar, MaskHead, RolloutEngine, Unfolding
 from segrl.rewards.mixture import RewardMixture
 from segrl.rollout.shaping import PromptShaping
 from segrl.stages.base import MakeOptimizer, MakeSchedule
 from segrl.stages.policy_gradient import MakeReference, PolicyGradientStage, Rollout, TokenWeights
+from segrl.stages.zero import ZeRO
 from segrl.types import Batch, Completions, Experience, LossOutput
 
 
@@ -83,6 +84,13 @@ class PPOStage(PolicyGradientStage):
         groups: list[dict[str, Any]] = [{"params": policy}, {"params": critic, "lr": self.critic_lr}]
         return self.scheduled(self.make_optimizer(groups))
 
+    def on_fit_start(self) -> None:
+        """Raises ValueError for a warm-up under ZeRO, whose optimizer cannot rest for a part of the weights."""
+        if self.critic_warmup > 0 and isinstance(self.trainer.strategy, ZeRO):
+            raise ValueError(
+                f"stage.critic_warmup: 0 is needed under ZeRO, which steps all weights; got {self.critic_warmup} (or trainer=ddp)"
+            )
+
     @torch.no_grad()
     def as_sampled(self, batch: Batch, completions: Completions) -> tuple[Tensor | None, Tensor | None]:
         """Log-probabilities and values, from one pass."""
@@ -113,7 +121,10 @@ class PPOStage(PolicyGradientStage):
         rewards, mask = self.rewards(experience, rollout), completions.mask
         closes = torch.zeros_like(mask)
         if self.shaping is not None:
-            shaped, closes = self.shaping(self.head, self.policy.encoder, batch, completions, answers)
+            assert isinstance(self.grammar, Unfolding), "the front door asks for a grammar that says steps"
+            shaped, closes = self.shaping(
+                self.grammar, self.head, self.policy.encoder, batch, completions, answers
+            )
             rewards = rewards + shaped.to(rewards)
             closes = closes.to(mask.device)
         values = experience.values
@@ -153,8 +164,8 @@ class PPOStage(PolicyGradientStage):
         """Each side by its own norm; in the warm-up the policy has no gradient at all, so its optimizer state stays new."""
         policy, critic = self._sides()
         norms = {
-            "policy/grad_norm": torch.nn.utils.clip_grad_norm_(policy, self.max_grad_norm),
-            "critic/grad_norm": torch.nn.utils.clip_grad_norm_(critic, self.max_grad_norm),
+            "policy/grad_norm": self.clip(policy),
+            "critic/grad_norm": self.clip(critic),
         }
         if self.global_step < self.critic_warmup:
             for parameter in policy:

@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
 
 from segrl.data.batching import Trace
 from segrl.models.hf_vlm import HFPolicy
@@ -15,7 +16,7 @@ from segrl.objectives.masked import per_token
 from segrl.objectives.sft import sft
 from segrl.protocols import Grammar, MaskHead, RolloutEngine
 from segrl.stages.base import MakeOptimizer, MakeSchedule, SegStage
-from segrl.types import Batch, Completions
+from segrl.types import Batch, Completions, Prefix
 
 
 class SFTStage(SegStage):
@@ -45,8 +46,12 @@ class SFTStage(SegStage):
         for start in range(0, len(batch), self.micro_batch_size):
             rows = slice(start, start + self.micro_batch_size)
             said = Completions(tokens=tokens[rows], mask=mask[rows], texts=[], finished=mask[rows].any(1))
-            out = sft(self.policy.logprobs(batch.prefixes[rows], said), weights[rows])
-            self.manual_backward(out.loss)
-            loss = loss + out.stats["loss"]
+            part = self(batch.prefixes[rows], said, weights[rows])
+            self.backward_part(part, last=start + self.micro_batch_size >= len(batch))
+            loss = loss + part.detach()
         self.step(optimizer)
         self.remember({"sft/loss": loss})
+
+    def forward(self, prefixes: Sequence[Prefix], said: Completions, weights: Tensor) -> Tensor:
+        """The loss; what gradients flow through is a call of the module, where strategies hook in."""
+        return sft(self.policy.logprobs(prefixes, said), weights).loss

@@ -1,0 +1,75 @@
+"""ZeRO changes where things lie and nothing else: the same weights as DDP, the same checkpoint, resumed under any strategy.
+
+Needs the extra `deepspeed`; `make test-zero` runs it in an environment of its own. On CPUs DeepSpeed takes the same code paths over gloo.
+"""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.zero
+RUN = (
+    "+experiment=demo", "logger=csv", "trainer.accelerator=cpu", "trainer.devices=2", "data.train_length=64", "data.test_length=5",
+    "stage.group_size=3", "rollout.max_tokens=24", "data.workers=0", "data.batch_size=2", "stage.micro_batch_size=1",
+    "policy.temperature=1.0", "stage.schedule=null", "test_before=false",
+)  # fmt: skip
+SGD = ("stage.optimizer._target_=torch.optim.SGD", "~stage.optimizer.betas", "~stage.optimizer.eps", "stage.optimizer.lr=0.05")  # fmt: skip
+ADAMW = (
+    "stage.optimizer.lr=1e-4",
+    "stage.optimizer.eps=1e-3",
+)  # with a tiny eps, rounding decides the step where there is no gradient
+
+
+@pytest.fixture(autouse=True, scope="module")
+def installed():
+    assert find_spec("deepspeed"), "make test-zero installs DeepSpeed"
+
+
+def run(folder, *arguments):
+    command = [sys.executable, "-m", "segrl.train", *arguments, f"paths.run={folder}"]
+    cpu = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent, env=cpu, timeout=240)
+    assert done.returncode == 0, (done.stderr + done.stdout)[-4000:]
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def apart(one, other):
+    assert one["state_dict"].keys() == other["state_dict"].keys()
+    return max((one["state_dict"][k] - other["state_dict"][k]).abs().max() for k in one["state_dict"])
+
+
+def test_every_level_ends_where_ddp_does(tmp_path):
+    case = (*RUN, *SGD, "stage=sam_r1", "reference=frozen_copy", "trainer.max_steps=4")
+    ddp = run(tmp_path / "ddp", *case, "trainer=ddp")
+    still = run(tmp_path / "still", *case, "trainer=ddp", "stage.optimizer.lr=1e-20")
+    assert apart(ddp, still) > 1e-3
+    for level in (1, 2, 3):
+        zero = run(tmp_path / f"zero{level}", *case, f"trainer=deepspeed_zero{level}")
+        assert apart(ddp, zero) < 1e-6
+        after = [tmp_path / name / "evaluation" / "after.jsonl" for name in ("ddp", f"zero{level}")]
+        assert after[0].read_text() == after[1].read_text()
+
+
+def test_imitation_under_the_highest_level_ends_where_ddp_does(tmp_path):
+    case = (
+        *RUN,
+        "stage=sft",
+        "stage.optimizer._target_=torch.optim.SGD",
+        "~stage.optimizer.betas",
+        "trainer.max_steps=3",
+    )
+    ddp, zero = (run(tmp_path / name, *case, f"trainer={name}") for name in ("ddp", "deepspeed_zero3"))
+    assert apart(ddp, zero) < 1e-6
+
+
+def test_a_run_goes_on_under_any_strategy(tmp_path):
+    case, start = (*RUN, *ADAMW), []
+    whole = run(tmp_path / "whole", *case, "trainer.max_steps=4", "trainer=ddp")
+    for step, name in enumerate(("ddp", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3"), 1):
+        end = run(tmp_path / str(step), *case, f"trainer.max_steps={step}", f"trainer={name}", *start)
+        start = [f"ckpt_path={tmp_path}/{step}/checkpoints/last.ckpt"]
+    assert end["global_step"] == 4 and apart(whole, end) < 1e-6
