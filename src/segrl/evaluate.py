@@ -1,26 +1,58 @@
-"""`python -m segrl.evaluate +experiment=NAME init_from=CHECKPOINT`: score a policy on a dataset's test sets, without training."""
+"""`python -m segrl.evaluate +suite=NAME [model=FOLDER]`: score a policy on benchmarks, or on the test sets of an experiment."""
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
 
 from segrl.front_door import check, enter
 
 
 def job(cfg: DictConfig) -> float | None:
     """One evaluation; the value that a sweep compares comes back."""
-    for key in ("ckpt_path", "resume"):
-        if cfg[key] is not None:
-            raise ValueError(
-                f"{key}: to score a policy, init_from=CHECKPOINT is needed; {key} goes on with a training"
-            )
-    check(cfg)
+    if cfg.ckpt_path is not None:
+        raise ValueError("ckpt_path: to score a policy, init_from=CHECKPOINT or model=FOLDER is needed")
+    if cfg.resume is not None:
+        cfg = _resumed(Path(cfg.resume))
+    elif cfg.model is not None:
+        _take_model(cfg, Path(cfg.model))
+    if cfg.testsets:  # then the data group's folders are nobody's business
+        cfg.sources = {key: owners for key, owners in cfg.sources.items() if not key.startswith("data.")}
     cfg.data.batch_size = 1  # nothing is trained: a training set of any size will do
-    from segrl.running import Run
+    check(cfg)
+    from segrl.evaluating import Evaluation
 
-    run = Run.build(cfg)
-    run.announce()
-    return run.score()
+    return Evaluation.build(cfg).run()
+
+
+def _resumed(folder: Path) -> DictConfig:
+    """The configuration of an evaluation that was begun."""
+    saved = folder / "config.yaml"
+    before = OmegaConf.load(saved) if saved.is_file() else None
+    if not isinstance(before, DictConfig) or "suite" not in before:
+        raise ValueError(f"resume: the folder of an evaluation is needed; {folder} is none")
+    before.resume = str(folder)
+    return before
+
+
+def _take_model(cfg: DictConfig, folder: Path) -> None:
+    """Policy, grammar and mask head as an exported folder names them; of any other folder the weights alone."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from segrl.models.pretrained import located, read
+
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model: a Hugging Face folder is needed; {folder} has no config.json")
+    card = read(folder)
+    for part, values in card.items():
+        cfg[part] = {name: located(value, cfg.paths.weights) for name, value in values.items()}
+    cfg.policy.weights = str(folder)
+    for override in HydraConfig.get().overrides.task:  # what the command line says stands above the card
+        key, _, value = override.lstrip("+").partition("=")
+        if key.split(".")[0] in card and "." in key:
+            OmegaConf.update(cfg, key, OmegaConf.create(f"v: {value}").v)
+    cfg.sources = {key: owners for key, owners in cfg.sources.items() if key != "policy.weights"}
 
 
 def main() -> None:

@@ -215,9 +215,10 @@ def check(cfg: DictConfig) -> None:
         pydantic.ValidationError: for a value out of range.
         ValueError: for a file that is not there, naming its key and where its owners publish it.
     """
-    from segrl.schema import TrainConfig
+    from segrl.schema import EvaluateConfig, TrainConfig
 
-    TrainConfig.model_validate(OmegaConf.to_container(cfg, resolve=True))
+    schema = EvaluateConfig if "suite" in cfg else TrainConfig
+    schema.model_validate(OmegaConf.to_container(cfg, resolve=True))
     for key, owners in cfg.sources.items():
         path = OmegaConf.select(cfg, key)
         if path is not None and not Path(path).exists():

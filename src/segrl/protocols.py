@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from segrl.types import Answer, Completions, Frame, MaskPrompt, Parsed, Prefix, Sample
@@ -90,6 +91,11 @@ class Policy(Protocol):
     @property
     def encoder(self) -> Encoder:
         """Its eyes and vocabulary."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights lie."""
         ...
 
     def logprobs(self, prefixes: Sequence[Prefix], completions: Completions) -> Tensor:

@@ -32,7 +32,7 @@ _FOLDER = "SEGRL_RUN_FOLDER"  # processes that Lightning starts find the first o
 _CURVES = ("reward/total", "reward/iou", "reward/structure", "rollout/fault_rate", "sft/loss", "head/iou")
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Progress is ours to print."""
     import logging
     import warnings
@@ -46,13 +46,13 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", module="lightning|torch|mlflow")
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """On stdout, once for all ranks."""
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         print(line, flush=True)
 
 
-def _run_folder(folder: Path) -> Path:
+def run_folder(folder: Path) -> Path:
     """The folder, or the first of folder-2, folder-3 ... that does not exist; of the first rank, on all ranks of a machine."""
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         return Path(os.environ.get(_FOLDER, folder))
@@ -81,9 +81,9 @@ class Run:
     @classmethod
     def build(cls, cfg: DictConfig) -> Run:
         """Instantiate data, stage, trainer; then create the run folder. Raises ValueError on what does not fit."""
-        _quiet()
+        quiet()
         torch.manual_seed(cfg.seed)
-        folder = Path(cfg.resume) if cfg.resume else _run_folder(Path(cfg.paths.run))
+        folder = Path(cfg.resume) if cfg.resume else run_folder(Path(cfg.paths.run))
         cfg.paths.run = str(folder)
         cls._check_words(cfg)
         cls._check_checkpoints(cfg)
@@ -197,7 +197,7 @@ class Run:
     def announce(self) -> None:
         """Say what runs where."""
         learned = sum(p.numel() for p in self.stage.parameters() if p.requires_grad)
-        _say(f"{self.cfg.name}: {learned / 1e6:.1f} M parameters learn; results in {self.folder}")
+        say(f"{self.cfg.name}: {learned / 1e6:.1f} M parameters learn; results in {self.folder}")
 
     @property
     def _seg_stage(self) -> SegStage | None:
@@ -206,7 +206,7 @@ class Run:
 
     def _test(self, stage: SegStage, name: str) -> report.Scores:
         """Score the test sets, one line per sample into the run folder; on every rank the scores of all."""
-        _say(f"scoring the test sets ({name}) ...")
+        say(f"scoring the test sets ({name}) ...")
         self.trainer.test(stage, self.data, verbose=False)
         rows = report.rows(stage.records)
         if self.trainer.world_size > 1:
@@ -246,7 +246,7 @@ class Run:
         if chosen.name == "best.ckpt":
             saved = read_checkpoint(chosen)
             stage.load_state_dict(saved["state_dict"], strict=False)
-            _say(f"scoring {chosen}, of update {saved['global_step']}")
+            say(f"scoring {chosen}, of update {saved['global_step']}")
 
     def finish(self) -> float | None:
         """Score, compare, draw, keep; print the table and where everything is."""
@@ -290,5 +290,5 @@ class Run:
         self.logger.finalize("success")
         runs = self.cfg.paths.runs
         where = "" if runs == "runs" else f" RUNS={runs}"
-        _say(f"\nresults in {folder}\nopen MLflow: make mlflow{where} (then http://127.0.0.1:5000)")
+        say(f"\nresults in {folder}\nopen MLflow: make mlflow{where} (then http://127.0.0.1:5000)")
         return objective

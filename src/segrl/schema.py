@@ -174,6 +174,35 @@ class TrainConfig(BaseModel):
         return self
 
 
+class Suite(BaseModel):
+    """`suite`."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    batch_size: Count
+    greedy: bool
+    masks: bool
+    overlays: bool
+    draws: int = Field(ge=0, strict=True)
+
+
+class TestSet(_Node):
+    """`testsets.<name>`."""
+
+    root: str | None
+    published: Count | None
+    samples: dict[str, Any]
+
+
+class EvaluateConfig(TrainConfig):
+    """The whole of `python -m segrl.evaluate`."""
+
+    model: str | None
+    suite: Suite
+    scores: dict[str, Any]
+    testsets: dict[str, TestSet]
+
+
 def first_fault(error: ValidationError) -> str:
     """One line for the first of pydantic's findings: dotted key, what is needed, what came."""
     found = error.errors()[0]

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from segrl.data.transforms import read_image
+from segrl.models import pretrained
 from segrl.protocols import Grammar, MaskHead, Policy, RolloutEngine
-from segrl.types import Answer, Batch, Completions
+from segrl.types import Answer, Batch, Completions, Sample
 
 
 class Segmenter:
     """Samples and their completions to answers, the same in training, evaluation and use.
+
+    Example: `Segmenter.from_pretrained("my_policy").segment("fish.jpg", "the fish on the left").mask`.
 
     Args:
         policy, grammar, engine, head: the same objects that train.
@@ -16,9 +26,58 @@ class Segmenter:
     def __init__(self, policy: Policy, grammar: Grammar, engine: RolloutEngine, head: MaskHead) -> None:
         self.policy, self.grammar, self.engine, self.head = policy, grammar, engine, head
 
-    def __call__(self, batch: Batch) -> list[Answer]:
-        """One greedy answer per sample."""
-        return self.read(batch, self.engine.greedy(self.policy, batch.prefixes), 1)
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, weights: str | Path = "weights", device: str | torch.device = "cpu"
+    ) -> Segmenter:
+        """A segmenter from a folder that `python -m segrl.export` wrote.
+
+        Args:
+            folder: policy, processor and `segrl.json`.
+            weights: folder of the mask heads' checkpoints, such as `sam2.1_hiera_large.pt`.
+            device: of policy and mask head.
+
+        Raises:
+            ValueError: if the folder has no `segrl.json`, or it is damaged or names anything but segrl's own parts.
+        """
+        card = pretrained.read(Path(folder))
+        if not card:
+            raise ValueError(
+                f"{folder}: a folder that python -m segrl.export wrote is needed; it has no {pretrained.NAME}"
+            )
+        card["policy"]["weights"] = str(folder)
+        policy, grammar, head, engine = (
+            pretrained.build(part, card[part], Path(weights))
+            for part in ("policy", "grammar", "head", "rollout")
+        )
+        return cls(policy.eval().to(device), grammar, engine, head.eval().to(device))
+
+    @torch.inference_mode()
+    def segment(self, image: np.ndarray | str | Path, query: str | None = None) -> Answer:
+        """One answer: its mask at the image's own size, and what was thought and prompted (`parsed`).
+
+        Args:
+            image: uint8 RGB `[H, W, 3]`, or a file.
+            query: what to segment; none where the grammar asks for whatever stands out.
+
+        Raises:
+            ValueError: if the file is no image, or the array is of another kind.
+        """
+        pixels = image if isinstance(image, np.ndarray) else read_image(Path(image))
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise ValueError(f"image: uint8 [H, W, 3] is needed; got {pixels.dtype} {list(pixels.shape)}")
+        sample = Sample(id="image", image=pixels, mask=np.zeros(pixels.shape[:2], bool), query=query)
+        prefix = self.policy.encoder.encode(self.grammar.messages(query), pixels)
+        (answer,) = self(Batch(samples=[sample], prefixes=[prefix]).to(self.policy.device))
+        return answer
+
+    def __call__(self, batch: Batch, seeds: Sequence[int] | None = None) -> list[Answer]:
+        """One answer per sample: the greedy one, or one drawn by each sample's seed."""
+        if seeds is None:
+            completions = self.engine.greedy(self.policy, batch.prefixes)
+        else:
+            completions = self.engine.sample(self.policy, batch.prefixes, 1, seeds)
+        return self.read(batch, completions, 1)
 
     def read(self, batch: Batch, completions: Completions, group_size: int) -> list[Answer]:
         """Parse and draw N = B*G completions; each image is encoded once for its group."""

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segrl.data.transforms import MaskRule, mask_kind, read_image, read_mask, read_pair, shown_size, squash
+from segrl.data.transforms import (
+    MaskRule,
+    mask_kind,
+    read_image,
+    read_map,
+    read_mask,
+    read_pair,
+    shown_size,
+    squash,
+)
 from segrl.types import Sample
 
 OBJECT = np.zeros((6, 8), bool)
@@ -411,3 +420,10 @@ def test_squash_keeps_the_share_of_the_object() -> None:
     mask = np.hypot(y - 90, x - 160) < 60
     out = squash(Sample(id="a", image=np.zeros((200, 300, 3), np.uint8), mask=mask), 56)
     assert out.mask.mean() == pytest.approx(mask.mean(), rel=0.02)
+
+
+def test_a_one_bit_mask_has_bytes_of_zero_and_one(tmp_path):
+    Image.new("1", (4, 3), 1).save(tmp_path / "mask.png")
+    mask = read_mask(tmp_path / "mask.png")
+    assert mask.dtype == bool and mask.all() and (mask.view(np.uint8) == 1).all()
+    assert (read_map(tmp_path / "mask.png") == 255).all()

@@ -165,7 +165,7 @@ def test_paper_experiment_trains_on_a_folder_of_its_dataset(cli, tmp_path, exper
     metrics = json.loads((run / "metrics.json").read_text())
     (name,) = metrics["test"]
     assert metrics["test"][name]["iou"]["n"] == 3
-    assert metrics["objective"] == metrics["metrics"][f"test/{name}/structure"]
+    assert metrics["objective"] == metrics["metrics"][f"test/{name}/sm"]
     assert "policy/kl" in json.loads((run / "history.jsonl").read_text().splitlines()[0])  # beta is 0.04
 
 
@@ -279,7 +279,7 @@ def test_evaluation_scores_a_checkpoint_without_training(cli, tmp_path):
     assert code == 0, err
     (run,) = (tmp_path / "runs" / "score").iterdir()
     assert json.loads((run / "metrics.json").read_text())["metrics"] == trained
-    assert "test/synthetic/structure" in out
+    assert "test/synthetic/sm" in out
 
 
 def test_micro_batches_do_not_change_the_update(cli, tmp_path):

@@ -15,7 +15,7 @@ def test_the_demo_learns(cli, tmp_path):
     rewards = [json.loads(line)["reward/iou"] for line in (run / "history.jsonl").read_text().splitlines()]
     assert np.mean(rewards[-50:]) > np.mean(rewards[:50]) + 0.1
     table = json.loads((run / "metrics.json").read_text())["test"]["synthetic"]
-    for metric in ("iou", "structure"):
+    for metric in ("iou", "sm"):
         assert table[metric]["gain"] >= 0.05 and table[metric]["interval"][0] > 0, table
         assert table[metric]["n"] >= 256
     answers = [json.loads(line) for line in (run / "evaluation" / "after.jsonl").read_text().splitlines()]

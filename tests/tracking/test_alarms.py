@@ -84,11 +84,11 @@ def test_the_best_checkpoint_is_the_one_that_is_scored(cli, tmp_path, monkeypatc
     told = iter([0.9, 0.3, 0.2])
 
     def pretend(stage):
-        stage.log("val/synthetic/structure", next(told))
+        stage.log("val/synthetic/sm", next(told))
 
     monkeypatch.setattr(SegStage, "on_validation_epoch_end", pretend)
     code, out, err = cli(
-        *DEMO, "trainer.max_steps=3", "trainer.val_check_interval=1", "callbacks.best.monitor=val/synthetic/structure",
+        *DEMO, "trainer.max_steps=3", "trainer.val_check_interval=1", "callbacks.best.monitor=val/synthetic/sm",
         "data.val_length=2", "stage.optimizer.lr=1e-2", f"paths.run={tmp_path}/run",
     )  # fmt: skip
     assert code == 0, err

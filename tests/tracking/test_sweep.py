@@ -19,7 +19,7 @@ def test_a_sweep_of_four_nano_jobs(cli, tmp_path):
         (g, s) for g in "24" for s in "12"
     }
     assert all(r.info.status == "FINISHED" for r in runs)
-    table = out.split("4 jobs by test/synthetic/structure")[1].strip().splitlines()
+    table = out.split("4 jobs by test/synthetic/sm")[1].strip().splitlines()
     objectives = [float(line.split()[0]) for line in table]
     assert objectives == sorted(objectives, reverse=True)
     assert objectives == [

@@ -142,6 +142,34 @@ def pair(
     return found.pairs
 
 
+def pair_maps(predictions: Path, truths: Path, keep: str) -> list[tuple[Path, Path]]:
+    """Predicted maps and ground truth of two folders, by stem: every truth has its map, and every map its truth.
+
+    Raises:
+        ValueError: naming the first five files that stand alone, or the folder that is missing or empty.
+    """
+    for key, folder in (("pred", predictions), ("gt", truths)):
+        if not folder.is_dir():
+            raise ValueError(f"{key}: a folder is needed; there is no {folder}")
+    faults: list[str] = []
+    maps, masks = (_files(folder, _MASKS, keep, faults) for folder in (predictions, truths))
+    if faults:
+        raise ValueError(faults[0])
+    if alone := set(masks) - set(maps):
+        raise ValueError(
+            f"pred: a map for every ground truth is needed; there is none for {first_names(alone)}"
+        )
+    if alone := set(maps) - set(masks):
+        raise ValueError(
+            f"gt: a ground truth for every map is needed; there is none for {first_names(alone)}"
+        )
+    if not masks:
+        raise ValueError(
+            f"gt: at least one mask is needed; {truths} holds none" + f" named *{keep}*" * bool(keep)
+        )
+    return [(maps[stem], masks[stem]) for stem in masks]
+
+
 class ImageMaskFolders(OnDisk):
     """One or more folder pairs in a row.
 

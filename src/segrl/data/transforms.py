@@ -68,6 +68,8 @@ def _greys(image: Image.Image) -> np.ndarray | None:
 
 def _values(path: Path, image: Image.Image) -> np.ndarray:
     """A mask file's one channel `[H, W]`; ValueError naming a colour file whose channels differ."""
+    if image.mode == "1":  # Pillow's own bools have bytes of 255, and whoever looks at bytes is misled
+        return np.asarray(image.convert("L")) > 0
     values = np.asarray(image)
     if values.ndim == 2:
         return values
@@ -114,6 +116,21 @@ def read_mask(path: Path, rule: MaskRule = PLAIN) -> np.ndarray:
             "(objects=[VALUE,...], a key of data=image_mask and of its folder pair, says which are the object)"
         )
     return values > (0 if top == 1 else 128)
+
+
+def read_map(path: Path) -> np.ndarray:
+    """A predicted mask or grey map to uint8 `[H, W]`: 16 bits scale to 8, 1 bit is 0 and 255.
+
+    Raises:
+        ValueError: for a file that cannot be decoded, a coloured palette, or a colour file whose channels differ.
+    """
+    image = _open(path)
+    values = _greys(image) if image.mode == "P" else _values(path, image)
+    if values is None:
+        raise ValueError(f"{path}: a grey map is needed; this is a palette PNG of colours")
+    if values.dtype == bool:
+        return values.astype(np.uint8) * 255
+    return (values // 257 if values.dtype != np.uint8 else values).astype(np.uint8)
 
 
 def mask_kind(path: Path) -> str:

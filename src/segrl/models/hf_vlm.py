@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -148,6 +148,11 @@ class HFPolicy(nn.Module):
             *range(len(tokenizer), self.model.get_input_embeddings().num_embeddings),
         ]  # fmt: skip
         self.register_buffer("never_sampled", torch.tensor(placeholders), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights lie."""
+        return cast("torch.device", self.stop_ids.device)
 
     def prefill(self, prefixes: Sequence[Prefix]) -> PrefixCache:
         """Read every prefix once: pixels through the tower, tokens through the language model."""

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from segrl.data.batching import Collate, Trace
 from segrl.data.datamodule import SegDataModule
-from segrl.metrics.saliency import SaliencyScores, score
+from segrl.metrics.parts import SetMeans
+from segrl.metrics.saliency import NAMES, score
 from segrl.models.hf_vlm import HFPolicy
 from segrl.protocols import Grammar, MaskHead, RolloutEngine
 from segrl.segmenter import Segmenter
@@ -213,7 +214,7 @@ class SegStage(Stage):
         self.segmenter = Segmenter(policy, grammar, engine, head)
         self.collate = Collate(policy.encoder, grammar, trace, also)
         self.eval_collate = Collate(policy.encoder, grammar)
-        self.val_scores: dict[str, SaliencyScores] = {}
+        self.val_scores: dict[str, SetMeans] = {}
         self.records: dict[str, list[Record]] = {}
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
@@ -232,19 +233,21 @@ class SegStage(Stage):
 
     def on_validation_epoch_start(self) -> None:
         """Fresh totals."""
-        self.val_scores = {name: SaliencyScores().to(self.device) for name in self.datamodule.val}
+        self.val_scores = {
+            name: SetMeans(dict.fromkeys(NAMES, 1)).to(self.device) for name in self.datamodule.val
+        }
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to its dataset's totals."""
         name = list(self.val_scores)[dataloader_idx]
         for record in self.evaluate_batch(batch):
-            self.val_scores[name].update(record.scores)
+            self.val_scores[name].update({key: np.array([v]) for key, v in record.scores.items()})
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/<dataset>/<metric>`."""
         for name, scores in self.val_scores.items():
             for metric, value in scores.compute().items():
-                self.log(f"val/{name}/{metric}", value, rank_zero_only=True)
+                self.log(f"val/{name}/{metric}", value.squeeze(), rank_zero_only=True)
 
     def on_test_epoch_start(self) -> None:
         """Fresh records."""

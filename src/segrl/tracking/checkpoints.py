@@ -110,7 +110,7 @@ class KeepBest(lightning.Callback):
 
     Args:
         path: one file, written anew each time.
-        monitor: such as `val/synthetic/structure`, the more the better; none keeps nothing.
+        monitor: such as `val/synthetic/sm`, the more the better; none keeps nothing.
     """
 
     def __init__(self, path: str, monitor: str | None) -> None:

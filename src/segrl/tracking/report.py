@@ -18,7 +18,7 @@ from segrl.stages.base import Record
 from segrl.tracking.figures import Cell, sheet
 from segrl.types import MaskPrompt, Sample
 
-_TITLES = {"iou": "IoU", "structure": "S-measure", "mae": "MAE", "fault_rate": "unparsable"}
+_TITLES = {"iou": "IoU", "sm": "S-measure", "mae": "MAE", "fault_rate": "unparsable"}
 _DRAWN = 8
 
 Scores = dict[str, dict[str, dict[str, float]]]

@@ -1,0 +1,91 @@
+"""The card beside a policy's weights: with which grammar, mask head and limits it was trained, so that it is used so.
+
+A card is data from anywhere. It may name segrl's own adapters and give them plain values; it cannot name other code, nor a
+file outside the package, the folder of weights, and its own folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+NAME = "segrl.json"
+PARTS = {
+    "policy": r"segrl\.models\.hf_vlm\.\w+",
+    "grammar": r"segrl\.prompts\.\w+\.\w+",
+    "head": r"segrl\.models\.sam2_head\.\w+",
+    "rollout": r"segrl\.rollout\.\w+\.\w+",
+}
+_ARCHITECTURE = re.compile(r"asset:[\w.]+|configs/sam2(?:\.1)?/[\w.+]+\.yaml")
+_CHECKPOINT = re.compile(r"(?:asset|weights):[\w.-]+")
+
+Card = dict[str, dict[str, Any]]
+"""By part, the class under `_target_` and the values of its constructor."""
+
+
+def write(folder: Path, card: Card) -> None:
+    """Beside the weights. Raises ValueError for what `read` would refuse."""
+    _checked(card, folder / NAME)
+    (folder / NAME).write_text(json.dumps(card, indent=2) + "\n")
+
+
+def read(folder: Path) -> Card:
+    """The card of a folder, empty where it has none; ValueError naming a card that is damaged or asks for something else."""
+    path = folder / NAME
+    if not path.is_file():
+        return {}
+    try:
+        card = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: JSON is needed; {error}") from None
+    return _checked(card, path)
+
+
+def build(part: str, values: dict[str, Any], weights: Path) -> Any:  # noqa: ANN401 - one of the adapters
+    """Make what a part of a card describes; raises ValueError where its constructor does not take the values.
+
+    Args:
+        part: of `PARTS`.
+        values: of that part.
+        weights: folder of the mask heads' checkpoints.
+    """
+    module, _, name = str(values["_target_"]).rpartition(".")
+    made = getattr(importlib.import_module(module), name, None)
+    if not isinstance(made, type):
+        raise ValueError(f"{NAME}: {part}._target_: a class of segrl is needed; got {values['_target_']}")
+    arguments = {key: located(value, weights) for key, value in values.items() if key != "_target_"}
+    try:
+        return made(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{NAME}: {part}: {error}") from None
+
+
+def located(value: Any, weights: Path | str) -> Any:  # noqa: ANN401 - plain values pass through
+    """`asset:NAME` and `weights:NAME` as paths, anything else as it is."""
+    if isinstance(value, str) and value.startswith("asset:"):
+        return str(resources.files("segrl") / "assets" / value.removeprefix("asset:"))
+    if isinstance(value, str) and value.startswith("weights:"):
+        return f"{weights}/{value.removeprefix('weights:')}"
+    return value
+
+
+def _checked(card: object, path: Path) -> Card:
+    if not isinstance(card, dict) or card.keys() != PARTS.keys():
+        raise ValueError(
+            f"{path}: {', '.join(PARTS)} are needed; got {sorted(card) if isinstance(card, dict) else card}"
+        )
+    for part, pattern in PARTS.items():
+        values = card[part]
+        if not isinstance(values, dict) or not re.fullmatch(pattern, str(values.get("_target_"))):
+            raise ValueError(f"{path}: {part}._target_: {pattern} is needed; got {values!r:.80}")
+        if any(key.startswith("_") for key in values if key != "_target_"):
+            raise ValueError(f"{path}: {part}: names of values are needed; got {', '.join(values)}")
+    for key, allowed in (("architecture", _ARCHITECTURE), ("checkpoint", _CHECKPOINT)):
+        value = str(card["head"].get(key))
+        if not allowed.fullmatch(value):
+            raise ValueError(f"{path}: head.{key}: {allowed.pattern} is needed; got {value:.80}")
+    return card

@@ -1,0 +1,63 @@
+"""`python -m segrl.score pred=DIR gt=DIR`: a folder of predicted masks or grey maps against ground truth, whoever made them.
+
+The same code as `python -m segrl.evaluate`: on the same masks both print the same digits.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from segrl.front_door import enter
+
+
+def job(cfg: DictConfig) -> None:
+    """Score every pair, print the table, write the JSON."""
+    from hydra.utils import instantiate
+
+    from segrl.data.image_mask import pair_maps
+    from segrl.data.transforms import read_map, read_mask
+    from segrl.evaluating import print_tables
+    from segrl.metrics.parts import scores
+
+    out = None if cfg.out is None else Path(cfg.out)
+    if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
+        raise ValueError(f"out: a .json file in a folder that exists is needed; got {out}")
+    if isinstance(cfg.draws, bool) or not isinstance(cfg.draws, int) or cfg.draws < 0:
+        raise ValueError(f"draws: 0 or more resamples are needed; got {cfg.draws}")
+    family = instantiate(cfg.scores)
+    pairs = pair_maps(Path(cfg.pred), Path(cfg.gt), cfg.keep)
+    rows = []
+    for number, (prediction, ground_truth) in enumerate(pairs, 1):
+        saliency, truth = read_map(prediction), read_mask(ground_truth)
+        if saliency.shape != truth.shape:
+            raise ValueError(
+                f"{prediction}: a map of its ground truth's size is needed; the map is {saliency.shape[1]}x{saliency.shape[0]}, "
+                f"{ground_truth} is {truth.shape[1]}x{truth.shape[0]}"
+            )
+        rows.append(family.parts(saliency, truth, None))
+        if number % 500 == 0:
+            print(f"  {number}/{len(pairs)}", flush=True)
+    table = scores(family, rows, cfg.draws, cfg.seed)
+    print_tables({Path(cfg.pred).name: table}, {Path(cfg.pred).name: len(rows)})
+    print(family.convention)
+    if out is not None:
+        report = {
+            **{name: score.value for name, score in table.items()}, "n": len(rows), "convention": family.convention,
+            "intervals": {name: score.interval for name, score in table.items()},
+        }  # fmt: skip
+        beside = out.with_suffix(".partial")
+        beside.write_text(json.dumps(report, indent=2) + "\n")
+        beside.replace(out)
+        print(f"written to {out}")
+
+
+def main() -> None:
+    """Entry point."""
+    enter("score", job)
+
+
+if __name__ == "__main__":
+    main()
