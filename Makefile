@@ -6,9 +6,11 @@ PYTHON := .venv/bin/python
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 RUNS ?= runs
 ARGS ?=
+MODEL ?=
+SUITE ?=
 SCALE ?= nano
 
-.PHONY: help setup demo seg-r1 test test-slow lint types bench train eval sweep mlflow docker assets clean
+.PHONY: help setup demo seg-r1 test test-slow test-zero lint types bench bench-metrics train eval sweep mlflow docker assets clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -31,6 +33,10 @@ test: setup ## unit, contract, config, stage and house tests (under 10 minutes o
 test-slow: setup ## learning and kill tests (minutes each)
 	@$(PYTHON) -m pytest -q -m slow
 
+test-zero: setup ## DeepSpeed's ZeRO against DDP on two CPU processes, in an environment of its own (.venv-zero)
+	@UV_PROJECT_ENVIRONMENT=.venv-zero $(UV) sync --frozen --extra deepspeed
+	@.venv-zero/bin/python -m pytest -q -m zero tests/stages/test_zero.py
+
 lint: setup ## ruff and mypy (strict in the pure rooms)
 	@$(PYTHON) -m ruff check src tests && $(PYTHON) -m ruff format --check src tests && $(PYTHON) -m mypy
 
@@ -40,11 +46,14 @@ types: setup ## mypy alone
 bench: setup ## one update, naive against shared prefix; one JSON line
 	@$(PYTHON) benchmarks/shared_prefix.py
 
+bench-metrics: setup ## MAE, S, E, F, weighted F: CPU time beside pysodmetrics, which runs in its own environment
+	@$(PYTHON) benchmarks/metrics.py
+
 train: setup ## make train ARGS="+experiment=grpo_cod10k"
 	@$(PYTHON) -m segrl.train paths.runs=$(RUNS) $(ARGS)
 
-eval: setup ## make eval ARGS="+experiment=demo init_from=CHECKPOINT": score a policy without training
-	@$(PYTHON) -m segrl.evaluate paths.runs=$(RUNS) $(ARGS)
+eval: setup ## make eval MODEL=FOLDER SUITE=cod: score a policy on benchmarks (cod sod dis refer reason grefer synthetic)
+	@$(PYTHON) -m segrl.evaluate paths.runs=$(RUNS) $(if $(SUITE),+suite=$(SUITE)) $(if $(MODEL),model=$(MODEL)) $(ARGS)
 
 sweep: setup ## make sweep ARGS="+experiment=demo stage.group_size=4,8 seed=1,2"
 	@$(PYTHON) -m segrl.train -m paths.runs=$(RUNS) $(ARGS)
@@ -59,4 +68,4 @@ assets: setup ## train the nano weights anew (under an hour on 2 cores)
 	@$(PYTHON) -m segrl.assets --runs $(RUNS)/assets
 
 clean: ## remove what can be made again (not the runs)
-	rm -rf .venv .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf .venv .venv-zero .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

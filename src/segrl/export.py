@@ -1,82 +1,121 @@
-"""`python -m segrl.export RUN_FOLDER OUT`: a trained policy as a Hugging Face folder with a model card."""
+"""`python -m segrl.export ckpt=CHECKPOINT out=FOLDER`: a trained policy as a Hugging Face folder, with its card.
+
+Any tool of that format loads it; `Segmenter.from_pretrained` and `segrl.evaluate model=FOLDER` also find grammar and mask head.
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from pathlib import Path
+from typing import Any
 
-from segrl.front_door import explain, register_resolvers, scored_checkpoint
+from omegaconf import DictConfig, OmegaConf
+
+from segrl.front_door import asset, enter
 
 
-def export_policy(run: Path, out: Path, note: str) -> None:
-    """Write the policy of a run's last checkpoint as weights, processor and card.
+def job(cfg: DictConfig) -> None:
+    """Export, and say where."""
+    ckpt, out = Path(cfg.ckpt), Path(cfg.out)
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise ValueError(f"out: a new folder is needed; {out} is there")
+    export_policy(ckpt, out, "A policy that writes mask prompts for a promptable segmenter.")
+    print(
+        f"written to {out}: Segmenter.from_pretrained({str(out)!r}), or make eval MODEL={out} SUITE=synthetic"
+    )
+
+
+def export_policy(ckpt: Path, out: Path, note: str, head_checkpoint: str | None = None) -> None:
+    """Write the policy of a checkpoint as weights, processor, generation config, `segrl.json` and model card.
 
     Args:
-        run: folder with config.yaml, metrics.json and checkpoints/last.ckpt.
+        ckpt: in the `checkpoints` folder of a run.
         out: folder to write.
-        note: first paragraph of the card.
+        note: first paragraph of the model card.
+        head_checkpoint: of the mask head, as `segrl.json` names it; none takes the run's.
 
     Raises:
-        ValueError: if `run` is no finished run, or its checkpoint holds no policy.
+        ValueError: if `ckpt` is no checkpoint of a run, or holds no policy.
     """
     from hydra.utils import instantiate
-    from omegaconf import OmegaConf
 
+    from segrl.models import pretrained
     from segrl.tracking.checkpoints import read_checkpoint
 
-    if not (run / "config.yaml").is_file() or not (run / "metrics.json").is_file():
-        raise ValueError(
-            f"export: the folder of a finished run is needed; {run} has no config.yaml and metrics.json"
-        )
+    run = ckpt.parent.parent
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"ckpt: a checkpoint in a run's folder is needed; there is no {run / 'config.yaml'}")
     cfg = OmegaConf.load(run / "config.yaml")
-    weights = read_checkpoint(scored_checkpoint(run))["state_dict"]
+    assert isinstance(cfg, DictConfig)
+    weights = read_checkpoint(ckpt)["state_dict"]
     learned = {k.removeprefix("policy."): v for k, v in weights.items() if k.startswith("policy.")}
     if not learned:
-        raise ValueError(f"export: a run that trained a policy is needed; the checkpoint of {run} holds none")
+        raise ValueError(f"ckpt: a run that trained a policy is needed; {ckpt} holds none")
+    parts = pretrained.checked(described(cfg, head_checkpoint), run / "config.yaml")
     policy = instantiate(cfg.policy)
     policy.take_over(learned)
-    policy.save(out)
+    policy.save(out, cfg.rollout.max_tokens)
+    pretrained.write(out, parts)
     (out / "README.md").write_text(card(run, note))
 
 
-def card(run: Path, note: str) -> str:
-    """Markdown: what it is, the command's configuration, the scores of the run."""
-    from omegaconf import OmegaConf
+def described(cfg: DictConfig, head_checkpoint: str | None) -> dict[str, dict[str, Any]]:
+    """What stands around the weights, as `segrl.json` says it: no path of one machine."""
+    parts = {
+        part: dict(OmegaConf.to_container(cfg[part], resolve=False))  # type: ignore[arg-type]
+        for part in ("policy", "grammar", "head", "rollout")
+    }
+    parts["policy"] |= {"weights": ".", "lora": None}  # an adapter was merged
+    head = parts["head"]
+    head["architecture"] = _named(str(head["architecture"]))
+    head["checkpoint"] = head_checkpoint or _named(str(head["checkpoint"]))
+    return parts
 
-    metrics = json.loads((run / "metrics.json").read_text())
-    scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics["metrics"].items())
+
+def _named(path: str) -> str:
+    """A file that ships with segrl or with sam2, or one of the folder of weights, by its name."""
+    name = path.removeprefix("${asset:").removesuffix("}")
+    if path != name or Path(path) == Path(asset(Path(path).name)):
+        return f"asset:{Path(name).name}"
+    return path if path.startswith("configs/") else f"weights:{Path(path).name}"
+
+
+def card(run: Path, note: str) -> str:
+    """Markdown: what it is, what it was trained on and by which command, the scores of the run, the configuration."""
     config = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))  # unresolved: no path of one machine
     assert isinstance(config, dict)
-    settings = OmegaConf.to_yaml(
-        OmegaConf.create({k: config[k] for k in ("stage", "rollout", "reward", "data", "trainer")})
+    wanted = ("stage", "rollout", "reward", "data", "trainer")
+    settings = OmegaConf.to_yaml(OmegaConf.create({k: config[k] for k in wanted}))
+    lines = [
+        f"---\nlicense: apache-2.0\npipeline_tag: image-segmentation\n---\n# {config['name']}\n\n{note}\n"
+    ]
+    if (run / "metrics.json").is_file():
+        metrics = json.loads((run / "metrics.json").read_text())
+        lines.append(
+            f"Trained by segrl, experiment `{metrics['name']}`, seed {metrics['seed']}, {metrics['steps']} updates, "
+            f"{metrics['seconds']:.0f} s.\n\n| metric | value |\n|---|---|"
+        )
+        lines += [f"| {name} | {value:.4f} |" for name, value in metrics["metrics"].items()]
+    if (run / "provenance.json").is_file():
+        made = json.loads((run / "provenance.json").read_text())
+        dirty = ", with changes" if made["git.dirty"] == "true" else ""
+        lines.append(
+            f"\n```\n{made['command']}\n```\ncommit {made['git.commit']}{dirty}; data: {_data(config['data'])}"
+        )
+    return "\n".join(lines) + (
+        f"\n\n<details><summary>configuration</summary>\n\n```yaml\n{settings}```\n</details>\n"
     )
-    return (
-        f"---\nlicense: apache-2.0\n---\n# {metrics['name']}\n\n{note}\n\n"
-        f"Trained by segrl, experiment `{metrics['name']}`, seed {metrics['seed']}, {metrics['steps']} updates, "
-        f"{metrics['seconds']:.0f} s.\n\n| metric | value |\n|---|---|\n{scores}\n\n"
-        f"<details><summary>configuration</summary>\n\n```yaml\n{settings}```\n</details>\n"
-    )
+
+
+def _data(data: dict[str, Any]) -> str:
+    """What it learned from, and under which terms."""
+    loader = str(data["module"]["train"]["_target_"]).rpartition(".")[2]
+    return f"`{loader}` of {data.get('root', 'scenes drawn by segrl')} ({data.get('licence', 'no licence stated')})"
 
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("out", type=Path, help="folder to write")
-    arguments = parser.parse_args()
-    from hydra.errors import HydraException
-
-    register_resolvers()
-    try:
-        export_policy(
-            arguments.run, arguments.out, "A policy that writes mask prompts for a promptable segmenter."
-        )
-    except (ValueError, HydraException) as error:
-        line = explain(error, "train", []) or str(error)
-        print(f"segrl: {line}", file=sys.stderr)
-        sys.exit(2)
+    enter("export", job)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,10 @@ class Run:
         new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(text)
-        logger: Logger = instantiate(cfg.logger)(folder, provenance(text))
+        made = provenance(text)
+        if not (folder / "provenance.json").is_file():
+            (folder / "provenance.json").write_text(json.dumps(made, indent=2) + "\n")
+        logger: Logger = instantiate(cfg.logger)(folder, made)
         if new:  # MLflow's parameters are written once; a resumed run has its changes in config.yaml
             logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
         return logger
@@ -284,7 +287,15 @@ class Run:
             "seconds": round(time.monotonic() - self.began, 1),
         }  # fmt: skip
         (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
-        kept = ("metrics.json", "config.yaml", "before_after.png", "sheets", "evaluation", "checkpoints")
+        kept = (
+            "metrics.json",
+            "config.yaml",
+            "provenance.json",
+            "before_after.png",
+            "sheets",
+            "evaluation",
+            "checkpoints",
+        )
         final = metrics if objective is None else {**metrics, "objective": objective}
         keep(self.logger, [*(folder / name for name in kept), *drawn], final)
         self.logger.finalize("success")

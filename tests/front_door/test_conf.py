@@ -9,15 +9,15 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from segrl.front_door import conf_folder, register_resolvers
-from segrl.schema import TrainConfig
+from segrl.schema import EvaluateConfig, TrainConfig
 
 EXPERIMENTS = sorted(p.stem for p in (conf_folder() / "experiment").glob("*.yaml"))
 
 
-def composed(*overrides):
+def composed(*overrides, config="train"):
     register_resolvers()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return compose("train", list(overrides))
+        return compose(config, list(overrides))
 
 
 def targets(node, path=""):
@@ -60,9 +60,14 @@ def test_experiment_composes_and_binds(experiment):
 def test_every_option_of_every_group_composes_and_binds(file: Path):
     if file.parent.name in ("experiment", "testset"):  # test sets are read in tests/data/test_testsets.py
         return
-    cfg = OmegaConf.to_container(composed(f"{file.parent.name}={file.stem}"), resolve=False)
-    for path, node in targets(cfg):
-        if path.split(".")[0] == file.parent.name:
+    group, option = file.parent.name, file.stem
+    if group in ("suite", "scores"):  # of evaluation alone
+        cfg = composed(f"{'+' * (group == 'suite')}{group}={option}", config="evaluate")
+        EvaluateConfig.model_validate(OmegaConf.to_container(cfg, resolve=True))
+    else:
+        cfg = composed(f"{group}={option}")
+    for path, node in targets(OmegaConf.to_container(cfg, resolve=False)):
+        if path.split(".")[0] in (group, "testsets", "scores"):
             bind(path, node)
 
 

@@ -84,7 +84,7 @@ def test_a_merged_policy_says_the_same(nano_weights, family, tmp_path):
     disturb(policy)
     prefixes, said = spoken(policy)
     before = policy.logprobs(prefixes, said).detach()
-    policy.save(tmp_path)
+    policy.save(tmp_path, 40)
     merged = HFPolicy(str(tmp_path), policy.encoder.image_side, None, 1.0, "float32", "sdpa", None, True)
     torch.testing.assert_close(merged.logprobs(prefixes, said), before, rtol=0, atol=1e-5)
     assert not [name for name in merged.state_dict() if "lora" in name]

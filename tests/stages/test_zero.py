@@ -14,7 +14,7 @@ import torch
 pytestmark = pytest.mark.zero
 RUN = (
     "+experiment=demo", "logger=csv", "trainer.accelerator=cpu", "trainer.devices=2", "data.train_length=64", "data.test_length=5",
-    "stage.group_size=3", "rollout.max_tokens=24", "data.workers=0", "data.batch_size=2", "stage.micro_batch_size=1",
+    "rollout.max_tokens=24", "data.workers=0", "data.batch_size=2", "stage.micro_batch_size=1",
     "policy.temperature=1.0", "stage.schedule=null", "test_before=false",
 )  # fmt: skip
 SGD = ("stage.optimizer._target_=torch.optim.SGD", "~stage.optimizer.betas", "~stage.optimizer.eps", "stage.optimizer.lr=0.05")  # fmt: skip
@@ -43,7 +43,7 @@ def apart(one, other):
 
 
 def test_every_level_ends_where_ddp_does(tmp_path):
-    case = (*RUN, *SGD, "stage=sam_r1", "reference=frozen_copy", "trainer.max_steps=4")
+    case = (*RUN, *SGD, "stage.group_size=3", "stage=sam_r1", "reference=frozen_copy", "trainer.max_steps=4")
     ddp = run(tmp_path / "ddp", *case, "trainer=ddp")
     still = run(tmp_path / "still", *case, "trainer=ddp", "stage.optimizer.lr=1e-20")
     assert apart(ddp, still) > 1e-3
@@ -67,7 +67,7 @@ def test_imitation_under_the_highest_level_ends_where_ddp_does(tmp_path):
 
 
 def test_a_run_goes_on_under_any_strategy(tmp_path):
-    case, start = (*RUN, *ADAMW), []
+    case, start = (*RUN, *ADAMW, "stage.group_size=3"), []
     whole = run(tmp_path / "whole", *case, "trainer.max_steps=4", "trainer=ddp")
     for step, name in enumerate(("ddp", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3"), 1):
         end = run(tmp_path / str(step), *case, f"trainer.max_steps={step}", f"trainer={name}", *start)

@@ -99,9 +99,10 @@ def export(runs: Path, out: Path) -> None:
     made = f"Made by `make assets` (seed {SEED}) on scenes drawn by `segrl.data.synthetic`."
     scores = ", ".join(f"{name} {value:.3f}" for name, value in box_scores(runs / "nano_sft").items())
     export_policy(
-        runs / "nano_sft", out / "policy_nano",
+        runs / "nano_sft" / "checkpoints" / "last.ckpt", out / "policy_nano",
         f"Qwen3-VL's classes at 2.5 million parameters: an early cold start, left for reinforcement learning to improve. "
         f"It imitates annotators who draw loose boxes. {made} On 256 held-out scenes: {scores}.",
+        "asset:sam2_nano.safetensors",
     )  # fmt: skip
     weights = read_checkpoint(runs / "nano_head" / "checkpoints" / "last.ckpt")["state_dict"]
     head = {k.removeprefix("head.model."): v.to(torch.float16).contiguous() for k, v in weights.items()}

@@ -255,8 +255,13 @@ class HFPolicy(nn.Module):
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
 
-    def save(self, folder: Path) -> None:
-        """Write a Hugging Face folder; an adapter is merged into the weights, for good."""
+    def save(self, folder: Path, max_tokens: int) -> None:
+        """Write a Hugging Face folder; an adapter is merged into the weights, for good.
+
+        Args:
+            folder: where.
+            max_tokens: of a completion, for whoever generates with other tools: greedily and without penalties, as scored here.
+        """
         if self.lora is not None:
             from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -267,6 +272,12 @@ class HFPolicy(nn.Module):
                     setattr(self.model.get_submodule(parent), name, layer.get_base_layer())
             self.model._hf_peft_config_loaded = False  # transformers' mark of a model that has adapters
             self.lora = None
+        from transformers import GenerationConfig
+
+        stops = self.stop_ids.tolist()
+        self.model.generation_config = GenerationConfig(
+            do_sample=False, max_new_tokens=max_tokens, eos_token_id=stops, pad_token_id=self.pad_id
+        )
         self.model.save_pretrained(folder)
         self.encoder.processor.save_pretrained(folder)
 

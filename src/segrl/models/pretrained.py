@@ -28,8 +28,7 @@ Card = dict[str, dict[str, Any]]
 
 
 def write(folder: Path, card: Card) -> None:
-    """Beside the weights. Raises ValueError for what `read` would refuse."""
-    _checked(card, folder / NAME)
+    """Beside the weights."""
     (folder / NAME).write_text(json.dumps(card, indent=2) + "\n")
 
 
@@ -42,7 +41,7 @@ def read(folder: Path) -> Card:
         card = json.loads(path.read_text())
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: JSON is needed; {error}") from None
-    return _checked(card, path)
+    return checked(card, path)
 
 
 def build(part: str, values: dict[str, Any], weights: Path) -> Any:  # noqa: ANN401 - one of the adapters
@@ -73,7 +72,8 @@ def located(value: Any, weights: Path | str) -> Any:  # noqa: ANN401 - plain val
     return value
 
 
-def _checked(card: object, path: Path) -> Card:
+def checked(card: object, path: Path) -> Card:
+    """The card, if it asks for nothing but segrl's own parts; ValueError naming the file that it stands in."""
     if not isinstance(card, dict) or card.keys() != PARTS.keys():
         raise ValueError(
             f"{path}: {', '.join(PARTS)} are needed; got {sorted(card) if isinstance(card, dict) else card}"

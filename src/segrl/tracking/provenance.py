@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import shlex
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,10 +27,16 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
+def _module() -> str:
+    """Of the process: `segrl.train` for .../segrl/train.py."""
+    return f"segrl.{Path(sys.argv[0]).stem.removeprefix('segrl-')}"
+
+
 def provenance(config_yaml: str) -> dict[str, str]:
-    """Tags of a run: commit, whether the tree differs from it, hash of the configuration, versions."""
+    """Tags of a run: command, commit, whether the tree differs from it, hash of the configuration, versions."""
     packages = ("segrl", "torch", "transformers", "lightning", "sam2")
     return {
+        "command": " ".join(["python -m", _module(), *(shlex.quote(argument) for argument in sys.argv[1:])]),
         "git.commit": _git("rev-parse", "HEAD") or "unknown",
         "git.dirty": str(bool(_git("status", "--porcelain"))).lower(),
         "config.sha256": hashlib.sha256(config_yaml.encode()).hexdigest(),
