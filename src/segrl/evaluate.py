@@ -28,6 +28,13 @@ def job(cfg: DictConfig) -> float | None:
 
 def _resumed(folder: Path) -> DictConfig:
     """The configuration of an evaluation that was begun."""
+    from hydra.core.hydra_config import HydraConfig
+
+    for override in HydraConfig.get().overrides.task:
+        if not override.startswith("resume="):
+            raise ValueError(
+                f"resume: the evaluation goes on with its own configuration; {override} cannot be changed"
+            )
     saved = folder / "config.yaml"
     before = OmegaConf.load(saved) if saved.is_file() else None
     if not isinstance(before, DictConfig) or "suite" not in before:
@@ -47,7 +54,7 @@ def _take_model(cfg: DictConfig, folder: Path) -> None:
     card = read(folder)
     for part, values in card.items():
         cfg[part] = {name: located(value, cfg.paths.weights) for name, value in values.items()}
-    cfg.policy.weights = str(folder)
+    OmegaConf.update(cfg, "policy.weights", str(folder), force_add=True)
     for override in HydraConfig.get().overrides.task:  # what the command line says stands above the card
         key, _, value = override.lstrip("+").partition("=")
         if key.split(".")[0] in card and "." in key:

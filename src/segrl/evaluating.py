@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TextIO, cast
 
 import numpy as np
@@ -63,7 +63,12 @@ class Evaluation:
                 raise ValueError(
                     f"init_from: a checkpoint that holds a policy is needed; {cfg.init_from} holds none"
                 )
-            policy.take_over(learned)
+            try:
+                policy.take_over(learned)
+            except ValueError as error:
+                raise ValueError(
+                    f"init_from: a policy of this architecture is needed; {cfg.init_from} has another ({error})"
+                ) from None
         segmenter = Segmenter(
             policy.eval(), instantiate(cfg.grammar), instantiate(cfg.rollout), instantiate(cfg.head)
         )
@@ -131,8 +136,8 @@ class Evaluation:
                 seconds = (time.monotonic() - start) / len(batch)
                 for sample, answer in zip(batch.samples, answers, strict=True):
                     row = {"dataset": name, **_row(sample, answer, seconds), **self._parts(sample, answer)}
+                    self._draw(name, sample, answer)  # before the line, which says that all is done
                     file.write(json.dumps(row) + "\n")
-                    self._draw(name, sample, answer)
                 file.flush()
                 count += len(batch)
                 if time.monotonic() - told > _SECONDS:
@@ -224,6 +229,7 @@ def _test_sets(cfg: DictConfig) -> dict[str, SampleSet]:
             )
     sets: dict[str, SampleSet] = {name: instantiate(node) for name, node in nodes.items()}
     for name, samples in sets.items():
+        _check_ids(name, samples.ids, cfg.suite.masks or cfg.suite.overlays)
         published = _published(cfg, name)
         if published is not None and published != len(samples):
             raise ValueError(
@@ -231,6 +237,20 @@ def _test_sets(cfg: DictConfig) -> dict[str, SampleSet]:
                 f"testset={name} says which are missing (testsets.{name}.published=null scores what is here)"
             )
     return sets
+
+
+def _check_ids(name: str, ids: Sequence[str], files: bool) -> None:
+    """Each is there once, and names a file inside the folder where it is to name one; ValueError where it does not."""
+    seen: set[str] = set()
+    for one in ids:
+        if one in seen:
+            raise ValueError(f"{name}: an id of its own is needed for every sample; {one} is there twice")
+        seen.add(one)
+        place = PurePosixPath(f"{one}.png")
+        if files and (place.is_absolute() or ".." in place.parts or "\0" in one):
+            raise ValueError(
+                f"suite.masks and overlays: ids that can name files are needed; {name} has {one!r}"
+            )
 
 
 def _published(cfg: DictConfig, name: str) -> int | None:

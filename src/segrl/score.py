@@ -27,6 +27,8 @@ def job(cfg: DictConfig) -> None:
         raise ValueError(f"out: a .json file in a folder that exists is needed; got {out}")
     if isinstance(cfg.draws, bool) or not isinstance(cfg.draws, int) or cfg.draws < 0:
         raise ValueError(f"draws: 0 or more resamples are needed; got {cfg.draws}")
+    if isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or cfg.seed < 0:
+        raise ValueError(f"seed: a whole number from 0 up is needed; got {cfg.seed}")
     family = instantiate(cfg.scores)
     pairs = pair_maps(Path(cfg.pred), Path(cfg.gt), cfg.keep)
     rows = []

@@ -64,7 +64,7 @@ class Segmenter:
             ValueError: if the file is no image, or the array is of another kind.
         """
         pixels = image if isinstance(image, np.ndarray) else read_image(Path(image))
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
             raise ValueError(f"image: uint8 [H, W, 3] is needed; got {pixels.dtype} {list(pixels.shape)}")
         sample = Sample(id="image", image=pixels, mask=np.zeros(pixels.shape[:2], bool), query=query)
         prefix = self.policy.encoder.encode(self.grammar.messages(query), pixels)

@@ -278,8 +278,10 @@ def test_evaluation_scores_a_checkpoint_without_training(cli, tmp_path):
     )
     assert code == 0, err
     (run,) = (tmp_path / "runs" / "score").iterdir()
-    assert json.loads((run / "metrics.json").read_text())["metrics"] == trained
-    assert "test/synthetic/sm" in out
+    found = json.loads((run / "metrics.json").read_text())["datasets"]["synthetic"]
+    for name in ("sm", "iou", "mae"):
+        assert found["scores"][name]["value"] == pytest.approx(trained[f"test/synthetic/{name}"], abs=1e-12)
+    assert found["fault_rate"] == trained["test/synthetic/fault_rate"] and " sm " in out
 
 
 def test_micro_batches_do_not_change_the_update(cli, tmp_path):

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from segrl.front_door import asset
+
 pytestmark = pytest.mark.zero
 RUN = (
     "+experiment=demo", "logger=csv", "trainer.accelerator=cpu", "trainer.devices=2", "data.train_length=64", "data.test_length=5",
@@ -18,10 +20,8 @@ RUN = (
     "policy.temperature=1.0", "stage.schedule=null", "test_before=false",
 )  # fmt: skip
 SGD = ("stage.optimizer._target_=torch.optim.SGD", "~stage.optimizer.betas", "~stage.optimizer.eps", "stage.optimizer.lr=0.05")  # fmt: skip
-ADAMW = (
-    "stage.optimizer.lr=1e-4",
-    "stage.optimizer.eps=1e-3",
-)  # with a tiny eps, rounding decides the step where there is no gradient
+# With a tiny eps rounding decides the step of weights that have no gradient.
+ADAMW = ("stage.optimizer.lr=1e-4", "stage.optimizer.eps=1e-3")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,11 +55,16 @@ def test_every_level_ends_where_ddp_does(tmp_path):
 
 
 def test_imitation_under_the_highest_level_ends_where_ddp_does(tmp_path):
-    case = (
-        *RUN,
-        "stage=sft",
+    sgd = (
         "stage.optimizer._target_=torch.optim.SGD",
         "~stage.optimizer.betas",
+        "~stage.optimizer.weight_decay",
+    )
+    case = (
+        *RUN[1:],
+        "+experiment=nano_sft",
+        f"policy.weights={asset('policy_nano')}",
+        *sgd,
         "trainer.max_steps=3",
     )
     ddp, zero = (run(tmp_path / name, *case, f"trainer={name}") for name in ("ddp", "deepspeed_zero3"))

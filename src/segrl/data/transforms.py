@@ -55,11 +55,11 @@ def _open(path: Path, content: bytes | None = None) -> Image.Image:
     return image
 
 
-def _greys(image: Image.Image) -> np.ndarray | None:
-    """What a palette file shows, if it shows several greys and no colour; none otherwise."""
+def _greys(image: Image.Image, fewest: int) -> np.ndarray | None:
+    """What a palette file shows, if it shows so many greys and no colour; none otherwise."""
     indices, palette = np.asarray(image), np.asarray(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
     used = np.flatnonzero(np.bincount(indices.ravel(), minlength=256))
-    if len(used) < 2 or used[-1] >= len(palette) or (palette[used] != palette[used][:, :1]).any():
+    if len(used) < fewest or used[-1] >= len(palette) or (palette[used] != palette[used][:, :1]).any():
         return None
     table = np.zeros(256, np.uint8)
     table[used] = palette[used][:, 0]
@@ -94,7 +94,7 @@ def read_mask(path: Path, rule: MaskRule = PLAIN) -> np.ndarray:
     if rule.names_values:
         return rule.object_of(_values(path, image))
     if image.mode == "P":
-        greys = _greys(image)
+        greys = _greys(image, 2)
         if greys is None:
             raise ValueError(
                 f"{path}: a grey mask is needed; this is a palette PNG, whose indices do not say which is the object "
@@ -125,7 +125,7 @@ def read_map(path: Path) -> np.ndarray:
         ValueError: for a file that cannot be decoded, a coloured palette, or a colour file whose channels differ.
     """
     image = _open(path)
-    values = _greys(image) if image.mode == "P" else _values(path, image)
+    values = _greys(image, 1) if image.mode == "P" else _values(path, image)
     if values is None:
         raise ValueError(f"{path}: a grey map is needed; this is a palette PNG of colours")
     if values.dtype == bool:

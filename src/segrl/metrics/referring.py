@@ -15,13 +15,14 @@ _PRECISIONS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 class Referring:
-    """`giou` mean IoU per sample (mIoU), `ciou` all intersections over all unions (oIoU), `p@.5` to `p@.9`.
+    """`giou` mean IoU per sample (mIoU), `ciou` all intersections over all unions (oIoU), `p@.5` to `p@.9` shares above that IoU.
 
     Args:
         empty: IoU of a sample whose truth and mask are both empty: "one" (LISA, gRefCOCO), "zero" (Seg-R1), or "skip": it
             counts neither in `giou` nor in `p@`.
         ignore: pixels that the annotators left open: "exclude" (LISA), "background" (Seg-R1) or "target" (Seg-Zero).
-        no_target: also `n_acc` (share of samples without a target that got an empty mask) and `t_acc` (with a target, a mask).
+        no_target: also `n_acc` (share of samples without a target that got an empty mask) and `t_acc` (with a target, a mask);
+            `p@` is then of the samples with a target, as in ReLA's code.
 
     Raises:
         ValueError: if a convention has another name.
@@ -50,10 +51,16 @@ class Referring:
         counted = float(either > 0 or self.empty != "skip")
         overlap = both / either if either else float(self.empty == "one")
         found = {"counted": counted, "iou": overlap * counted, "intersection": both, "union": either}
-        found |= {_name(p): float(overlap > p) * counted for p in _PRECISIONS}
         target, drawn = bool(truth.any()), bool(mask.any())
-        found |= {"target": target, "target_drawn": target and drawn, "absent_left": not target and not drawn}
+        found |= {"target": target, "target_drawn": target and drawn}
+        found |= {"absent": not target, "absent_left": not target and not drawn}
+        found |= {_name(p): float(overlap > p) * found[self._among] for p in _PRECISIONS}
         return {name: np.array([value], np.float64) for name, value in found.items()}
+
+    @property
+    def _among(self) -> str:
+        """Which samples `p@` is a share of."""
+        return "target" if self.no_target else "counted"
 
     def summary(self, means: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See `Family`."""
@@ -61,10 +68,10 @@ class Referring:
         table = {
             "giou": ratio(value["iou"], value["counted"]),
             "ciou": ratio(value["intersection"], value["union"]),
-            **{_name(p): ratio(value[_name(p)], value["counted"]) for p in _PRECISIONS},
+            **{_name(p): ratio(value[_name(p)], value[self._among]) for p in _PRECISIONS},
         }
         if self.no_target:
-            table["n_acc"] = ratio(value["absent_left"], 1 - value["target"])
+            table["n_acc"] = ratio(value["absent_left"], value["absent"])
             table["t_acc"] = ratio(value["target_drawn"], value["target"])
         return table
 

@@ -22,6 +22,8 @@ PARTS = {
 }
 _ARCHITECTURE = re.compile(r"asset:[\w.]+|configs/sam2(?:\.1)?/[\w.+]+\.yaml")
 _CHECKPOINT = re.compile(r"(?:asset|weights):[\w.-]+")
+_ATTENTION = re.compile(r"[\w|]+")  # with a slash, transformers would fetch code of that name
+_DTYPE = re.compile("float32|bfloat16|float16")
 
 Card = dict[str, dict[str, Any]]
 """By part, the class under `_target_` and the values of its constructor."""
@@ -84,8 +86,22 @@ def checked(card: object, path: Path) -> Card:
             raise ValueError(f"{path}: {part}._target_: {pattern} is needed; got {values!r:.80}")
         if any(key.startswith("_") for key in values if key != "_target_"):
             raise ValueError(f"{path}: {part}: names of values are needed; got {', '.join(values)}")
-    for key, allowed in (("architecture", _ARCHITECTURE), ("checkpoint", _CHECKPOINT)):
-        value = str(card["head"].get(key))
+        if not all(map(_plain, values.values())):
+            raise ValueError(f"{path}: {part}: plain values are needed; got {values!r:.200}")
+    for part, key, allowed in (
+        ("head", "architecture", _ARCHITECTURE), ("head", "checkpoint", _CHECKPOINT),
+        ("policy", "attention", _ATTENTION), ("policy", "dtype", _DTYPE),
+    ):  # fmt: skip
+        value = str(card[part].get(key))
         if not allowed.fullmatch(value):
-            raise ValueError(f"{path}: head.{key}: {allowed.pattern} is needed; got {value:.80}")
+            raise ValueError(f"{path}: {part}.{key}: {allowed.pattern} is needed; got {value:.80}")
     return card
+
+
+def _plain(value: object) -> bool:
+    """Whether nothing in it is called or looked up where Hydra makes an object of it."""
+    if isinstance(value, dict):
+        return all(not key.startswith("_") and _plain(one) for key, one in value.items())
+    if isinstance(value, list):
+        return all(map(_plain, value))
+    return not (isinstance(value, str) and "${" in value)

@@ -7,6 +7,7 @@ does only what nothing else can: it shares out the optimizer's state (ZeRO-1), t
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -17,6 +18,12 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+
+
+def _leave() -> None:
+    """A process that ends with the engine's groups open is aborted by their threads."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class ZeRO(DDPStrategy):
@@ -48,6 +55,7 @@ class ZeRO(DDPStrategy):
             return
         import deepspeed
 
+        atexit.register(_leave)
         (optimizer,) = self.optimizers
         self.groups = [list(group["params"]) for group in optimizer.param_groups]
         self.engine, *_ = deepspeed.initialize(

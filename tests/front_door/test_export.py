@@ -1,0 +1,109 @@
+"""An exported policy is the checkpoint's: for segrl, for plain transformers, and for whoever reads its card."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from segrl.data.synthetic import SyntheticScenes
+from segrl.segmenter import Segmenter
+
+SMALL = ("logger=csv", "trainer.accelerator=cpu", "data.train_length=64", "data.test_length=4", "test_before=false",
+         "trainer.max_steps=2", "data.batch_size=2", "stage.group_size=2", "stage.micro_batch_size=2", "data.workers=0")  # fmt: skip
+
+
+@pytest.fixture
+def exported(cli, tmp_path):
+    """A run, and the folder made of it."""
+
+    def export(*overrides):
+        run, out = tmp_path / "run", tmp_path / "policy"
+        code, _, err = cli(
+            "+experiment=demo", *SMALL, "stage.optimizer.lr=1e-3", f"paths.run={run}", *overrides
+        )
+        assert code == 0, err
+        code, said, err = cli(f"ckpt={run}/checkpoints/last.ckpt", f"out={out}", module="export", runs=None)
+        assert code == 0, err
+        assert str(out) in said
+        return run, out
+
+    return export
+
+
+def test_the_folder_answers_as_the_checkpoint_does(cli, exported, tmp_path):
+    run, out = exported()
+    suite = (
+        "+suite=synthetic",
+        "testsets.synthetic.samples.length=4",
+        "testsets.synthetic.published=4",
+        "logger=csv",
+    )
+    own = (f"init_from={run}/checkpoints/last.ckpt", "rollout.max_tokens=40")
+    lines = []
+    for name, source in (("own", own), ("folder", (f"model={out}",))):
+        code, _, err = cli(*suite, *source, f"paths.run={tmp_path}/{name}", module="evaluate")
+        assert code == 0, err
+        rows = (tmp_path / name / "per_sample.jsonl").read_text().splitlines()
+        lines.append([{**json.loads(row), "seconds": 0} for row in rows])
+    assert lines[0] == lines[1]
+    segmenter = Segmenter.from_pretrained(out)
+    scene = SyntheticScenes("test", 4, 0, 128, (0.1, 0.5), (1, 1))[2]
+    answer = segmenter.segment(scene.image)
+    assert answer.text == lines[0][2]["text"]
+    assert answer.mask.shape == scene.mask.shape
+    assert np.count_nonzero(answer.mask & scene.mask) == lines[0][2]["intersection"]
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [(), ("policy.lora={rank: 4, alpha: 8, dropout: 0.0}", "stage.optimizer.lr=1e-2")],
+    ids=["weights", "adapter"],
+)
+def test_plain_transformers_generates_the_same_text(exported, lora):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    _, out = exported(*lora)
+    scene = SyntheticScenes("test", 4, 0, 128, (0.1, 0.5), (1, 1))[0]
+    segmenter = Segmenter.from_pretrained(out)
+    model, processor = AutoModelForImageTextToText.from_pretrained(out), AutoProcessor.from_pretrained(out)
+    assert not any("lora" in name or "base_layer" in name for name in model.state_dict())
+    ours = segmenter.policy.model.state_dict()
+    assert all(torch.equal(value, ours[name]) for name, value in model.state_dict().items())
+    prefix = segmenter.policy.encoder.encode(segmenter.grammar.messages(None), scene.image)
+    ids = model.generate(
+        input_ids=prefix.token_ids[None], mm_token_type_ids=prefix.token_types[None], pixel_values=prefix.pixels,
+        image_grid_thw=prefix.grid, attention_mask=torch.ones_like(prefix.token_ids[None]),
+    )  # fmt: skip
+    text = processor.tokenizer.decode(ids[0, len(prefix.token_ids) :], skip_special_tokens=True)
+    assert text == segmenter.segment(scene.image).text
+
+
+def test_the_card_says_where_the_numbers_come_from(exported):
+    _, out = exported()
+    card = (out / "README.md").read_text()
+    for words in (
+        " +experiment=demo logger=csv",
+        "commit ",
+        "SyntheticScenes",
+        "| test/synthetic/sm |",
+        "group_size: 2",
+    ):
+        assert words in card
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation["do_sample"] is False and generation["max_new_tokens"] == 40
+    assert (out / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("ckpt", "word"),
+    [("nothing.ckpt", "config.yaml"), ("run/checkpoints/last.ckpt", "out")],
+    ids=["no run", "out exists"],
+)
+def test_what_cannot_be_exported_is_said_in_one_line(cli, tmp_path, ckpt, word):
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "mine.txt").write_text("mine")
+    out = "policy" if word == "out" else "other"
+    code, _, err = cli(f"ckpt={tmp_path}/{ckpt}", f"out={tmp_path}/{out}", module="export", runs=None)
+    assert code == 2 and err.count("\n") == 1 and word in err
+    assert not (tmp_path / "other").exists() and len(list((tmp_path / "policy").iterdir())) == 1

@@ -1,0 +1,122 @@
+"""gIoU and cIoU under every convention, worked by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from segrl.data.reasoning import ReasonSeg
+from segrl.metrics.parts import scores
+from segrl.metrics.referring import Referring
+
+
+def row(*pixels: int) -> np.ndarray:
+    """A mask of 1 x 20 pixels: those that are named."""
+    mask = np.zeros((1, 20), bool)
+    mask[0, list(pixels)] = True
+    return mask
+
+
+def table(family: Referring, *samples: tuple) -> dict[str, float]:
+    """Samples are mask, truth, ignored pixels."""
+    rows = [family.parts(m.astype(np.uint8) * 255, t, i[0] if i else None) for m, t, *i in samples]
+    return {name: score.value for name, score in scores(family, rows, 0, 0).items()}
+
+
+NOTHING, TWO, FOUR, OTHER = row(), row(0, 1), row(0, 1, 2, 3), row(8, 9, 10)
+
+
+@pytest.mark.parametrize(
+    ("empty", "giou", "p5"), [("one", (1 + 0.5 + 0) / 3, 1 / 3), ("zero", 0.5 / 3, 0), ("skip", 0.5 / 2, 0)]
+)
+def test_truth_and_mask_both_empty(empty, giou, p5) -> None:
+    found = table(Referring(empty, "exclude", False), (NOTHING, NOTHING), (TWO, FOUR), (OTHER, NOTHING))
+    assert found["giou"] == pytest.approx(giou, abs=1e-15)
+    assert found["ciou"] == 2 / (4 + 3)  # such a pair adds nothing; a false mask all it covers
+    assert found["p@.5"] == pytest.approx(p5, abs=1e-15)
+    assert "n_acc" not in found and "t_acc" not in found
+
+
+@pytest.mark.parametrize(("ignore", "both", "either"), [("exclude", 2, 5), ("background", 2, 8), ("target", 5, 10)])
+def test_ignored_pixels(ignore, both, either) -> None:
+    # truth 0-3, mask 0, 1, 4 and 10-12; of 10-14, which nobody looked at, the mask has three
+    mask, truth, open_ = row(0, 1, 4, 10, 11, 12), FOUR, row(10, 11, 12, 13, 14)
+    found = table(Referring("one", ignore, False), (mask, truth, open_))
+    assert found["giou"] == found["ciou"] == both / either
+    plain = table(Referring("one", ignore, False), (mask, truth))
+    assert plain["ciou"] == 2 / 8  # without ignored pixels all are one
+
+
+def test_a_mask_inside_what_is_excluded_is_no_mask_to_the_score() -> None:
+    sample = (row(10, 11), NOTHING, row(10, 11, 12))
+    assert table(Referring("one", "exclude", False), sample)["giou"] == 1.0
+    assert table(Referring("one", "background", False), sample)["giou"] == 0.0
+    assert table(Referring("one", "target", False), sample)["giou"] == 2 / 3
+    assert math.isnan(table(Referring("skip", "exclude", False), sample)["giou"])
+
+
+def test_grefcoco_by_relas_rules() -> None:
+    found = table(
+        Referring("one", "exclude", True),
+        (NOTHING, FOUR),  # missed: no intersection, the truth in the union
+        (NOTHING, NOTHING),  # rightly left alone: 1, and nothing to cIoU
+        (OTHER, NOTHING),  # wrongly drawn: 0, the mask in the union
+        (FOUR, FOUR),
+        (row(0, 1, 2), FOUR),
+    )
+    assert found["giou"] == pytest.approx((0 + 1 + 0 + 1 + 0.75) / 5, abs=1e-15)
+    assert found["ciou"] == (0 + 4 + 3) / (4 + 3 + 4 + 4)
+    assert found["n_acc"] == 1 / 2 and found["t_acc"] == 2 / 3
+    assert found["p@.7"] == 2 / 3 and found["p@.8"] == 1 / 3  # of the three that have a target
+    assert table(Referring("one", "exclude", False), (NOTHING, FOUR), (NOTHING, NOTHING))["p@.5"] == 1 / 2
+
+
+@pytest.mark.parametrize("tenths", [5, 6, 7, 8, 9])
+def test_precision_is_of_what_is_above_the_threshold_not_at_it(tenths) -> None:
+    whole = row(*range(10))
+    at, above = row(*range(tenths)), row(*range(tenths + 1))
+    found = table(Referring("one", "exclude", False), (at, whole), (above, whole))
+    assert found[f"p@.{tenths}"] == 1 / 2
+    assert list(found) == ["giou", "ciou", "p@.5", "p@.6", "p@.7", "p@.8", "p@.9"]
+
+
+def test_grey_from_128_up_is_the_mask() -> None:
+    grey = np.array([[127, 128, 255, 0]], np.uint8)
+    parts = Referring("one", "exclude", False).parts(grey, np.ones((1, 4), bool), None)
+    assert (parts["intersection"], parts["union"]) == (2, 4)
+
+
+@pytest.mark.parametrize(("key", "given"), [("empty", ("two", "exclude")), ("ignore", ("one", "drop"))])
+def test_a_convention_of_another_name_is_refused(key, given) -> None:
+    with pytest.raises(ValueError, match=f"scores.{key}: .* is needed; got {given[key == 'ignore']}"):
+        Referring(*given, False)
+
+
+def test_the_convention_is_told() -> None:
+    assert "zero" in Referring("zero", "target", False).convention
+    assert "target" in Referring("zero", "target", False).convention
+
+
+def test_reasonseg_under_each_convention(realdata: Path) -> None:
+    """Areas from LISA's own script: who predicts the truth, or the truth with all that is ignored."""
+    areas = json.loads((realdata / "reasonseg_style/expected_mask_areas_lisa.json").read_text())
+    samples = ReasonSeg(str(realdata / "reasonseg_style"), "val", False, None)
+    samples = [samples[i] for i in range(len(samples))]
+    target = np.array([areas[s.id]["target_px"] for s in samples])
+    both = target + np.array([areas[s.id]["ignore_px"] for s in samples])
+    assert (both > target).sum() == 3
+    nothing = np.zeros(1, bool)
+    for ignore, exact, generous in (("exclude", 1, 1), ("background", 1, target / both), ("target", target / both, 1)):
+        family = Referring("one", ignore, False)
+        for expected, masks in (
+            (exact, [s.mask for s in samples]),
+            (generous, [s.mask | (nothing if s.ignore is None else s.ignore) for s in samples]),
+        ):
+            found = table(family, *((m, s.mask, s.ignore) for m, s in zip(masks, samples, strict=True)))
+            assert found["giou"] == pytest.approx(np.mean(expected), abs=1e-12)
+            whole = 1.0 if np.ndim(expected) == 0 else target.sum() / both.sum()
+            assert found["ciou"] == pytest.approx(whole, abs=1e-12)

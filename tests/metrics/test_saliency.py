@@ -1,0 +1,77 @@
+"""Sets of real maps, through the command line, against what pysodmetrics says of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SETS
+from PIL import Image
+
+from segrl.metrics.saliency import METRICS, NAMES, Saliency, score
+
+OURS = {"giou_empty_is_1": "iou"}
+
+
+@pytest.mark.parametrize("name", sorted(SETS))
+def test_every_value_of_a_set_is_pysodmetrics(cli, tmp_path: Path, realdata: Path, name: str) -> None:
+    expected = json.loads((realdata / "pysod_expected.json").read_text())["sets"][name]
+    maps, truths = (realdata / folder for folder in SETS[name])
+    for folder in ("pred", "gt"):
+        (tmp_path / folder).mkdir()
+    for stem in expected["per_image"]:
+        of_truth = stem.split("_")[0] if name == "smeasure_demo" else stem
+        (tmp_path / "gt" / f"{stem}.png").symlink_to(truths / f"{of_truth}.png")
+        if name.endswith("binarised128"):
+            grey = np.asarray(Image.open(maps / f"{stem}.png").convert("L"))
+            Image.fromarray((grey >= 128).astype(np.uint8) * 255).save(tmp_path / "pred" / f"{stem}.png")
+        else:
+            (tmp_path / "pred" / f"{stem}.png").symlink_to(maps / f"{stem}.png")
+    wanted = [OURS.get(key, key) for key in expected["dataset"]]
+    out = tmp_path / "scores.json"
+    code, _, err = cli(
+        f"pred={tmp_path}/pred", f"gt={tmp_path}/gt", f"out={out}", f"metrics=[{','.join(wanted)}]", "draws=0",
+        module="score", runs=None,
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads(out.read_text())
+    assert found["n"] == expected["n"] and found["intervals"] == dict.fromkeys(wanted)
+    for key, value in expected["dataset"].items():
+        assert found[OURS.get(key, key)] == pytest.approx(value, abs=1e-9), key
+
+
+def test_what_is_scored_while_training_is_what_the_set_is_scored_by() -> None:
+    rng = np.random.default_rng(0)
+    masks = [(rng.random((9, 13)) < 0.4, np.roll(rng.random((9, 13)) < 0.5, 1)) for _ in range(4)]
+    family = Saliency(("iou", "sm", "mae"))
+    for mask, truth in masks:
+        parts, found = family.parts(mask.astype(np.uint8) * 255, truth, None), score(mask, truth, True)
+        assert tuple(found) == NAMES and found["fault_rate"] == 1.0
+        assert [found[n] for n in NAMES[:3]] == pytest.approx([parts[n][0] for n in NAMES[:3]], abs=1e-12)
+
+
+def test_every_metric_is_there_alone_and_in_the_order_asked_for() -> None:
+    truth = np.zeros((30, 40), bool)
+    truth[5:20, 8:30] = True
+    grey = np.roll(truth, 2, 1).astype(np.uint8) * 200 + 20
+    everything = Saliency(METRICS).summary(Saliency(METRICS).parts(grey, truth, None))
+    assert tuple(everything) == METRICS
+    for name in METRICS:
+        alone = Saliency((name,))
+        assert alone.summary(alone.parts(grey, truth, None)) == {name: everything[name]}
+    assert tuple(Saliency(("mae", "sm")).summary(Saliency(("mae", "sm")).parts(grey, truth, None))) == ("mae", "sm")
+
+
+@pytest.mark.parametrize("metrics", [(), ("sm", "iuo"), "sm"])
+def test_no_metric_or_one_of_another_name_is_refused(metrics) -> None:
+    with pytest.raises(ValueError, match="metrics: some of sm, wfm"):
+        Saliency(metrics)
+
+
+def test_ignored_pixels_are_refused_not_counted() -> None:
+    grey, truth = np.zeros((4, 4), np.uint8), np.zeros((4, 4), bool)
+    with pytest.raises(ValueError, match="ignored pixels"):
+        Saliency(("sm",)).parts(grey, truth, ~truth)
+    Saliency(("sm",)).parts(grey, truth, truth)  # none is ignored
