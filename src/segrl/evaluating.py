@@ -73,10 +73,13 @@ class Evaluation:
             policy.eval(), instantiate(cfg.grammar), instantiate(cfg.rollout), instantiate(cfg.head)
         )
         trainer = cfg.trainer
-        fabric = Fabric(
-            accelerator=trainer.accelerator, devices=trainer.devices, num_nodes=trainer.get("num_nodes", 1),
-            precision=trainer.precision, strategy="auto" if trainer.devices == 1 else "ddp",
-        )  # fmt: skip
+        try:
+            fabric = Fabric(
+                accelerator=trainer.accelerator, devices=trainer.devices, num_nodes=trainer.get("num_nodes", 1),
+                precision=trainer.precision, strategy="auto" if trainer.devices == 1 else "ddp",
+            )  # fmt: skip
+        except (RuntimeError, ValueError) as error:  # a device or a precision that is not there
+            raise ValueError(f"trainer: {error}") from None
         return cls(cfg=cfg, folder=folder, segmenter=segmenter, family=family, sets=sets, fabric=fabric)
 
     def run(self) -> float | None:

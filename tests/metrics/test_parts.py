@@ -23,7 +23,8 @@ def pairs(count: int = 5) -> list[tuple[np.ndarray, np.ndarray]]:
     for k in range(count):
         truth = np.zeros((12, 17), bool)
         truth[2 : 4 + k, 3 : 9 + k] = True
-        saliency = np.where(truth, rng.integers(60 + 20 * k, 256, truth.shape), rng.integers(0, 140, truth.shape))
+        level = 30 + 45 * k % 200  # each is parted best at a threshold of its own
+        saliency = np.where(truth, rng.integers(level - 20, level + 20, truth.shape), rng.integers(0, level, truth.shape))
         saliency.flat[0], saliency[3, 4] = 0, 255
         made.append((saliency.astype(np.uint8), truth))
     return made

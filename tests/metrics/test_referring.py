@@ -36,7 +36,7 @@ NOTHING, TWO, FOUR, OTHER = row(), row(0, 1), row(0, 1, 2, 3), row(8, 9, 10)
 def test_truth_and_mask_both_empty(empty, giou, p5) -> None:
     found = table(Referring(empty, "exclude", False), (NOTHING, NOTHING), (TWO, FOUR), (OTHER, NOTHING))
     assert found["giou"] == pytest.approx(giou, abs=1e-15)
-    assert found["ciou"] == 2 / (4 + 3)  # such a pair adds nothing; a false mask all it covers
+    assert found["ciou"] == pytest.approx(2 / (4 + 3), abs=1e-15)  # such a pair adds nothing; a false mask all it covers
     assert found["p@.5"] == pytest.approx(p5, abs=1e-15)
     assert "n_acc" not in found and "t_acc" not in found
 
@@ -69,9 +69,9 @@ def test_grefcoco_by_relas_rules() -> None:
         (row(0, 1, 2), FOUR),
     )
     assert found["giou"] == pytest.approx((0 + 1 + 0 + 1 + 0.75) / 5, abs=1e-15)
-    assert found["ciou"] == (0 + 4 + 3) / (4 + 3 + 4 + 4)
-    assert found["n_acc"] == 1 / 2 and found["t_acc"] == 2 / 3
-    assert found["p@.7"] == 2 / 3 and found["p@.8"] == 1 / 3  # of the three that have a target
+    assert found["ciou"] == pytest.approx((0 + 4 + 3) / (4 + 3 + 4 + 4), abs=1e-15)
+    assert (found["n_acc"], found["t_acc"]) == pytest.approx((1 / 2, 2 / 3), abs=1e-15)
+    assert (found["p@.7"], found["p@.8"]) == pytest.approx((2 / 3, 1 / 3), abs=1e-15)  # of the three that have a target
     assert table(Referring("one", "exclude", False), (NOTHING, FOUR), (NOTHING, NOTHING))["p@.5"] == 1 / 2
 
 

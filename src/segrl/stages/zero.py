@@ -156,11 +156,10 @@ class ZeRO(DDPStrategy):
         held: dict[str, Tensor] = next(iter(saved["state"].values()), {})
         for group, old in zip(sharing.param_groups, saved["param_groups"], strict=True):
             group.update({name: value for name, value in old.items() if name != "params"})
-            for share in group["params"]:
-                for name, value in held.items():
-                    sharing.state[share][name] = (
-                        value.clone() if value.dim() == 0 else torch.zeros_like(share)
-                    )
+        flat = "fp32_partitioned_groups_flat" if self.zero_stage == 3 else "single_partition_of_fp32_groups"
+        for share in getattr(self.engine.optimizer, flat):
+            for name, value in held.items():
+                sharing.state[share][name] = value.clone() if value.dim() == 0 else torch.zeros_like(share)
         if held and self.zero_stage < 3:
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()  # its shares learn of their new state
         for number, parameter in enumerate(p for group in self.groups for p in group):

@@ -1,0 +1,206 @@
+"""A folder with a card is used as it was trained, and a card can ask for nothing else."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segrl.data.synthetic import SyntheticScenes
+from segrl.front_door import asset
+from segrl.models import pretrained
+from segrl.segmenter import Segmenter
+
+CARD = {
+    "policy": {
+        "_target_": "segrl.models.hf_vlm.HFPolicy", "image_side": 128, "pixel_budget": None, "temperature": 1.0,
+        "dtype": "float32", "attention": "sdpa", "lora": None, "train_vision": True,
+    },
+    "grammar": {"_target_": "segrl.prompts.tags.SegR1Tags", "max_boxes": 16, "max_points": 64},
+    "head": {
+        "_target_": "segrl.models.sam2_head.Sam2Head", "architecture": "asset:sam2_nano.yaml",
+        "checkpoint": "asset:sam2_nano.safetensors", "decode_batch": 256,
+    },
+    "rollout": {"_target_": "segrl.rollout.shared_prefix.SharedPrefixEngine", "max_tokens": 64},
+}  # fmt: skip
+EVAL = (
+    "+suite=synthetic", "testsets.synthetic.samples.length=3", "testsets.synthetic.published=3", "logger=csv", "trainer=cpu",
+    "data.workers=0", "suite.draws=0", "suite.masks=true",
+)  # fmt: skip
+
+
+def changed(*steps: str, value: object) -> dict:
+    card = copy.deepcopy(CARD)
+    node = card
+    for step in steps[:-1]:
+        node = node[step]
+    node[steps[-1]] = value
+    return card
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A card to a folder of the shipped policy with it."""
+
+    def made(card: object, name: str = "model") -> Path:
+        folder = tmp_path / name
+        shutil.copytree(asset("policy_nano"), folder)
+        (folder / "segrl.json").write_text(card if isinstance(card, str) else json.dumps(card))
+        return folder
+
+    return made
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "per_sample.jsonl").read_text().splitlines()]
+
+
+def test_a_segmenter_answers_as_the_evaluation_does(cli, tmp_path, model):
+    folder, scenes = model(CARD), SyntheticScenes("test", 3, 0, 128, (0.1, 0.5), (1, 1))
+    code, _, err = cli(*EVAL, f"model={folder}", f"paths.run={tmp_path}/a", module="evaluate")
+    assert code == 0, err
+    segmenter = Segmenter.from_pretrained(folder, weights=tmp_path / "nowhere")
+    for row, k in zip(rows(tmp_path / "a"), range(3), strict=True):
+        answer = segmenter.segment(scenes[k].image)
+        drawn = np.asarray(Image.open(tmp_path / f"a/masks/synthetic/{row['id']}.png")) > 0
+        assert answer.text == row["text"] and answer.parsed.prompt.boxes.tolist() == row["boxes"]
+        assert (answer.mask == drawn).all() and drawn.any()
+        assert (answer.mask & scenes[k].mask).sum() == row["intersection"]
+        Image.fromarray(scenes[k].image).save(tmp_path / "scene.png")
+        again = segmenter.segment(tmp_path / "scene.png")
+        assert again.text == answer.text and (again.mask == answer.mask).all()
+
+
+def test_a_mask_has_its_images_size(model):
+    segmenter = Segmenter.from_pretrained(model(CARD))
+    for size in ((40, 57), (200, 131), (1, 1)):
+        image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+        answer = segmenter.segment(image, "the thing")
+        assert answer.mask.shape == size and answer.mask.dtype == bool
+        turned = segmenter.segment(np.ascontiguousarray(image[::-1])[::-1], "the thing")  # the same, strided
+        assert turned.text == answer.text and (turned.mask == answer.mask).all()
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((4, 5), np.uint8), np.zeros((4, 5, 4), np.uint8), np.zeros((4, 5, 3)), np.zeros((1, 4, 5, 3), np.uint8),
+        np.zeros((3, 4, 5), np.uint8), np.zeros((0, 5, 3), np.uint8), np.zeros((4, 5, 3), bool),
+    ],
+    ids=lambda a: f"{a.dtype}{a.shape}",
+)  # fmt: skip
+def test_an_array_of_another_kind_is_refused(nano_segmenter, image):
+    with pytest.raises(ValueError, match=r"image: uint8 \[H, W, 3\] is needed; got") as refusal:
+        nano_segmenter.segment(image)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.fixture(scope="module")
+def nano_segmenter():
+    return Segmenter.from_pretrained(asset("policy_nano"))
+
+
+def test_a_file_that_is_no_image_is_refused(nano_segmenter, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    for path in (tmp_path / "a.png", str(tmp_path / "b.png")):
+        with pytest.raises(ValueError, match="an image is needed"):
+            nano_segmenter.segment(path)
+
+
+def test_the_card_says_how_and_the_command_line_stands_above_it(cli, tmp_path, model):
+    short = model(changed("rollout", "max_tokens", value=3), "short")
+    for name, more, faults in (("a", (), 3), ("b", ("rollout.max_tokens=64",), 0)):
+        code, _, err = cli(*EVAL, f"model={short}", *more, f"paths.run={tmp_path}/{name}", module="evaluate")
+        assert code == 0, err
+        assert sum(row["fault"] is not None for row in rows(tmp_path / name)) == faults
+    (short / "segrl.json").unlink()  # any folder of the family: the configuration's own values
+    code, _, err = cli(*EVAL, f"model={short}", f"paths.run={tmp_path}/c", module="evaluate")
+    assert code == 0 and [r["text"] for r in rows(tmp_path / "c")] == [r["text"] for r in rows(tmp_path / "b")], err
+    with pytest.raises(ValueError, match="segrl.export"):
+        Segmenter.from_pretrained(short)
+
+
+BAD = {
+    "no json": ("{", ["JSON"]),
+    "a list": ([], ["policy, grammar, head, rollout"]),
+    "a part missing": ({k: v for k, v in CARD.items() if k != "head"}, ["head"]),
+    "a part more": ({**CARD, "data": {}}, ["data"]),
+    "foreign code": (changed("grammar", "_target_", value="os.system"), ["grammar._target_", "os.system"]),
+    "another room": (changed("grammar", "_target_", value="segrl.models.nano.write"), ["grammar._target_"]),
+    "a longer path": (changed("grammar", "_target_", value="segrl.prompts.tags.re.compile"), ["grammar._target_"]),
+    "no class": (changed("policy", value=None), ["policy._target_"]),
+    "called with more": (changed("grammar", "_args_", value=[1]), ["grammar", "_args_"]),
+    "foreign code inside": (
+        changed("policy", "lora", value={"_target_": "pathlib.Path", "_args_": ["x"]}), ["policy", "pathlib"],
+    ),
+    "foreign code deeper": (
+        changed("policy", "pixel_budget", value=[{"a": {"_target_": "numpy.zeros"}}]), ["policy", "numpy.zeros"],
+    ),
+    "a look at the machine": (changed("policy", "image_side", value="${oc.env:HOME}"), ["policy", "oc.env"]),
+    "a checkpoint outside": (
+        changed("head", "checkpoint", value="/etc/passwd"), ["head.checkpoint", "/etc/passwd"],
+    ),
+    "a checkpoint above": (
+        changed("head", "checkpoint", value="weights:../x.pt"), ["head.checkpoint", "../x.pt"],
+    ),
+    "an architecture above": (
+        changed("head", "architecture", value="asset:../../x.yaml"), ["head.architecture", "../../x.yaml"],
+    ),
+    "an architecture outside": (
+        changed("head", "architecture", value="configs/sam2/../../x.yaml"), ["head.architecture"],
+    ),
+    "code of the hub": (changed("policy", "attention", value="somebody/kernel"), ["policy.attention", "somebody/kernel"]),
+    "another type": (changed("policy", "dtype", value="load"), ["policy.dtype", "load"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_card_that_asks_for_something_else_is_refused(cli, tmp_path, model, name):
+    card, words = BAD[name]
+    folder = model(card)
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = cli(*EVAL, f"model={folder}", module="evaluate")
+    assert code == 2 and len(err.splitlines()) == 1 and err.startswith("segrl: "), err
+    assert sorted(tmp_path.rglob("*")) == before
+    assert all(word in err for word in ("segrl.json", *words)), err
+    with pytest.raises(ValueError, match="segrl.json") as refusal:
+        Segmenter.from_pretrained(folder)
+    assert f"segrl: {refusal.value}" == err.strip()
+
+
+@pytest.mark.parametrize(
+    ("card", "words"),
+    [
+        (changed("rollout", "tokens", value=3), ["rollout", "tokens"]),
+        (changed("grammar", "_target_", value="segrl.prompts.tags.Nothing"), ["grammar"]),
+        (changed("head", "checkpoint", value="weights:absent.pt"), ["head.checkpoint", "absent.pt"]),
+    ],
+)
+def test_a_card_that_cannot_be_followed_is_one_line(cli, tmp_path, model, card, words):
+    folder = model(card)
+    code, _, err = cli(*EVAL, f"model={folder}", module="evaluate")
+    assert code == 2 and len(err.splitlines()) == 1 and all(word in err for word in words), err
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(ValueError) as refusal:
+        Segmenter.from_pretrained(folder, weights=tmp_path)
+    assert all(word in str(refusal.value) for word in words)
+
+
+def test_what_is_written_is_read_and_what_would_be_refused_is_not_written(tmp_path):
+    pretrained.write(tmp_path, CARD)
+    assert pretrained.read(tmp_path) == CARD and pretrained.read(tmp_path / "none") == {}
+    before = (tmp_path / "segrl.json").read_bytes()
+    with pytest.raises(ValueError, match="grammar._target_"):
+        pretrained.write(tmp_path, changed("grammar", "_target_", value="os.system"))
+    assert (tmp_path / "segrl.json").read_bytes() == before
+
+
+def test_files_are_named_by_where_they_belong():
+    assert pretrained.located("asset:sam2_nano.yaml", "w") == asset("sam2_nano.yaml")
+    assert pretrained.located("weights:a.pt", Path("w")) == "w/a.pt"
+    assert pretrained.located(None, "w") is None and pretrained.located("sdpa", "w") == "sdpa"
