@@ -13,7 +13,7 @@ SCALE ?= nano
 .PHONY: help setup demo seg-r1 test test-slow test-zero lint types bench bench-metrics train eval sweep mlflow docker assets clean
 
 help: ## list the targets
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 .uv/bin/uv:
 	python3 -m venv .uv && .uv/bin/python -m pip install --quiet uv
@@ -43,8 +43,8 @@ lint: setup ## ruff and mypy (strict in the pure rooms)
 types: setup ## mypy alone
 	@$(PYTHON) -m mypy
 
-bench: setup ## one update, naive against shared prefix; one JSON line
-	@$(PYTHON) benchmarks/shared_prefix.py
+bench: setup ## a GRPO step beside TRL 1.16 (its own environment) and beside the naive algorithm; one JSON line per claim
+	@$(PYTHON) benchmarks/shared_prefix.py; $(PYTHON) benchmarks/grpo_step.py
 
 bench-metrics: setup ## MAE, S, E, F, weighted F: CPU time beside pysodmetrics, which runs in its own environment
 	@$(PYTHON) benchmarks/metrics.py

@@ -46,19 +46,29 @@ def _resumed(folder: Path) -> DictConfig:
 def _take_model(cfg: DictConfig, folder: Path) -> None:
     """Policy, grammar and mask head as an exported folder names them; of any other folder the weights alone."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from segrl.models.pretrained import located, read
+    from segrl.models.pretrained import PARTS, located, read
 
     if not (folder / "config.json").is_file():
         raise ValueError(f"model: a Hugging Face folder is needed; {folder} has no config.json")
     card = read(folder)
-    for part, values in card.items():
-        cfg[part] = {name: located(value, cfg.paths.weights) for name, value in values.items()}
+    said = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    chosen = {override.key_or_group for override in said}
+    if not card and (missing := [part for part in ("policy", "grammar", "head") if part not in chosen]):
+        raise ValueError(
+            f"model: {folder} has no segrl.json, so {missing[0]}=GROUP is needed: which policy family's settings, grammar and mask head?"
+        )
+    for part in PARTS:
+        if part in card and part not in chosen:
+            cfg[part] = {name: located(value, cfg.paths.weights) for name, value in card[part].items()}
+    if card and not chosen & {"policy", "trainer", "trainer.precision"}:
+        cfg.trainer.precision = card["precision"]["passes"]
     OmegaConf.update(cfg, "policy.weights", str(folder), force_add=True)
-    for override in HydraConfig.get().overrides.task:  # what the command line says stands above the card
-        key, _, value = override.lstrip("+").partition("=")
-        if key.split(".")[0] in card and "." in key:
-            OmegaConf.update(cfg, key, OmegaConf.create(f"v: {value}").v)
+    for override in said:  # what the command line says stands above the card
+        key = override.key_or_group
+        if key.split(".")[0] in card and "." in key and not override.is_delete():
+            OmegaConf.update(cfg, key, override.value())
     cfg.sources = {key: owners for key, owners in cfg.sources.items() if key != "policy.weights"}
 
 

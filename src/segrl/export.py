@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from segrl.front_door import asset, enter
+from segrl.front_door import asset, enter, scored_checkpoint
 
 
 def job(cfg: DictConfig) -> None:
@@ -40,23 +40,20 @@ def export_policy(ckpt: Path, out: Path, note: str, head_checkpoint: str | None 
     from hydra.utils import instantiate
 
     from segrl.models import pretrained
-    from segrl.tracking.checkpoints import read_checkpoint
+    from segrl.tracking.checkpoints import learned_policy
 
     run = ckpt.parent.parent
     if not (run / "config.yaml").is_file():
         raise ValueError(f"ckpt: a checkpoint in a run's folder is needed; there is no {run / 'config.yaml'}")
     cfg = OmegaConf.load(run / "config.yaml")
     assert isinstance(cfg, DictConfig)
-    weights = read_checkpoint(ckpt)["state_dict"]
-    learned = {k.removeprefix("policy."): v for k, v in weights.items() if k.startswith("policy.")}
-    if not learned:
-        raise ValueError(f"ckpt: a run that trained a policy is needed; {ckpt} holds none")
+    learned = learned_policy(ckpt, "ckpt")
     parts = pretrained.checked(described(cfg, head_checkpoint), run / "config.yaml")
     policy = instantiate(cfg.policy)
     policy.take_over(learned)
     policy.save(out, cfg.rollout.max_tokens)
     pretrained.write(out, parts)
-    (out / "README.md").write_text(card(run, note))
+    (out / "README.md").write_text(card(run, note, ckpt))
 
 
 def described(cfg: DictConfig, head_checkpoint: str | None) -> dict[str, dict[str, Any]]:
@@ -66,6 +63,7 @@ def described(cfg: DictConfig, head_checkpoint: str | None) -> dict[str, dict[st
         for part in ("policy", "grammar", "head", "rollout")
     }
     parts["policy"] |= {"weights": ".", "lora": None}  # an adapter was merged
+    parts["precision"] = {"passes": str(cfg.trainer.precision)}
     head = parts["head"]
     head["architecture"] = _named(str(head["architecture"]))
     head["checkpoint"] = head_checkpoint or _named(str(head["checkpoint"]))
@@ -80,7 +78,7 @@ def _named(path: str) -> str:
     return path if path.startswith("configs/") else f"weights:{Path(path).name}"
 
 
-def card(run: Path, note: str) -> str:
+def card(run: Path, note: str, ckpt: Path | None = None) -> str:
     """Markdown: what it is, what it was trained on and by which command, the scores of the run, the configuration."""
     config = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))  # unresolved: no path of one machine
     assert isinstance(config, dict)
@@ -89,7 +87,11 @@ def card(run: Path, note: str) -> str:
     lines = [
         f"---\nlicense: apache-2.0\npipeline_tag: image-segmentation\n---\n# {config['name']}\n\n{note}\n"
     ]
-    if (run / "metrics.json").is_file():
+    if ckpt is not None and not _scored(run, ckpt):
+        lines.append(
+            f"Trained by segrl. This checkpoint, `{ckpt.name}`, has not been scored: the run's scores are of another."
+        )
+    elif (run / "metrics.json").is_file():
         metrics = json.loads((run / "metrics.json").read_text())
         lines.append(
             f"Trained by segrl, experiment `{metrics['name']}`, seed {metrics['seed']}, {metrics['steps']} updates, "
@@ -105,6 +107,16 @@ def card(run: Path, note: str) -> str:
     return "\n".join(lines) + (
         f"\n\n<details><summary>configuration</summary>\n\n```yaml\n{settings}```\n</details>\n"
     )
+
+
+def _scored(run: Path, ckpt: Path) -> bool:
+    """Whether the run's scores are those of this checkpoint."""
+    from segrl.tracking.checkpoints import read_checkpoint
+
+    if not (run / "metrics.json").is_file() or ckpt.resolve() != scored_checkpoint(run).resolve():
+        return False
+    steps = json.loads((run / "metrics.json").read_text())["steps"]
+    return ckpt.name == "best.ckpt" or bool(read_checkpoint(ckpt)["global_step"] == steps)
 
 
 def _data(data: dict[str, Any]) -> str:

@@ -117,6 +117,8 @@ def check(cfg: DictConfig) -> None:
     """Print what is wrong and what is worth knowing about a dataset on the disk; exit with 1 if numbers of it would not be its own."""
     from segrl.data.check import check as walk
 
+    if isinstance(cfg.threads, bool) or not isinstance(cfg.threads, int) or cfg.threads < 1:
+        raise ValueError(f"threads: at least 1 is needed; got {cfg.threads}")
     splits = _splits(cfg)
     out = None if cfg.out is None else Path(cfg.out)
     if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):

@@ -42,7 +42,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid")
     title: str
     metric: str
-    """Of the first test set, in the table: `structure`, `iou`, `mae`, `fault_rate`."""
+    """Of the first test set, in the table: `sm`, `iou`, `mae`, `fault_rate`."""
     overrides: list[str] = []
     """Of every run."""
     reinforced: list[str] = []

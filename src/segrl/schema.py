@@ -184,6 +184,7 @@ class Suite(BaseModel):
     masks: bool
     overlays: bool
     draws: int = Field(ge=0, strict=True)
+    unions: dict[str, list[str]]
 
 
 class TestSet(_Node):
@@ -191,6 +192,7 @@ class TestSet(_Node):
 
     root: str | None
     published: Count | None
+    ignored: bool = False
     samples: dict[str, Any]
 
 

@@ -19,8 +19,8 @@ def job(cfg: DictConfig) -> None:
 
     from segrl.data.image_mask import pair_maps
     from segrl.data.transforms import read_map, read_mask
-    from segrl.evaluating import print_tables
     from segrl.metrics.parts import scores
+    from segrl.tracking.per_sample import print_tables
 
     out = None if cfg.out is None else Path(cfg.out)
     if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
@@ -29,7 +29,9 @@ def job(cfg: DictConfig) -> None:
         raise ValueError(f"draws: 0 or more resamples are needed; got {cfg.draws}")
     if isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or cfg.seed < 0:
         raise ValueError(f"seed: a whole number from 0 up is needed; got {cfg.seed}")
-    family = instantiate(cfg.scores)
+    if cfg.metrics is not None and "metrics" not in cfg.scores:
+        raise ValueError("metrics: null is needed with scores that have a fixed table (scores=referring)")
+    family = instantiate(cfg.scores, **({} if cfg.metrics is None else {"metrics": cfg.metrics}))
     pairs = pair_maps(Path(cfg.pred), Path(cfg.gt), cfg.keep)
     rows = []
     for number, (prediction, ground_truth) in enumerate(pairs, 1):
@@ -47,7 +49,7 @@ def job(cfg: DictConfig) -> None:
     print(family.convention)
     if out is not None:
         report = {
-            **{name: score.value for name, score in table.items()}, "n": len(rows), "convention": family.convention,
+            **{name: score.as_json()["value"] for name, score in table.items()}, "n": len(rows), "convention": family.convention,
             "intervals": {name: score.interval for name, score in table.items()},
         }  # fmt: skip
         beside = out.with_suffix(".partial")

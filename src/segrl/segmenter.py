@@ -25,6 +25,7 @@ class Segmenter:
 
     def __init__(self, policy: Policy, grammar: Grammar, engine: RolloutEngine, head: MaskHead) -> None:
         self.policy, self.grammar, self.engine, self.head = policy, grammar, engine, head
+        self.passes: torch.dtype | None = None  # of `segment`; elsewhere the trainer casts
 
     @classmethod
     def from_pretrained(
@@ -50,7 +51,9 @@ class Segmenter:
             pretrained.build(part, card[part], Path(weights))
             for part in ("policy", "grammar", "head", "rollout")
         )
-        return cls(policy.eval().to(device), grammar, engine, head.eval().to(device))
+        segmenter = cls(policy.eval().to(device), grammar, engine, head.eval().to(device))
+        segmenter.passes = pretrained.PASSES[card["precision"]["passes"]]
+        return segmenter
 
     @torch.inference_mode()
     def segment(self, image: np.ndarray | str | Path, query: str | None = None) -> Answer:
@@ -63,12 +66,15 @@ class Segmenter:
         Raises:
             ValueError: if the file is no image, or the array is of another kind.
         """
-        pixels = image if isinstance(image, np.ndarray) else read_image(Path(image))
+        pixels = image if isinstance(image, np.ndarray) else read_image(Path(image), upright=True)
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
             raise ValueError(f"image: uint8 [H, W, 3] is needed; got {pixels.dtype} {list(pixels.shape)}")
+        pixels = np.ascontiguousarray(pixels)  # OpenCV's channels turned around, for one
         sample = Sample(id="image", image=pixels, mask=np.zeros(pixels.shape[:2], bool), query=query)
         prefix = self.policy.encoder.encode(self.grammar.messages(query), pixels)
-        (answer,) = self(Batch(samples=[sample], prefixes=[prefix]).to(self.policy.device))
+        device = self.policy.device
+        with torch.autocast(device.type, dtype=self.passes, enabled=self.passes is not None):
+            (answer,) = self(Batch(samples=[sample], prefixes=[prefix]).to(device))
         return answer
 
     def __call__(self, batch: Batch, seeds: Sequence[int] | None = None) -> list[Answer]:

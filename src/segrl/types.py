@@ -37,6 +37,10 @@ class Sample:
     trace: Parsed | None = None
     """What an annotator answered, where the dataset has it; such samples may have an empty mask."""
 
+    def counted(self, mask: np.ndarray) -> np.ndarray:
+        """A mask bool `[H, W]` without the pixels that no score looks at."""
+        return mask if self.ignore is None else mask & ~self.ignore
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaskPrompt:

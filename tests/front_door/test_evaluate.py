@@ -31,7 +31,9 @@ SUITES = sorted(path.stem for path in (conf_folder() / "suite").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def layouts() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("layouts", Path(__file__).parents[1] / "data" / "layouts.py")
+    spec = importlib.util.spec_from_file_location(
+        "layouts", Path(__file__).parents[1] / "data" / "layouts.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -85,7 +87,9 @@ def scenes(count: int = 6) -> SyntheticScenes:
 
 
 def test_a_line_per_sample_a_table_and_the_scores_of_both(cli, tmp_path):
-    code, out, err = cli(*EVAL, "suite.masks=true", "suite.overlays=true", f"paths.run={tmp_path}/a", module="evaluate")
+    code, out, err = cli(
+        *EVAL, "suite.masks=true", "suite.overlays=true", f"paths.run={tmp_path}/a", module="evaluate"
+    )
     assert code == 0, err
     folder, samples = tmp_path / "a", scenes()
     found = rows(folder, timed=True)
@@ -97,7 +101,11 @@ def test_a_line_per_sample_a_table_and_the_scores_of_both(cli, tmp_path):
         assert row["union"] == ((mask > 0) | truth).sum() and row["seconds"] > 0
         assert row["fault"] is None and len(row["points"]) == len(row["labels"])
     report = json.loads((folder / "metrics.json").read_text())
-    assert (report["suite"], report["greedy"], report["seed"]) == ("synthetic", True, 1)
+    assert (report["suite"], report["answers"], report["head"]) == (
+        "synthetic",
+        "greedy",
+        "sam2_nano.safetensors",
+    )
     of = report["datasets"]["synthetic"]
     assert (of["n"], of["published"], of["fault_rate"]) == (6, 6, 0.0)
     iou = [row["intersection"] / row["union"] for row in found]
@@ -107,13 +115,16 @@ def test_a_line_per_sample_a_table_and_the_scores_of_both(cli, tmp_path):
     low, high = of["scores"]["iou"]["interval"]
     assert f"{np.mean(iou):.4f} [{low:.4f}, {high:.4f}]" in out and "pysodmetrics" in out
     assert sorted(p.name for p in folder.iterdir()) == [
-        "config.yaml", "masks", "metrics.csv", "metrics.json", "overlays", "per_sample.jsonl",
+        "config.yaml", "masks", "metrics.csv", "metrics.json", "overlays", "per_sample.jsonl", "provenance.json", "weights.json",
     ]  # fmt: skip
     assert len(list((folder / "overlays/synthetic").iterdir())) == 6
 
 
 def test_neither_batches_nor_another_time_change_a_score(evaluate):
-    ones, eights = evaluate("one", *EVAL, "suite.batch_size=1"), evaluate("eight", *EVAL, "suite.batch_size=8")
+    ones, eights = (
+        evaluate("one", *EVAL, "suite.batch_size=1"),
+        evaluate("eight", *EVAL, "suite.batch_size=8"),
+    )
     assert rows(ones) == rows(eights) == rows(evaluate("again", *EVAL))
     assert datasets(ones) == datasets(eights)
 
@@ -142,7 +153,9 @@ def test_the_masks_scored_as_files_give_the_same_digits(cli, evaluate, tmp_path)
     assert code == 0, err
     found = json.loads((tmp_path / "s.json").read_text())
     assert {name: found[name] for name in metrics} == values(folder)
-    assert found["intervals"] == {k: s["interval"] for k, s in datasets(folder)["synthetic"]["scores"].items()}
+    assert found["intervals"] == {
+        k: s["interval"] for k, s in datasets(folder)["synthetic"]["scores"].items()
+    }
 
 
 def test_a_faulty_completion_is_an_empty_mask_and_counts(evaluate, monkeypatch):
@@ -158,7 +171,7 @@ def test_a_faulty_completion_is_an_empty_mask_and_counts(evaluate, monkeypatch):
     one = evaluate("one", *EVAL)
     assert datasets(one)["synthetic"]["fault_rate"] == pytest.approx(1 / 6)
     assert [row["fault"] is None for row in rows(one)] == [False] + [True] * 5
-    assert rows(one)[0]["intersection"] == rows(one)[0]["iou"] == 0 and "boxes" not in rows(one)[0]
+    assert rows(one)[0]["intersection"] == rows(one)[0]["scores"]["iou"] == 0 and "boxes" not in rows(one)[0]
 
 
 # --- kills
@@ -238,9 +251,20 @@ def test_what_is_resumed_is_an_evaluation_with_its_own_configuration(cli, refuse
 
 
 def test_two_processes_equal_one(evaluate, tmp_path):
-    five = (*EVAL, "testsets.synthetic.samples.length=5", "testsets.synthetic.published=5", "suite.masks=true")
+    five = (
+        *EVAL,
+        "testsets.synthetic.samples.length=5",
+        "testsets.synthetic.published=5",
+        "suite.masks=true",
+    )
     one = evaluate("one", *five)
-    command = [sys.executable, "-m", "segrl.evaluate", *(a for a in five if a != "trainer=cpu"), "trainer=ddp"]
+    command = [
+        sys.executable,
+        "-m",
+        "segrl.evaluate",
+        *(a for a in five if a != "trainer=cpu"),
+        "trainer=ddp",
+    ]
     done = subprocess.run(
         [*command, "trainer.accelerator=cpu", "trainer.devices=2", f"paths.run={tmp_path}/two", "suite.batch_size=2"],
         capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -336,8 +360,12 @@ def test_reasonseg_leaves_ignored_pixels_out(evaluate, realdata, tmp_path):
     root.mkdir(parents=True)
     for split in ("val", "test"):
         (root / split).symlink_to(realdata / "reasonseg_style" / "val")
-    published = [f"testsets.reasonseg_{split}.published={count}" for split, count in (("val", "null"), ("test", 8))]
-    folder = evaluate("a", "+suite=reason", *NANO, f"paths.datasets={root.parent}", *published, "suite.masks=true")
+    published = [
+        f"testsets.reasonseg_{split}.published={count}" for split, count in (("val", "null"), ("test", 8))
+    ]
+    folder = evaluate(
+        "a", "+suite=reason", *NANO, f"paths.datasets={root.parent}", *published, "suite.masks=true"
+    )
     samples, sums, overlaps = ReasonSeg(str(root), "val", False, None), np.zeros(2), []
     found = [row for row in rows(folder) if row["dataset"] == "reasonseg_val"]
     for k, row in enumerate(found):
@@ -371,15 +399,55 @@ def test_real_photographs_at_their_own_sizes(cli, evaluate, realdata):
 def test_grefcoco_counts_sentences_that_name_nothing(evaluate, layouts, tmp_path):
     refs = [
         layouts.ref(k, split, ann, (f"{split} {k}",))
-        for k, (split, ann) in enumerate([("val", [11]), ("val", [-1]), ("testA", [11, 12]), ("testB", [-1])], 1)
+        for k, (split, ann) in enumerate(
+            [("val", [11]), ("val", [-1]), ("testA", [11, 12]), ("testB", [-1])], 1
+        )
     ]
-    layouts.coco(tmp_path / "datasets/refer", "images/mscoco/images/train2014", "grefcoco", "grefs(unc).json", refs)
-    folder = evaluate("a", "+suite=grefer", *NANO, f"paths.datasets={tmp_path}/datasets", "rollout.max_tokens=3")
+    layouts.coco(
+        tmp_path / "datasets/refer", "images/mscoco/images/train2014", "grefcoco", "grefs(unc).json", refs
+    )
+    folder = evaluate(
+        "a", "+suite=grefer", *NANO, f"paths.datasets={tmp_path}/datasets", "rollout.max_tokens=3"
+    )
     assert [row["id"] for row in rows(folder)] == ["1-10", "2-20", "3-30", "4-40"]
     val, a, b = (values(folder, f"grefcoco_{split}") for split in ("val", "testa", "testb"))
-    assert (val["giou"], val["ciou"], val["n_acc"], val["t_acc"]) == (0.5, 0.0, 1.0, 0.0)
-    assert (a["giou"], a["t_acc"], b["giou"], b["n_acc"]) == (0.0, 0.0, 1.0, 1.0)
-    assert np.isnan([a["n_acc"], b["t_acc"], b["ciou"]]).all()  # all were faults: nothing drawn
+    assert (val["giou"], val["ciou"], val["n_acc"], val["t_acc"]) == (0.5, 0.0, 0.0, 0.0)
+    assert (a["giou"], a["t_acc"], b["giou"], b["n_acc"]) == (0.0, 0.0, 1.0, 0.0)
+    assert a["n_acc"] is b["t_acc"] is b["ciou"] is None  # all were faults: nothing drawn
+
+
+def test_ignored_regions_are_refused_by_scores_that_do_not_know_them(cli, tmp_path):
+    root = tmp_path / "reason"
+    root.mkdir()
+    code, _, err = cli(
+        "+testset=reasonseg_val",
+        *NANO,
+        f"testsets.reasonseg_val.root={root}",
+        f"paths.run={tmp_path}/x",
+        module="evaluate",
+    )
+    assert code == 2 and "scores=referring" in err and err.count("\n") == 1 and not (tmp_path / "x").exists()
+
+
+def test_sets_are_joined_where_a_suite_says_so(evaluate):
+    sets = ("+testsets.other=${testsets.synthetic}", "+suite.unions.all=[synthetic,other]")
+    folder = evaluate("a", *EVAL, *sets)
+    found = datasets(folder)
+    assert found["all"]["n"] == 12 and len(rows(folder)) == 12
+    for name, score in found["all"]["scores"].items():
+        assert score["value"] == pytest.approx(found["synthetic"]["scores"][name]["value"], abs=1e-12)
+
+
+def test_an_evaluation_does_not_go_on_with_other_weights(cli, evaluate, tmp_path):
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(asset("policy_nano"), model)
+    folder = evaluate("a", *EVAL, f"model={model}")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    code, _, err = cli(f"resume={folder}", module="evaluate", runs=None)
+    assert code == 2 and "model.safetensors" in err and err.count("\n") == 1
 
 
 def test_ids_with_slashes_make_folders_that_can_be_scored(cli, evaluate, layouts, tmp_path):
@@ -407,7 +475,12 @@ def test_an_id_cannot_leave_the_folder_of_masks(cli, refused, layouts, tmp_path,
     (tmp_path / "set" / "list.jsonl").write_text(
         json.dumps({"image": "im/x.JPG", "mask": "gt/x.PNG", "id": name}) + "\n"
     )
-    own = ("data=jsonl", f"data.train={tmp_path}/set/list.jsonl", f"data.test={tmp_path}/set/list.jsonl", *NANO)
+    own = (
+        "data=jsonl",
+        f"data.train={tmp_path}/set/list.jsonl",
+        f"data.test={tmp_path}/set/list.jsonl",
+        *NANO,
+    )
     for kind in ("masks", "overlays"):
         assert repr(name) in refused(*own, f"suite.{kind}=true")
     code, _, err = cli(*own, f"paths.run={tmp_path}/a", module="evaluate")  # nothing is named by it
@@ -417,5 +490,10 @@ def test_an_id_cannot_leave_the_folder_of_masks(cli, refused, layouts, tmp_path,
 def test_an_id_that_is_there_twice_is_refused(refused, layouts, tmp_path):
     layouts.folders(tmp_path / "set", "im", "gt", ("x", "y"))
     twice = "[{images: im, masks: gt}, {images: im, masks: gt}]"
-    own = ("+testset=duts_te", *NANO, f"testsets.duts_te.root={tmp_path}/set", "testsets.duts_te.published=null")
+    own = (
+        "+testset=duts_te",
+        *NANO,
+        f"testsets.duts_te.root={tmp_path}/set",
+        "testsets.duts_te.published=null",
+    )
     assert "im/x" in refused(*own, f"testsets.duts_te.samples.folders={twice}")

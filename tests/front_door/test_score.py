@@ -90,7 +90,7 @@ def test_maps_pair_by_stem_whatever_their_extension_and_system_files_are_left_ou
 
 def test_keep_takes_part_of_both_folders(score, folders):
     write(folders[1] / "NonCAM-1.png", TRUTH)
-    write(folders[0] / "stray.png", TRUTH)
+    write(folders[0] / "other.png", TRUTH)
     code, out, err = score("metrics=[iou]", "keep=a")  # NonCAM has a capital A
     assert code == 0 and f"{IOU:.4f}" in out, err
 

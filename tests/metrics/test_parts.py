@@ -24,7 +24,9 @@ def pairs(count: int = 5) -> list[tuple[np.ndarray, np.ndarray]]:
         truth = np.zeros((12, 17), bool)
         truth[2 : 4 + k, 3 : 9 + k] = True
         level = 30 + 45 * k % 200  # each is parted best at a threshold of its own
-        saliency = np.where(truth, rng.integers(level - 20, level + 20, truth.shape), rng.integers(0, level, truth.shape))
+        saliency = np.where(
+            truth, rng.integers(level - 20, level + 20, truth.shape), rng.integers(0, level, truth.shape)
+        )
         saliency.flat[0], saliency[3, 4] = 0, 255
         made.append((saliency.astype(np.uint8), truth))
     return made
@@ -105,8 +107,12 @@ def test_nothing_to_divide_by_is_not_a_number_and_no_warning() -> None:
     empty, object_ = np.zeros((3, 3), np.uint8), np.eye(3, dtype=bool)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        table = scores(Saliency(("iou", "ciou")), [Saliency(("iou", "ciou")).parts(empty, empty > 0, None)], 9, 0)
-        assert math.isnan(table["ciou"].value) and table["ciou"].interval is None and table["iou"].value == 1.0
+        table = scores(
+            Saliency(("iou", "ciou")), [Saliency(("iou", "ciou")).parts(empty, empty > 0, None)], 9, 0
+        )
+        assert (
+            math.isnan(table["ciou"].value) and table["ciou"].interval is None and table["iou"].value == 1.0
+        )
         skip = Referring("skip", "exclude", True)
         table = scores(skip, [skip.parts(empty, empty > 0, None)] * 2, 9, 0)
         assert {name for name, score in table.items() if math.isnan(score.value)} == table.keys() - {"n_acc"}

@@ -7,12 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SETS
 from PIL import Image
 
 from segrl.metrics.saliency import METRICS, NAMES, Saliency, score
 
 OURS = {"giou_empty_is_1": "iou"}
+SETS = {
+    **{
+        f"sod80/{one}": (f"saliency_maps/preds/{one}", "saliency_maps/masks")
+        for one in ("PiCANet", "DSS", "Amulet")
+    },
+    "sod80/PiCANet_binarised128": ("saliency_maps/preds/PiCANet", "saliency_maps/masks"),
+    "cod10k3/SINet": ("cod10k_maskpred/preds_SINet", "cod10k_maskpred/masks"),
+    "pysod_test_data": ("pysod_test_data/preds", "pysod_test_data/masks"),
+    "smeasure_demo": ("smeasure_demo/demo/FG", "smeasure_demo/demo/GT"),
+}
 
 
 @pytest.mark.parametrize("name", sorted(SETS))
@@ -61,7 +70,10 @@ def test_every_metric_is_there_alone_and_in_the_order_asked_for() -> None:
     for name in METRICS:
         alone = Saliency((name,))
         assert alone.summary(alone.parts(grey, truth, None)) == {name: everything[name]}
-    assert tuple(Saliency(("mae", "sm")).summary(Saliency(("mae", "sm")).parts(grey, truth, None))) == ("mae", "sm")
+    assert tuple(Saliency(("mae", "sm")).summary(Saliency(("mae", "sm")).parts(grey, truth, None))) == (
+        "mae",
+        "sm",
+    )
 
 
 @pytest.mark.parametrize("metrics", [(), ("sm", "iuo"), "sm"])

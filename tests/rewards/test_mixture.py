@@ -111,3 +111,12 @@ def test_the_point_count_term_is_a_bell_around_its_ideal() -> None:
     paid = [point_count(read(points(n)), sample, ideal=8, width=2) for n in (4, 6, 8, 10, 12)]
     assert paid == pytest.approx([np.exp(-2), np.exp(-0.5), 1.0, np.exp(-0.5), np.exp(-2)])
     assert point_count(read(Parsed(fault=ParseFault.NO_POINTS)), sample, ideal=0, width=2) == 0.0
+
+
+def test_no_term_sees_what_a_mask_covers_of_an_ignored_region() -> None:
+    ignore = np.array([[True, False], [False, False]])
+    sample = Sample(id="1", image=np.zeros((2, 2, 3), np.uint8), mask=~ignore, ignore=ignore)
+    scores = RewardMixture({"area": {"fn": area, "weight": 1.0}})(
+        said(["", ""], [np.ones((2, 2), bool), ignore]), [sample]
+    )
+    assert scores.total.tolist() == [[3.0, 0.0]]

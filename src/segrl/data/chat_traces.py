@@ -183,7 +183,7 @@ class ChatTraces(OnDisk):
     @classmethod
     def _read(cls, index: int, where: str, line: Line, stored: Stored, grammar: Grammar) -> Sample:
         """One sample at its own size; its mask is empty."""
-        image = read_image(stored.path, content=stored.content())
+        image = read_image(stored.path, content=stored.content(), upright=True)
         frame = absolute_pixels(*image.shape[:2])
         said = grammar.parse(f"<think> {line.thinking} </think> {line.solution}", frame)
         if said.fault is not None:

@@ -23,6 +23,12 @@ from segrl.types import Sample
 _NOTHING = -1  # gRefCOCO's mark of a sentence that names no object
 
 
+_KEYS = {"ref_id", "ann_id", "image_id", "split", "sentences"}
+_DAMAGED = (
+    pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, MemoryError, OverflowError,
+)  # fmt: skip
+
+
 class _Plain(pickle.Unpickler):
     """Lists, dicts, strings and numbers; anything that would call code is refused."""
 
@@ -42,10 +48,12 @@ def read_refs(path: Path) -> list[dict[str, Any]]:
             refs = json.loads(path.read_text())
         else:
             refs = _Plain(BytesIO(path.read_bytes()), encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except _DAMAGED as error:
         raise ValueError(f"{path}: a file of plain data is needed; it cannot be read ({error})") from None
-    if not isinstance(refs, list) or not all(isinstance(ref, dict) and "sentences" in ref for ref in refs):
-        raise ValueError(f"{path}: a list of refs with sentences is needed; the file holds something else")
+    if not isinstance(refs, list) or not all(isinstance(ref, dict) and ref.keys() >= _KEYS for ref in refs):
+        raise ValueError(
+            f"{path}: a list of refs with {', '.join(sorted(_KEYS))} is needed; it holds something else"
+        )
     return refs
 
 

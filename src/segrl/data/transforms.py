@@ -163,21 +163,24 @@ def shown_size(path: Path) -> tuple[int, int]:
         raise ValueError(f"{path}: an image is needed; the file cannot be decoded ({error})") from None
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None, content: bytes | None = None) -> np.ndarray:
+def read_image(
+    path: Path, size: tuple[int, int] | None = None, content: bytes | None = None, upright: bool = False
+) -> np.ndarray:
     """A photograph to uint8 RGB `[H, W, 3]`; grey, palette and transparent files are converted.
 
     Args:
         path: the file.
         size: height and width of its mask: the EXIF rotation is applied only if that gives this size.
         content: the image's bytes, where they are only a part of the file.
+        upright: the EXIF rotation is applied, whatever the size: nothing but the photograph says how it is meant.
 
     Raises:
         ValueError: for a file that cannot be decoded.
     """
     image = _open(path, content)
-    upright = ImageOps.exif_transpose(image)
-    if size is not None and upright.size == (size[1], size[0]):
-        image = upright
+    turned = ImageOps.exif_transpose(image)
+    if upright or (size is not None and turned.size == (size[1], size[0])):
+        image = turned
     if image.mode.startswith("I"):  # 16-bit grey: Pillow would cut it off at 255
         grey = (np.asarray(image) // 257).astype(np.uint8)
         return np.stack([grey] * 3, -1)

@@ -33,8 +33,22 @@ class Family(Protocol):
         """What a reader of its numbers has to know, in one line."""
         ...
 
-    def parts(self, saliency: np.ndarray, truth: np.ndarray, ignore: np.ndarray | None) -> Parts:
-        """Of one map uint8 `[H, W]`, its truth bool `[H, W]`, and the pixels bool `[H, W]` that no score looks at."""
+    @property
+    def knows_ignored(self) -> bool:
+        """Whether it can leave pixels out."""
+        ...
+
+    def parts(
+        self, saliency: np.ndarray, truth: np.ndarray, ignore: np.ndarray | None, faulty: bool = False
+    ) -> Parts:
+        """Of one sample.
+
+        Args:
+            saliency: map uint8 `[H, W]`; a mask is a map of 0 and 255.
+            truth: bool `[H, W]`.
+            ignore: bool `[H, W]`, pixels that no score looks at.
+            faulty: the map is empty because an answer could not be parsed.
+        """
         ...
 
     def summary(self, means: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -72,6 +86,24 @@ class SetMeans(Metric):
         return dict(zip(self.sizes, means, strict=True))
 
 
+class SetScores(SetMeans):
+    """The scores of a family over a set, as a metric.
+
+    Args:
+        family: which.
+    """
+
+    def __init__(self, family: Family) -> None:
+        smallest = np.zeros((2, 2), np.uint8), np.array([[True, False], [False, False]])
+        super().__init__({name: len(part) for name, part in family.parts(*smallest, None).items()})
+        self.family = family
+
+    def compute(self) -> dict[str, Tensor]:
+        """Each score, a float64 scalar."""
+        means = {name: mean.cpu().numpy() for name, mean in super().compute().items()}
+        return {name: torch.as_tensor(value) for name, value in self.family.summary(means).items()}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
     """One score of a set, with the 95 % interval that drawing the samples anew gives it."""
@@ -79,6 +111,10 @@ class Score:
     value: float
     interval: tuple[float, float] | None
     """None where none was asked for."""
+
+    def as_json(self) -> dict[str, float | tuple[float, float] | None]:
+        """What is not a number is none."""
+        return {"value": None if np.isnan(self.value) else self.value, "interval": self.interval}
 
 
 def scores(family: Family, rows: Sequence[Parts], draws: int, seed: int) -> dict[str, Score]:

@@ -15,13 +15,13 @@ _PRECISIONS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 class Referring:
-    """`giou` mean IoU per sample (mIoU), `ciou` all intersections over all unions (oIoU), `p@.5` to `p@.9` shares above that IoU.
+    """`giou` mean IoU per sample (mIoU), `ciou` all intersections over all unions (oIoU), `p@.5` to `p@.9` shares of at least that IoU.
 
     Args:
         empty: IoU of a sample whose truth and mask are both empty: "one" (LISA, gRefCOCO), "zero" (Seg-R1), or "skip": it
             counts neither in `giou` nor in `p@`.
         ignore: pixels that the annotators left open: "exclude" (LISA), "background" (Seg-R1) or "target" (Seg-Zero).
-        no_target: also `n_acc` (share of samples without a target that got an empty mask) and `t_acc` (with a target, a mask);
+        no_target: also `n_acc` (share of samples without a target that got an empty mask, and not by a fault) and `t_acc` (with a target, a mask);
             `p@` is then of the samples with a target, as in ReLA's code.
 
     Raises:
@@ -42,7 +42,14 @@ class Referring:
         """What a reader of its numbers has to know, in one line."""
         return f"truth and mask empty: {self.empty}; ignored pixels: {self.ignore}; a fault is an empty mask"
 
-    def parts(self, saliency: np.ndarray, truth: np.ndarray, ignore: np.ndarray | None) -> Parts:
+    @property
+    def knows_ignored(self) -> bool:
+        """Yes, by `ignore`."""
+        return True
+
+    def parts(
+        self, saliency: np.ndarray, truth: np.ndarray, ignore: np.ndarray | None, faulty: bool = False
+    ) -> Parts:
         """See `Family`."""
         mask = saliency >= 128
         if ignore is not None and self.ignore == "target":
@@ -53,8 +60,8 @@ class Referring:
         found = {"counted": counted, "iou": overlap * counted, "intersection": both, "union": either}
         target, drawn = bool(truth.any()), bool(mask.any())
         found |= {"target": target, "target_drawn": target and drawn}
-        found |= {"absent": not target, "absent_left": not target and not drawn}
-        found |= {_name(p): float(overlap > p) * found[self._among] for p in _PRECISIONS}
+        found |= {"absent": not target, "absent_left": not target and not drawn and not faulty}
+        found |= {_name(p): float(overlap >= p) * found[self._among] for p in _PRECISIONS}
         return {name: np.array([value], np.float64) for name, value in found.items()}
 
     @property

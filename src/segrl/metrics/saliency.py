@@ -56,7 +56,14 @@ class Saliency:
         """What a reader of its numbers has to know, in one line."""
         return "pysodmetrics 1.6.2's definitions; adp_e and adp_f take an empty mask for a full one; both empty: IoU 1"
 
-    def parts(self, saliency: np.ndarray, truth: np.ndarray, ignore: np.ndarray | None) -> Parts:
+    @property
+    def knows_ignored(self) -> bool:
+        """No: these scores have no notion of it."""
+        return False
+
+    def parts(
+        self, saliency: np.ndarray, truth: np.ndarray, ignore: np.ndarray | None, faulty: bool = False
+    ) -> Parts:
         """See `Family`; raises ValueError for ignored pixels, which these scores do not know."""
         if ignore is not None and ignore.any():
             raise ValueError(

@@ -13,6 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
+
 NAME = "segrl.json"
 PARTS = {
     "policy": r"segrl\.models\.hf_vlm\.\w+",
@@ -25,8 +27,11 @@ _CHECKPOINT = re.compile(r"(?:asset|weights):[\w.-]+")
 _ATTENTION = re.compile(r"[\w|]+")  # with a slash, transformers would fetch code of that name
 _DTYPE = re.compile("float32|bfloat16|float16")
 
+PASSES = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""Lightning's names of precisions, and what passes are cast to."""
+
 Card = dict[str, dict[str, Any]]
-"""By part, the class under `_target_` and the values of its constructor."""
+"""By part, the class under `_target_` and the values of its constructor; under `precision`, that of the `passes`."""
 
 
 def write(folder: Path, card: Card) -> None:
@@ -43,7 +48,10 @@ def read(folder: Path) -> Card:
         card = json.loads(path.read_text())
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: JSON is needed; {error}") from None
-    return checked(card, path)
+    checked(card, path)
+    for part in PARTS:
+        _adapter(part, card[part])
+    return dict(card)
 
 
 def build(part: str, values: dict[str, Any], weights: Path) -> Any:  # noqa: ANN401 - one of the adapters
@@ -54,15 +62,24 @@ def build(part: str, values: dict[str, Any], weights: Path) -> Any:  # noqa: ANN
         values: of that part.
         weights: folder of the mask heads' checkpoints.
     """
-    module, _, name = str(values["_target_"]).rpartition(".")
-    made = getattr(importlib.import_module(module), name, None)
-    if not isinstance(made, type):
-        raise ValueError(f"{NAME}: {part}._target_: a class of segrl is needed; got {values['_target_']}")
+    made = _adapter(part, values)
     arguments = {key: located(value, weights) for key, value in values.items() if key != "_target_"}
     try:
         return made(**arguments)
     except TypeError as error:
         raise ValueError(f"{NAME}: {part}: {error}") from None
+
+
+def _adapter(part: str, values: dict[str, Any]) -> type:
+    """The class that a part names; ValueError where its module has none of that name, or took it from elsewhere."""
+    module, _, name = str(values["_target_"]).rpartition(".")
+    try:
+        made = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError:
+        made = None
+    if not isinstance(made, type) or made.__module__ != module:
+        raise ValueError(f"{NAME}: {part}._target_: a class of segrl is needed; got {values['_target_']}")
+    return made
 
 
 def located(value: Any, weights: Path | str) -> Any:  # noqa: ANN401 - plain values pass through
@@ -76,9 +93,14 @@ def located(value: Any, weights: Path | str) -> Any:  # noqa: ANN401 - plain val
 
 def checked(card: object, path: Path) -> Card:
     """The card, if it asks for nothing but segrl's own parts; ValueError naming the file that it stands in."""
-    if not isinstance(card, dict) or card.keys() != PARTS.keys():
+    wanted = [*PARTS, "precision"]
+    if not isinstance(card, dict) or set(card) != set(wanted):
         raise ValueError(
-            f"{path}: {', '.join(PARTS)} are needed; got {sorted(card) if isinstance(card, dict) else card}"
+            f"{path}: {', '.join(wanted)} are needed; got {sorted(card) if isinstance(card, dict) else card}"
+        )
+    if not isinstance(card["precision"], dict) or card["precision"].get("passes") not in PASSES:
+        raise ValueError(
+            f"{path}: precision.passes: one of {', '.join(PASSES)} is needed; got {card['precision']!r:.80}"
         )
     for part, pattern in PARTS.items():
         values = card[part]

@@ -50,13 +50,11 @@ def _build(architecture: str) -> nn.Module:
     with _hydra_state_kept():
         import sam2
 
-        path = Path(architecture)
+        # `configs/...` is sam2's own and nothing else: a YAML says what is built, so one that lies about is not taken for it.
+        packaged = architecture.startswith("configs/")
+        path = Path(sam2.__path__[0]) / architecture if packaged else Path(architecture)
         if not path.is_file():
-            path = Path(sam2.__path__[0]) / architecture
-        if not path.is_file():
-            raise ValueError(
-                f"head.architecture: a SAM 2 YAML is needed; there is no {architecture}, here or in sam2"
-            )
+            raise ValueError(f"head.architecture: a SAM 2 YAML is needed; there is no {path}")
         config = OmegaConf.load(path)
         model = instantiate(
             OmegaConf.merge(config.model, {"sam_mask_decoder_extra_args": _POSTPROCESSING}), _recursive_=True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NotRequired, TypedDict
 
 import torch
@@ -55,9 +56,10 @@ class RewardMixture:
         """Score N = B*G answers to B samples, groups contiguous."""
         group = len(answers) // len(samples)
         assert group * len(samples) == len(answers), "groups are whole"
+        counted = [replace(a, mask=samples[n // group].counted(a.mask)) for n, a in enumerate(answers)]
         terms = {}
         for name, (fn, _) in self.terms.items():
-            values = [fn(answer, samples[n // group]) for n, answer in enumerate(answers)]
+            values = [fn(answer, samples[n // group]) for n, answer in enumerate(counted)]
             terms[name] = torch.tensor(values, dtype=torch.float32).view(len(samples), group)
         for fn, _ in self.terms.values():
             if isinstance(fn, Quantile):

@@ -227,7 +227,7 @@ class SegStage(Stage):
         with self.whole_weights():
             answers = self.segmenter(batch)
         return [
-            Record(sample=s, answer=a, scores=score(a.mask, s.mask, a.parsed.fault is not None))
+            Record(sample=s, answer=a, scores=score(s.counted(a.mask), s.mask, a.parsed.fault is not None))
             for s, a in zip(batch.samples, answers, strict=True)
         ]
 

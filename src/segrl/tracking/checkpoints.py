@@ -11,6 +11,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -60,6 +61,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict) or "state_dict" not in loaded:
         raise ValueError(f"{path}: a checkpoint of a segrl stage is needed; the file holds no state_dict")
     return loaded
+
+
+def learned_policy(path: Path, key: str) -> dict[str, Tensor]:
+    """The policy's weights in a checkpoint; raises ValueError naming the key if it holds none."""
+    weights = read_checkpoint(path)["state_dict"]
+    learned = {name.removeprefix("policy."): v for name, v in weights.items() if name.startswith("policy.")}
+    if not learned:
+        raise ValueError(f"{key}: a checkpoint that holds a policy is needed; {path} holds none")
+    return learned
 
 
 class EveryNSteps(lightning.Callback):

@@ -31,17 +31,22 @@ NOTHING, TWO, FOUR, OTHER = row(), row(0, 1), row(0, 1, 2, 3), row(8, 9, 10)
 
 
 @pytest.mark.parametrize(
-    ("empty", "giou", "p5"), [("one", (1 + 0.5 + 0) / 3, 1 / 3), ("zero", 0.5 / 3, 0), ("skip", 0.5 / 2, 0)]
+    ("empty", "giou", "p5"),
+    [("one", (1 + 0.5 + 0) / 3, 2 / 3), ("zero", 0.5 / 3, 1 / 3), ("skip", 0.5 / 2, 1 / 2)],
 )
 def test_truth_and_mask_both_empty(empty, giou, p5) -> None:
     found = table(Referring(empty, "exclude", False), (NOTHING, NOTHING), (TWO, FOUR), (OTHER, NOTHING))
     assert found["giou"] == pytest.approx(giou, abs=1e-15)
-    assert found["ciou"] == pytest.approx(2 / (4 + 3), abs=1e-15)  # such a pair adds nothing; a false mask all it covers
+    assert found["ciou"] == pytest.approx(
+        2 / (4 + 3), abs=1e-15
+    )  # such a pair adds nothing; a false mask all it covers
     assert found["p@.5"] == pytest.approx(p5, abs=1e-15)
     assert "n_acc" not in found and "t_acc" not in found
 
 
-@pytest.mark.parametrize(("ignore", "both", "either"), [("exclude", 2, 5), ("background", 2, 8), ("target", 5, 10)])
+@pytest.mark.parametrize(
+    ("ignore", "both", "either"), [("exclude", 2, 5), ("background", 2, 8), ("target", 5, 10)]
+)
 def test_ignored_pixels(ignore, both, either) -> None:
     # truth 0-3, mask 0, 1, 4 and 10-12; of 10-14, which nobody looked at, the mask has three
     mask, truth, open_ = row(0, 1, 4, 10, 11, 12), FOUR, row(10, 11, 12, 13, 14)
@@ -71,15 +76,17 @@ def test_grefcoco_by_relas_rules() -> None:
     assert found["giou"] == pytest.approx((0 + 1 + 0 + 1 + 0.75) / 5, abs=1e-15)
     assert found["ciou"] == pytest.approx((0 + 4 + 3) / (4 + 3 + 4 + 4), abs=1e-15)
     assert (found["n_acc"], found["t_acc"]) == pytest.approx((1 / 2, 2 / 3), abs=1e-15)
-    assert (found["p@.7"], found["p@.8"]) == pytest.approx((2 / 3, 1 / 3), abs=1e-15)  # of the three that have a target
+    assert (found["p@.7"], found["p@.8"]) == pytest.approx(
+        (2 / 3, 1 / 3), abs=1e-15
+    )  # of the three that have a target
     assert table(Referring("one", "exclude", False), (NOTHING, FOUR), (NOTHING, NOTHING))["p@.5"] == 1 / 2
 
 
 @pytest.mark.parametrize("tenths", [5, 6, 7, 8, 9])
-def test_precision_is_of_what_is_above_the_threshold_not_at_it(tenths) -> None:
+def test_precision_is_of_what_reaches_the_threshold(tenths) -> None:
     whole = row(*range(10))
-    at, above = row(*range(tenths)), row(*range(tenths + 1))
-    found = table(Referring("one", "exclude", False), (at, whole), (above, whole))
+    at, below = row(*range(tenths)), row(*range(tenths - 1))
+    found = table(Referring("one", "exclude", False), (at, whole), (below, whole))
     assert found[f"p@.{tenths}"] == 1 / 2
     assert list(found) == ["giou", "ciou", "p@.5", "p@.6", "p@.7", "p@.8", "p@.9"]
 
@@ -110,7 +117,11 @@ def test_reasonseg_under_each_convention(realdata: Path) -> None:
     both = target + np.array([areas[s.id]["ignore_px"] for s in samples])
     assert (both > target).sum() == 3
     nothing = np.zeros(1, bool)
-    for ignore, exact, generous in (("exclude", 1, 1), ("background", 1, target / both), ("target", target / both, 1)):
+    for ignore, exact, generous in (
+        ("exclude", 1, 1),
+        ("background", 1, target / both),
+        ("target", target / both, 1),
+    ):
         family = Referring("one", ignore, False)
         for expected, masks in (
             (exact, [s.mask for s in samples]),
@@ -120,3 +131,10 @@ def test_reasonseg_under_each_convention(realdata: Path) -> None:
             assert found["giou"] == pytest.approx(np.mean(expected), abs=1e-12)
             whole = 1.0 if np.ndim(expected) == 0 else target.sum() / both.sum()
             assert found["ciou"] == pytest.approx(whole, abs=1e-12)
+
+
+def test_an_answer_that_could_not_be_parsed_has_not_said_that_there_is_nothing() -> None:
+    family, empty = Referring("one", "exclude", True), np.zeros((1, 20), np.uint8)
+    said, failed = (family.parts(empty, NOTHING, None, faulty) for faulty in (False, True))
+    found = {name: score.value for name, score in scores(family, [said, failed], 0, 0).items()}
+    assert (found["giou"], found["n_acc"]) == (1.0, 0.5)

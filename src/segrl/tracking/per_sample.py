@@ -1,0 +1,112 @@
+"""What is kept of every evaluated sample: a line on the disk as soon as it is scored, and the table of them all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from segrl.metrics.parts import Family, Parts, Score
+from segrl.types import Answer, Sample
+
+_PARTS = "per_sample.parts"  # one file per process and attempt; joined when all samples are there
+WHOLE = "per_sample.jsonl"
+
+
+def row(
+    dataset: str, sample: Sample, answer: Answer, parts: Parts, family: Family, seconds: float
+) -> dict[str, Any]:
+    """One line: what was asked and answered, pixel counts, the sample's own scores, and what it adds to those of its set."""
+    fault, prompt = answer.parsed.fault, answer.parsed.prompt
+    said = {} if prompt is None else {
+        "boxes": prompt.boxes.tolist(), "points": prompt.points.tolist(), "labels": prompt.labels.tolist()
+    }  # fmt: skip
+    mask, truth = sample.counted(answer.mask), sample.counted(sample.mask)
+    return {
+        "dataset": dataset, "id": sample.id, "query": sample.query, "text": answer.text,
+        "fault": None if fault is None else fault.name, **said,
+        "intersection": int(np.count_nonzero(mask & truth)), "union": int(np.count_nonzero(mask | truth)),
+        "mask_area": int(np.count_nonzero(answer.mask)), "truth_area": int(np.count_nonzero(sample.mask)),
+        "scores": {name: None if np.isnan(value) else float(value) for name, value in family.summary(parts).items()},
+        "parts": {name: _packed(value) for name, value in parts.items()}, "seconds": round(seconds, 4),
+    }  # fmt: skip
+
+
+def _packed(value: np.ndarray) -> float | list[float]:
+    """A number, or a curve; of a mask's curve, which has two levels, these two."""
+    if len(value) == 1:
+        return float(value[0])
+    flat = bool((value[:-1] == value[0]).all())
+    return [float(value[0]), float(value[-1])] if flat else [float(v) for v in value]
+
+
+def parts_of(line: dict[str, Any]) -> Parts:
+    """As `Family.parts` made them."""
+    parts = {}
+    for name, value in line["parts"].items():
+        listed = value if isinstance(value, list) else [value]
+        parts[name] = np.array(listed if len(listed) != 2 else listed[:1] * 255 + listed[1:], np.float64)
+    return parts
+
+
+def lines(folder: Path, dataset: str) -> Iterator[dict[str, Any]]:
+    """Of a dataset, whole lines only: a kill may have cut off the last one of a file."""
+    finished = folder / WHOLE
+    files = [finished] if finished.is_file() else sorted((folder / _PARTS).glob(f"*.{dataset}.jsonl"))
+    for path in files:
+        for text in path.read_text().splitlines(keepends=True):
+            if text.endswith("\n"):
+                with suppress(json.JSONDecodeError):
+                    line = json.loads(text)
+                    if line["dataset"] == dataset:
+                        yield line
+
+
+def new_part(folder: Path, dataset: str, rank: int) -> TextIO:
+    """A file of this process's own."""
+    home = folder / _PARTS
+    home.mkdir(parents=True, exist_ok=True)
+    attempt = len(list(home.glob(f"*-{rank}.{dataset}.jsonl")))
+    return (home / f"{attempt:03}-{rank}.{dataset}.jsonl").open("x")
+
+
+def join(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
+    """One file in the datasets' order, in place of the processes' own."""
+    partial = (folder / WHOLE).with_suffix(".partial")
+    partial.write_text(
+        "".join(json.dumps(line, allow_nan=False) + "\n" for found in rows.values() for line in found)
+    )
+    partial.replace(folder / WHOLE)
+    for path in (folder / _PARTS).glob("*"):
+        path.unlink()
+    if (folder / _PARTS).is_dir():
+        (folder / _PARTS).rmdir()
+
+
+def print_tables(
+    tables: dict[str, dict[str, Score]], counts: dict[str, int], faults: dict[str, float] | None = None
+) -> None:
+    """Datasets in rows, scores with their 95 % intervals in columns, few a line."""
+    names = list(next(iter(tables.values())))
+    wide = 11 if all(table[name].interval is None for table in tables.values() for name in names) else 28
+    for start in range(0, len(names), 112 // wide):
+        shown = names[start : start + 112 // wide]
+        print(f"\n  {'':<16}{'n':>7}" + "".join(f"{name:>{wide}}" for name in shown))
+        for dataset, table in tables.items():
+            cells = "".join(f"{_cell(table[name]):>{wide}}" for name in shown)
+            print(f"  {dataset:<16}{counts[dataset]:>7}{cells}")
+    if faults is not None:
+        print("\n  unparsable: " + ", ".join(f"{name} {rate:.1%}" for name, rate in faults.items()))
+
+
+def _cell(score: Score) -> str:
+    """Such as `0.7090 [0.6840, 0.7326]`."""
+    digits = 2 if abs(score.value) >= 10 else 4
+    if score.interval is None:
+        return f"{score.value:.{digits}f}"
+    low, high = score.interval
+    return f"{score.value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
