@@ -73,7 +73,9 @@ def enter(config_name: str, job: Callable[[DictConfig], object]) -> None:
 
     try:
         for overrides in _sweep_jobs(sys.argv[1:]):
-            check(_composed(config_name, overrides))
+            composed = _composed(config_name, overrides)
+            if "stage" in composed and composed.get("model") is None:  # a model's folder still has a say
+                check(composed)
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(told)()
     except known as error:
         _tell(error, config_name)

@@ -59,7 +59,7 @@ def _images(shard: Path, group: int) -> list[bytes]:
     column = (
         pyarrow.parquet.ParquetFile(shard).read_row_group(group, ["image"], use_threads=False).column("image")
     )
-    return [image["bytes"] for image in column.to_pylist()]
+    return [(image or {}).get("bytes") or b"" for image in column.to_pylist()]
 
 
 def _read_lines(path: Path) -> tuple[list[tuple[str, Line, Stored]], list[str]]:
@@ -100,6 +100,10 @@ def _read_shards(shards: Sequence[Path]) -> tuple[list[tuple[str, Line, Stored]]
             faults.append(
                 f"{shard}: columns image, {', '.join(_COLUMNS)} are needed; there is no {missing[0]}"
             )
+            continue
+        image = file.schema_arrow.field("image").type
+        if not pyarrow.types.is_struct(image) or image.get_field_index("bytes") < 0:
+            faults.append(f"{shard}: a column image that holds bytes is needed; it holds {image}")
             continue
         number = 0
         for group, rows in enumerate(groups):

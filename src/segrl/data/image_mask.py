@@ -24,7 +24,7 @@ class FolderPair(BaseModel):
     images: str
     """Folder of photographs, relative to the root, read flat."""
     masks: str
-    """Folder of ground truth, read flat; it may be the same."""
+    """Folder of ground truth, read flat; it may be the same, if `mask_suffix` tells its files apart."""
     keep: str = ""
     """Only stems that contain this take part."""
     only_with_image: bool = False
