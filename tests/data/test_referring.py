@@ -121,6 +121,19 @@ def test_grefcoco_names_one_object_several_or_none_and_refs_without_a_sentence_a
     assert (found[1].objects.any(0) == found[1].mask).all()
 
 
+@pytest.mark.parametrize(("splits", "ids"), [(["val", "testA"], ["1-10"]), (["val"], ["1-10", "2-20"])])
+def test_images_that_another_split_tests_on_are_left_out(tmp_path, splits, ids):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps([ref(3, "testA", 21, ("three",), image=2)]))
+    own = [ref(1, "train", 11, ("one",)), ref(2, "train", 21, ("two",), image=2)]
+    coco(tmp_path, "images", "refcocog", "refs(umd).p", own)
+    found = ReferringExpressions(
+        str(tmp_path / "refcocog"), str(tmp_path / "images"), "refs(umd).p", "train", None, 0, None,
+        exclude=[{"refs": str(other), "splits": splits}],
+    )  # fmt: skip
+    assert found.ids == ids
+
+
 def test_refs_that_point_to_nothing_are_named_before_training(tmp_path):
     with pytest.raises(ValueError, match="ref 1 names object 99, not in instances.json"):
         refer(tmp_path, ref(1, "val", 99, ("x",)))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -153,6 +153,24 @@ def name_of(ref: dict[str, Any], sentence: dict[str, Any]) -> str:
     return f"{ref['ref_id']}-{sentence['sent_id']}"
 
 
+class Exclusion(TypedDict):
+    """Images that are another set's."""
+
+    refs: str
+    """Path of its refs file."""
+    splits: Sequence[str]
+
+
+def _images_of(exclude: Sequence[Exclusion]) -> set[int]:
+    """Ids of the images of all those splits."""
+    return {
+        ref["image_id"]
+        for one in exclude
+        for ref in read_refs(Path(one["refs"]))
+        if any(belongs(ref["split"], split) for split in one["splits"])
+    }
+
+
 class ReferringExpressions(OnDisk):
     """One sample per sentence of a split.
 
@@ -164,16 +182,20 @@ class ReferringExpressions(OnDisk):
         count: so many objects drawn at random, one sentence each; none takes every sentence of every object.
         seed: of that draw.
         side: resize to this square, image and mask together; none leaves them as they are.
+        exclude: of other refs files, `refs` (path) and `splits`: their images are left out, so that what is trained on is not
+            tested on (RefCOCOg's training images are among RefCOCO's test images).
 
     Raises:
         ValueError: if a file is missing or is not what it should be, or the split is empty or too small.
     """
 
     def __init__(
-        self, annotations: str, images: str, refs: str, split: str, count: int | None, seed: int, side: int | None
+        self, annotations: str, images: str, refs: str, split: str, count: int | None, seed: int, side: int | None,
+        exclude: Sequence[Exclusion] = (),
     ) -> None:  # fmt: skip
         self.annotations, self.side = Annotations.read(annotations, images, refs, split), side
-        chosen = self.annotations.refs
+        taken = _images_of(exclude)
+        chosen = [ref for ref in self.annotations.refs if ref["image_id"] not in taken]
         if not chosen or (count is not None and count > len(chosen)):
             raise ValueError(
                 f"{self.annotations.path}: {count or 'some'} objects of the split {split} are needed; it has {len(chosen)}"
@@ -189,9 +211,10 @@ class ReferringExpressions(OnDisk):
 
     @classmethod
     def survey(
-        cls, annotations: str, images: str, refs: str, split: str, count: int | None, seed: int, side: int | None
+        cls, annotations: str, images: str, refs: str, split: str, count: int | None, seed: int, side: int | None,
+        exclude: Sequence[Exclusion] = (),
     ) -> Survey:  # fmt: skip
-        """Every sentence of the split, whatever is drawn of it; `side` changes nothing."""
+        """Every sentence of the split, whatever is drawn of it or left out; `side` changes nothing."""
         try:
             of = Annotations.read(annotations, images, refs, split)
         except ValueError as error:
