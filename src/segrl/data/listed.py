@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from segrl.data.survey import OnDisk, Piece, Survey, first_names
-from segrl.data.transforms import check_pair, read_pair, squash
+from segrl.data.survey import Piece, Pieces, Survey, first_names
+from segrl.data.transforms import check_pair, read_pair
 from segrl.types import Sample
 
 
@@ -45,7 +45,7 @@ def _read(image: Path, mask: Path, line: Line, name: str) -> Sample:
     return replace(read_pair(image, mask, line.query), id=name)
 
 
-class Listed(OnDisk):
+class Listed(Pieces):
     """One sample per line of a `.jsonl`.
 
     Args:
@@ -67,7 +67,7 @@ class Listed(OnDisk):
         for piece in found.pieces:
             assert piece.mask is not None
             check_pair(piece.image, piece.mask)
-        self.pieces, self.side = found.pieces, side
+        super().__init__(found.pieces, side)
 
     @classmethod
     def survey(cls, path: str, root: str | None, side: int | None) -> Survey:
@@ -100,17 +100,3 @@ class Listed(OnDisk):
         if not seen and not found.faults:
             found.faults.append(f"{path}: at least one sample is needed; the file is empty")
         return found
-
-    def __len__(self) -> int:
-        """Number of lines."""
-        return len(self.pieces)
-
-    @property
-    def ids(self) -> list[str]:
-        """Of all samples, in order."""
-        return [piece.id for piece in self.pieces]
-
-    def __getitem__(self, index: int) -> Sample:
-        """Read one."""
-        sample = self.pieces[index].read()
-        return sample if self.side is None else squash(sample, self.side)

@@ -10,8 +10,8 @@ from typing import Annotated
 import numpy as np
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
-from segrl.data.survey import OnDisk, Piece, Survey, first_names
-from segrl.data.transforms import read_image, shown_size, squash
+from segrl.data.survey import Piece, Pieces, Survey, first_names
+from segrl.data.transforms import read_image, shown_size
 from segrl.types import Sample
 
 _TARGET, _IGNORED = 1, 255
@@ -85,7 +85,7 @@ def _read(image: Path, annotation: Annotation, sentence: int, name: str) -> Samp
     )  # fmt: skip
 
 
-class ReasonSeg(OnDisk):
+class ReasonSeg(Pieces):
     """One sample per photograph, or per sentence. Ids are stems, with the sentence's number where all are taken.
 
     Args:
@@ -113,7 +113,7 @@ class ReasonSeg(OnDisk):
             )
         if not found.pieces:
             raise ValueError(f"{folder}: at least one image with its .json is needed; the folder holds none")
-        self.pieces, self.side = found.pieces, side
+        super().__init__(found.pieces, side)
 
     @classmethod
     def survey(cls, root: str, split: str, every_sentence: bool, side: int | None) -> Survey:
@@ -145,17 +145,3 @@ class ReasonSeg(OnDisk):
                 read = partial(_read, images[stem], annotation, sentence, name)
                 found.pieces.append(Piece(id=name, image=images[stem], read=read))
         return found
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self.pieces)
-
-    @property
-    def ids(self) -> list[str]:
-        """Of all samples, in order."""
-        return [piece.id for piece in self.pieces]
-
-    def __getitem__(self, index: int) -> Sample:
-        """Read and draw one."""
-        sample = self.pieces[index].read()
-        return sample if self.side is None else squash(sample, self.side)

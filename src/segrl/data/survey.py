@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
+from segrl.data.transforms import squash
 from segrl.types import Sample
 
 
@@ -50,6 +51,32 @@ class Survey:
 
 class OnDisk(Dataset[Sample]):
     """A dataset of files. Its `survey` takes what its constructor takes, and refuses nothing that is a matter of files."""
+
+
+class Pieces(OnDisk):
+    """One sample per piece.
+
+    Args:
+        pieces: in order.
+        side: resize to this square, image and mask together; none leaves them as they are.
+    """
+
+    def __init__(self, pieces: list[Piece], side: int | None) -> None:
+        self.pieces, self.side = pieces, side
+
+    def __len__(self) -> int:
+        """Number of pieces."""
+        return len(self.pieces)
+
+    @property
+    def ids(self) -> list[str]:
+        """Of all samples, in order."""
+        return [piece.id for piece in self.pieces]
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read one."""
+        sample = self.pieces[index].read()
+        return sample if self.side is None else squash(sample, self.side)
 
 
 def first_names(names: set[str] | list[str]) -> str:
