@@ -83,7 +83,13 @@ class Stage(lightning.LightningModule):
         """The optimizer with its schedule, if there is one."""
         if self.make_schedule is None:
             return optimizer
-        schedule = self.make_schedule(optimizer, total_steps=self.total_updates)
+        try:
+            schedule = self.make_schedule(optimizer, total_steps=self.total_updates)
+        except (ValueError, ArithmeticError) as fault:
+            raise ValueError(
+                f"stage.schedule: it cannot be laid over the run's {self.total_updates} updates ({fault}); "
+                f"change its keys or trainer.max_steps"
+            ) from fault
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @property

@@ -1,0 +1,16 @@
+"""Learning-rate schedules, as a stage's YAML names them."""
+
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
+
+
+def one_cycle(optimizer: Optimizer, total_steps: int, *, pct_start: float, **options: Any) -> OneCycleLR:
+    """`torch`'s OneCycleLR for runs of any length.
+
+    torch divides by the number of updates that warm up less one, and so fails where `pct_start` of `total_steps` is
+    exactly one update. Here at least the first update warms up.
+    """
+    updates = max(total_steps, 2)
+    return OneCycleLR(optimizer, total_steps=updates, pct_start=max(pct_start, 2 / updates), **options)
