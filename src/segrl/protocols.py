@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segrl.types import Answer, Completions, Frame, MaskPrompt, Parsed, Prefix, Sample
+from segrl.types import Answer, Completions, Frame, MaskPrompt, Parsed, Prefix, PrefixState, Sample
 
 Message = Mapping[str, object]
 
@@ -98,8 +98,10 @@ class Policy(Protocol):
         """Where its weights lie."""
         ...
 
-    def logprobs(self, prefixes: Sequence[Prefix], completions: Completions) -> Tensor:
-        """Log-probability of each completion token, float32 `[N, T]`; each prefix is read once."""
+    def logprobs(
+        self, prefixes: Sequence[Prefix], completions: Completions, state: PrefixState | None = None
+    ) -> Tensor:
+        """Log-probability of each completion token, float32 `[N, T]`; each prefix is read once, or was: then `state` has it."""
         ...
 
 
@@ -107,9 +109,13 @@ class RolloutEngine(Protocol):
     """Samples completions."""
 
     def sample(
-        self, policy: Policy, prefixes: Sequence[Prefix], group_size: int, seeds: Sequence[int]
-    ) -> Completions:
-        """`group_size` completions of each prefix, groups contiguous; one seed per completion."""
+        self, policy: Policy, prefixes: Sequence[Prefix], group_size: int, seeds: Sequence[int],
+        state: PrefixState | None = None,
+    ) -> Completions:  # fmt: skip
+        """`group_size` completions of each prefix, groups contiguous; one seed per completion.
+
+        An engine that reads prefixes itself takes `state` where they have been read.
+        """
         ...
 
     def greedy(self, policy: Policy, prefixes: Sequence[Prefix]) -> Completions:

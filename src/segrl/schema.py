@@ -42,6 +42,7 @@ class Stage(_Node):
     max_grad_norm: float = Field(gt=0)
     group_size: Count = 2
     micro_batch_size: Count = 1
+    completions_per_pass: Count | None = None
     updates_per_rollout: Count = 1
     epochs_per_rollout: Count = 1
     kl_weight: Weight = 0.0

@@ -143,6 +143,43 @@ class Prefix:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixState:
+    """B prefixes as the language model has read them."""
+
+    keys: list[Tensor]
+    """Of each layer `[B, K, P, d]`, K heads of width d, rotated to their positions."""
+    values: list[Tensor]
+    """Likewise."""
+    seen: Tensor
+    """bool `[B, P]`, false on left padding."""
+    following: Tensor
+    """int64 `[B]`, rotary position of the first completion token: images advance it by their side, not their area."""
+    last_hidden: Tensor
+    """`[B, D]`, hidden state that predicts the first completion token."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that gradients flow through."""
+        return [*self.keys, *self.values, self.last_hidden]
+
+    def cut(self) -> PrefixState:
+        """The same as leaves, in which gradients gather without flowing on."""
+        keys, values, last = (
+            [t.detach().requires_grad_(t.requires_grad) for t in part]
+            for part in (self.keys, self.values, [self.last_hidden])
+        )
+        return PrefixState(
+            keys=keys, values=values, seen=self.seen, following=self.following, last_hidden=last[0]
+        )
+
+    def gathered(self, leaves: PrefixState) -> Tensor:
+        """A scalar whose gradient with respect to this state is what its `cut()` leaves have gathered."""
+        pairs = zip(self.tensors, leaves.tensors, strict=True)
+        met = [(t * leaf.grad).sum() for t, leaf in pairs if leaf.grad is not None]
+        return torch.stack(met).sum() if met else self.last_hidden.new_zeros(())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """B samples and their prefixes. Images stay a list: sizes differ."""
 
@@ -269,25 +306,47 @@ class Experience:
     """float32 `[N, T]`, what it should have expected."""
     insight: Tensor | None = None
     """float32 `[N, I]`, what only the critic is told; none where it is told nothing."""
+    state: PrefixState | None = None
+    """The prefixes as the policy has read them, for gradients to flow into; none where they are still to be read."""
 
-    def split(self, size: int) -> Iterator[tuple[Experience, slice]]:
+    @property
+    def group_size(self) -> int:
+        """Completions per sample."""
+        return len(self.advantages) // len(self.prefixes)
+
+    def split(self, size: int) -> Iterator[tuple[Experience, list[int]]]:
         """Runs of at most `size` samples, each with its rows of N. Groups stay whole."""
-        group = len(self.advantages) // len(self.prefixes)
+        group = self.group_size
         for start in range(0, len(self.prefixes), size):
-            rows = slice(start * group, (start + size) * group)
-            tensors: dict[str, Any] = {
-                name: None if (value := getattr(self, name)) is None else value[rows]
-                for name in (
-                    "counts", "advantages", "old_logprobs", "reference_logprobs", "values", "returns", "insight"
-                )
-            }  # fmt: skip
-            part = replace(
-                self,
-                prefixes=self.prefixes[start : start + size],
-                completions=self.completions.rows(rows),
-                **tensors,
+            prefixes = self.prefixes[start : start + size]
+            rows = list(range(start * group, (start + len(prefixes)) * group))
+            yield self._of(prefixes, rows), rows
+
+    def pieces(self, count: int | None) -> Iterator[tuple[Experience, list[int]]]:
+        """Runs of at most `count` completions of every group, each with its rows of N; none takes groups whole."""
+        group = self.group_size
+        for start in range(0, group, count or group):
+            places = range(start, min(start + (count or group), group))
+            rows = [b * group + g for b in range(len(self.prefixes)) for g in places]
+            yield self._of(self.prefixes, rows), rows
+
+    def _of(self, prefixes: list[Prefix], rows: list[int]) -> Experience:
+        if len(rows) == len(self.advantages):
+            return self
+        assert self.state is None or prefixes is self.prefixes, "what was read in one pass is learned in one"
+        tensors: dict[str, Any] = {
+            name: None if (value := getattr(self, name)) is None else value[rows]
+            for name in (
+                "counts",
+                "advantages",
+                "old_logprobs",
+                "reference_logprobs",
+                "values",
+                "returns",
+                "insight",
             )
-            yield part, rows
+        }
+        return replace(self, prefixes=prefixes, completions=self.completions.take(rows), **tensors)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

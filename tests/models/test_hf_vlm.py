@@ -59,7 +59,7 @@ def naive(policy, prefixes, completions):
 def test_shared_prefix_logprobs_equal_a_naive_forward_pass_values_and_gradients(policy, prefixes):
     completions = sampled(policy, prefixes)
     shared, one_by_one = policy.logprobs(prefixes, completions), naive(policy, prefixes, completions)
-    assert (shared - one_by_one).abs().max() < 1e-4
+    assert (shared - one_by_one).abs().max() < 1e-5
     weights = torch.randn(shared.shape, generator=torch.Generator().manual_seed(1)) * completions.mask
     gradients = []
     for logprobs in (shared, one_by_one):
@@ -69,7 +69,8 @@ def test_shared_prefix_logprobs_equal_a_naive_forward_pass_values_and_gradients(
     assert gradients[0].keys() == gradients[1].keys()
     assert any("visual" in name for name in gradients[0])
     for name, gradient in gradients[0].items():
-        assert (gradient - gradients[1][name]).norm() <= 1e-4 * gradients[1][name].norm() + 1e-5, name
+        # Below the floor is rounding: a bias of keys moves all scores alike, so its true gradient is zero.
+        assert (gradient - gradients[1][name]).norm() <= 1e-4 * gradients[1][name].norm() + 1e-6, name
 
 
 def test_suffix_positions_counted_from_the_token_index_would_be_noticed(policy, prefixes):
@@ -79,8 +80,8 @@ def test_suffix_positions_counted_from_the_token_index_would_be_noticed(policy, 
     prefill = policy.prefill
 
     def wrong(given):
-        cache = prefill(given)
-        return replace(cache, following=cache.seen.sum(1))
+        state = prefill(given)
+        return replace(state, following=state.seen.sum(1))
 
     policy.prefill = wrong
     try:
@@ -105,10 +106,9 @@ def test_one_completion_of_a_group_does_not_see_another(policy, prefixes):
 
 
 def test_what_was_sampled_is_what_the_training_pass_finds_likely(policy, prefixes):
-    """The decode loop's own log-probabilities agree with the training pass, and greedy takes the maximum."""
+    """Greedy takes what is most likely in the training pass."""
     completions = SharedPrefixEngine(8).greedy(policy, prefixes)
-    cache = policy.prefill(prefixes)
-    hidden = torch.cat([cache.last_hidden[:, None], policy.extend(cache, completions.tokens[:, :-1])], 1)
+    hidden = policy.read(prefixes, completions)
     best = policy.log_distribution(hidden).amax(-1).masked_fill(~completions.mask, 0)
     assert torch.allclose(policy.logprobs(prefixes, completions), best, atol=1e-4)
 
@@ -155,7 +155,7 @@ def test_every_declared_stop_token_ends_a_completion(nano_weights):
     folder = nano_weights("qwen2_5_vl").with_name("two_stops")
     shutil.copytree(nano_weights("qwen2_5_vl"), folder, dirs_exist_ok=True)
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
-    policy = HFPolicy(str(folder), 112, None, 1.0, "float32", "sdpa", None, True)
+    policy = HFPolicy(str(folder), 112, None, 1.0, "float32", "sdpa", None, True, False)
     tokenizer = policy.encoder.processor.tokenizer
     assert set(policy.stop_ids.tolist()) == {5, 7, tokenizer.eos_token_id}
 
@@ -177,7 +177,7 @@ def test_a_folder_without_a_model_is_refused_by_its_key(tmp_path, nano_policy):
     from segrl.models.hf_vlm import HFPolicy
 
     with pytest.raises(ValueError, match=r"policy\.weights: .*config\.json"):
-        HFPolicy(str(tmp_path), None, None, 1.0, "float32", "sdpa", None, True)
+        HFPolicy(str(tmp_path), None, None, 1.0, "float32", "sdpa", None, True, False)
 
 
 def test_padding_right_marks_what_is_real():
@@ -195,3 +195,79 @@ def test_logprobs_of_rows_are_those_of_the_whole(policy, prefixes):
     ]
     assert torch.allclose(whole, torch.cat(parts), atol=1e-4)
     assert isinstance(completions, Completions) and np.isfinite(whole.detach().numpy()).all()
+
+
+def gradients_of(policy, loss):
+    policy.zero_grad()
+    loss().backward()
+    return {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+
+
+def same(one, other, within=1e-4):
+    assert one.keys() == other.keys()
+    for name, gradient in one.items():
+        assert (gradient - other[name]).norm() <= within * other[name].norm() + 1e-6, name
+
+
+def test_activations_computed_again_give_the_same_gradients(policy, prefixes, nano_weights):
+    from segrl.models.hf_vlm import HFPolicy
+
+    folder = nano_weights(policy.model.config.model_type)
+    thrifty = HFPolicy(str(folder), policy.encoder.image_side, None, 1.0, "float32", "sdpa", None, True, True)
+    completions = sampled(policy, prefixes)
+
+    def kept(of):
+        """Bytes that the forward pass keeps for the backward pass."""
+        total = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: total.append(t.nbytes) or t, lambda t: t):
+            of.logprobs(prefixes, completions)
+        return sum(total)
+
+    same(
+        *(
+            gradients_of(p, lambda p=p: p.logprobs(prefixes, completions).square().sum())
+            for p in (thrifty, policy)
+        )
+    )
+    assert kept(thrifty) < 0.4 * kept(policy)
+
+
+def test_groups_in_pieces_give_the_gradients_of_whole_groups(policy, prefixes):
+    """Pieces of a group gather in the leaves of its prefix, which is read once and left once."""
+    completions = sampled(policy, prefixes)
+    weights = (
+        torch.randn(completions.mask.shape, generator=torch.Generator().manual_seed(1)) * completions.mask
+    )
+
+    def whole():
+        return (policy.logprobs(prefixes, completions) * weights).sum()
+
+    def in_pieces():
+        state = policy.prefill(prefixes)
+        leaves = state.cut()
+        rows = [[b * GROUP + g for b in range(len(prefixes))] for g in range(GROUP)]
+        for some in rows[:-1]:
+            (policy.logprobs(prefixes, completions.take(some), leaves) * weights[some]).sum().backward()
+        last = (policy.logprobs(prefixes, completions.take(rows[-1]), state) * weights[rows[-1]]).sum()
+        return last + state.gathered(leaves)
+
+    reads = []
+    tower = policy.model.model.visual
+    hook = tower.register_forward_hook(lambda *_: reads.append(1))
+    pieces = gradients_of(policy, in_pieces)
+    hook.remove()
+    assert len(reads) == 1
+    same(pieces, gradients_of(policy, whole))
+
+
+def test_pieces_without_their_share_of_the_prefix_would_be_noticed(policy, prefixes):
+    """Negative control of the test above: leaves that nothing gathers."""
+    completions = sampled(policy, prefixes)
+
+    def cut_off():
+        return policy.logprobs(prefixes, completions, policy.prefill(prefixes).cut()).sum()
+
+    cut, whole = (
+        gradients_of(policy, f) for f in (cut_off, lambda: policy.logprobs(prefixes, completions).sum())
+    )
+    assert any("visual" in name for name in whole) and not any("visual" in name for name in cut)

@@ -20,7 +20,7 @@ from segrl.segmenter import Segmenter
 CARD = {
     "policy": {
         "_target_": "segrl.models.hf_vlm.HFPolicy", "image_side": 128, "pixel_budget": None, "temperature": 1.0,
-        "dtype": "float32", "attention": "sdpa", "lora": None, "train_vision": True,
+        "dtype": "float32", "attention": "sdpa", "lora": None, "train_vision": True, "gradient_checkpointing": False,
     },
     "grammar": {"_target_": "segrl.prompts.tags.SegR1Tags", "max_boxes": 16, "max_points": 64},
     "head": {

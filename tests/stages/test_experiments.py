@@ -284,18 +284,38 @@ def test_evaluation_scores_a_checkpoint_without_training(cli, tmp_path):
     assert found["fault_rate"] == trained["test/synthetic/fault_rate"] and " sm " in out
 
 
-def test_micro_batches_do_not_change_the_update(cli, tmp_path):
+@pytest.mark.parametrize("stage", ["grpo", "ppo"])
+def test_what_saves_memory_does_not_change_the_update(cli, tmp_path, stage):
+    """One pass that shares the sampler's reading of the prefixes; passes per sample; per completion; activations anew."""
     import torch
 
-    states = []
-    for size in (1, 4):
+    ways = {
+        "one_pass": ("stage.micro_batch_size=4",),
+        "samples": ("stage.micro_batch_size=1",),
+        "completions": ("stage.micro_batch_size=2", "stage.completions_per_pass=1"),
+        "anew": ("stage.micro_batch_size=4", "policy.gradient_checkpointing=true"),
+    }
+    of_stage = {"grpo": (), "ppo": ("stage=ppo", "stage.critic_warmup=0", "reference=frozen_copy")}[stage]
+    states = {}
+    for name, way in ways.items():
         code, _, err = cli(
-            "+experiment=demo", f"name=micro{size}", *SYNTHETIC["demo"], *SMALL, "data.batch_size=4", "test_before=false",
-            f"stage.micro_batch_size={size}", "stage.optimizer._target_=torch.optim.SGD", "~stage.optimizer.betas",
-            "~stage.optimizer.eps", "trainer.max_steps=1",
+            "+experiment=demo", f"name={name}", *of_stage, *SYNTHETIC["demo"], *SMALL, "data.batch_size=4", "test_before=false", *way,
+            "stage.optimizer._target_=torch.optim.SGD", "~stage.optimizer.betas", "~stage.optimizer.eps", "trainer.max_steps=2",
+            "stage.schedule=null", "stage.optimizer.lr=0.01",
         )  # fmt: skip
         assert code == 0, err
-        (path,) = (tmp_path / "runs" / f"micro{size}").rglob("last.ckpt")
-        states.append(torch.load(path, weights_only=True)["state_dict"])
-    for name, value in states[0].items():
-        assert torch.allclose(value, states[1][name], atol=1e-7), name
+        (path,) = (tmp_path / "runs" / name).rglob("last.ckpt")
+        states[name] = torch.load(path, weights_only=True)["state_dict"]
+    from segrl.front_door import asset
+    from segrl.models.hf_vlm import HFPolicy
+
+    start = HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", "sdpa", None, True, False).state_dict()
+    one = states["one_pass"]
+    moved = max(
+        (value - start[n.removeprefix("policy.")]).abs().max()
+        for n, value in one.items()
+        if n[:7] == "policy."
+    )
+    assert moved > 1e-4
+    for name, state in states.items():
+        assert max((value - state[place]).abs().max() for place, value in one.items()) < 1e-6, name

@@ -24,6 +24,9 @@ ALGORITHMS = {
     "sam_r1": ("stage=sam_r1", *REFERENCE),
     "reinforce_pp": ("stage=reinforce_pp", *REFERENCE),
     "ppo": ("stage=ppo", *REFERENCE, "stage.critic_warmup=1", "stage.critic_lr=0.05"),
+    # Groups in pieces, which meet in their prefix; everything in one pass, which shares the sampler's reading.
+    "pieces": ("stage.completions_per_pass=2", "stage.micro_batch_size=2"),
+    "one_pass": ("stage.micro_batch_size=8",),
 }
 
 
@@ -65,6 +68,6 @@ def test_two_processes_equal_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["grpo", "reinforce_pp", "ppo"])
+@pytest.mark.parametrize("algorithm", ["grpo", "reinforce_pp", "ppo", "pieces", "one_pass"])
 def test_two_processes_equal_one_whatever_the_algorithm(tmp_path, algorithm):
     same_run(tmp_path, algorithm)

@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from segrl.models.shared_prefix import PrefixCache, pad_left
+from segrl.models.decoder import Decoder
+from segrl.models.shared_prefix import read_prefixes, read_suffixes
+from segrl.models.token_logprobs import token_logprobs
 from segrl.prompts.frames import absolute_pixels, permille
 from segrl.protocols import Message
-from segrl.types import Completions, Frame, Prefix
+from segrl.types import Completions, Frame, Prefix, PrefixState
 
 _FRAMES: dict[str, Callable[[int, int], Frame]] = {"qwen2_5_vl": absolute_pixels, "qwen3_vl": permille}
 
@@ -103,6 +105,7 @@ class HFPolicy(nn.Module):
         attention: transformers' name of the attention implementation.
         lora: an adapter on the language model learns instead of the weights; none trains the weights.
         train_vision: whether the vision tower's weights learn, where weights learn.
+        gradient_checkpointing: keep no activations inside of layers; the backward pass computes them again.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class HFPolicy(nn.Module):
         attention: str,
         lora: Lora | None,
         train_vision: bool,
+        gradient_checkpointing: bool,
     ) -> None:
         super().__init__()
         from transformers import AutoModelForImageTextToText
@@ -126,9 +130,12 @@ class HFPolicy(nn.Module):
         )
         self.model: Any = AutoModelForImageTextToText.from_pretrained(
             weights, dtype=getattr(torch, dtype), attn_implementation=attention, local_files_only=True
-        )
+        ).train()  # as it comes it is in evaluation mode, in which nothing is checkpointed
         self.temperature, self.lora = temperature, lora
         self.model.model.visual.requires_grad_(train_vision)
+        self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            self.model.model.visual.gradient_checkpointing_enable({"use_reentrant": False})
         if lora is not None:
             self.model.requires_grad_(False)
             self.add_adapter("policy", lora)
@@ -154,70 +161,56 @@ class HFPolicy(nn.Module):
         """Where its weights lie."""
         return cast("torch.device", self.stop_ids.device)
 
-    def prefill(self, prefixes: Sequence[Prefix]) -> PrefixCache:
+    def prefill(self, prefixes: Sequence[Prefix]) -> PrefixState:
         """Read every prefix once: pixels through the tower, tokens through the language model."""
-        ids = pad_left([p.token_ids for p in prefixes], self.pad_id)
-        kinds = pad_left([p.token_types for p in prefixes], 0)
-        seen = pad_left([torch.ones_like(p.token_ids) for p in prefixes], 0)
-        grid = torch.cat([p.grid for p in prefixes])
-        positions, _ = self.model.model.get_rope_index(
-            ids, mm_token_type_ids=kinds, image_grid_thw=grid, attention_mask=seen
-        )
-        out = self.model.model(
-            input_ids=ids, attention_mask=seen, position_ids=positions, mm_token_type_ids=kinds, use_cache=True,
-            pixel_values=torch.cat([p.pixels for p in prefixes]).to(self.model.dtype), image_grid_thw=grid,
-        )  # fmt: skip
-        following = positions.masked_fill(seen == 0, 0).amax((0, 2)) + 1
-        return PrefixCache(
-            keys_values=out.past_key_values,
-            seen=seen,
-            following=following,
-            last_hidden=out.last_hidden_state[:, -1],
-        )
+        return read_prefixes(self.model.model, prefixes, self.pad_id, self.gradient_checkpointing)
 
-    def extend(self, cache: PrefixCache, tokens: Tensor) -> Tensor:
-        """Read `[N, T]` more tokens after the cache (which grows); hidden states `[N, T, D]`.
-
-        Suffix token i sits at the prefix's largest position + 1 + i on all three rotary axes.
-        """
-        start = cache.seen.shape[1]
-        written = start - cache.prefix_length
-        steps = torch.arange(written, written + tokens.shape[1], device=tokens.device)
-        positions = (cache.following[:, None] + steps).expand(3, -1, -1)
-        cache.seen = torch.cat([cache.seen, torch.ones_like(tokens)], 1)
-        out = self.model.model(
-            input_ids=tokens, attention_mask=cache.seen, position_ids=positions, past_key_values=cache.keys_values,
-            use_cache=True,
-        )  # fmt: skip
-        hidden: Tensor = out.last_hidden_state
-        return hidden
+    def decoder(self, state: PrefixState, group_size: int, length: int) -> Decoder:
+        """What samples behind `state`, from the weights of this moment, in the precision of the passes."""
+        language, device = self.model.model.language_model, self.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
+        return Decoder(language, state, group_size, length, dtype)
 
     def log_distribution(self, hidden: Tensor) -> Tensor:
         """Hidden states `[..., D]` to float32 log-probabilities `[..., V]` of what may be sampled."""
         with torch.autocast(
             hidden.device.type, enabled=False
         ):  # bfloat16 logits are wrong in the third digit
-            logits = (
-                nn.functional.linear(hidden.float(), self.model.lm_head.weight.float()) / self.temperature
+            logits = nn.functional.linear(
+                hidden.float() / self.temperature, self.model.lm_head.weight.float()
             )
         return logits.index_fill(-1, self.never_sampled, float("-inf")).log_softmax(-1)
 
-    def read(self, prefixes: Sequence[Prefix], completions: Completions) -> Tensor:
+    def read(
+        self, prefixes: Sequence[Prefix], completions: Completions, state: PrefixState | None = None
+    ) -> Tensor:
         """Hidden states `[N, T, D]`, each of the place in front of a completion token: the state in which it was chosen.
 
-        Each prefix is read once and shared by its group; the first token is predicted by the prefix's last row.
+        Each prefix is read once and shared by its group (not at all, where `state` has it read already); the first token
+        is predicted by the prefix's last row.
         """
-        cache = self.prefill(prefixes).repeated(len(completions.tokens) // len(prefixes))
-        return torch.cat([cache.last_hidden[:, None], self.extend(cache, completions.tokens[:, :-1])], 1)
+        state = state or self.prefill(prefixes)
+        first = state.last_hidden.repeat_interleave(len(completions.tokens) // len(prefixes), 0)[:, None]
+        if completions.tokens.shape[1] == 1:
+            return first
+        behind = read_suffixes(
+            self.model.model, state, completions.tokens[:, :-1], self.gradient_checkpointing
+        )
+        return torch.cat([first, behind], 1)
 
     def logprobs_of(self, hidden: Tensor, completions: Completions) -> Tensor:
         """Log-probability of each completion token, float32 `[N, T]`, from the states of `read`; zero off the mask."""
-        picked = self.log_distribution(hidden).gather(-1, completions.tokens[..., None])[..., 0]
-        return picked.masked_fill(~completions.mask, 0.0)
+        mask, weight = completions.mask, self.model.lm_head.weight.float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            states = hidden[mask].float() / self.temperature
+            picked = token_logprobs(states, weight, completions.tokens[mask], self.never_sampled)
+        return torch.zeros(mask.shape, device=hidden.device).masked_scatter(mask, picked)
 
-    def logprobs(self, prefixes: Sequence[Prefix], completions: Completions) -> Tensor:
+    def logprobs(
+        self, prefixes: Sequence[Prefix], completions: Completions, state: PrefixState | None = None
+    ) -> Tensor:
         """As `logprobs_of`, of what `read` reads."""
-        return self.logprobs_of(self.read(prefixes, completions), completions)
+        return self.logprobs_of(self.read(prefixes, completions, state), completions)
 
     def take_over(self, weights: dict[str, Tensor]) -> None:
         """Load a checkpoint of an earlier stage: all weights, or those of an adapter like this policy's own.

@@ -1,49 +1,131 @@
-"""One prefix and its group of suffixes: what is read once and shared.
+"""One prefix and its group of completions: the prefix is read once, and shared.
 
-A prefix is prefilled once; its keys and values then serve all completions of the group, in decoding and in the
-training pass, where gradients of the whole group flow back into the one prefix.
+    prefix        p p p p p p p p p         vision tower and language model once: keys and values of every layer, [B, P]
+    completions   `---------------- a a a       each sees its prefix and itself, and none of its neighbours, [B*G, T]
+                  `---------------- b b b b b
+                  `---------------- c c
+
+Cost grows with P + G*T, not with G*(P + T). In training the gradients of the whole group add up in the prefix's keys
+and values and flow back through it once. In sampling (`decoder.py`) the prefix's keys and values are stored once.
+
+The layers are transformers' own; only what they attend to is given from here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-if TYPE_CHECKING:
-    from transformers import DynamicCache
+from segrl.types import Prefix, PrefixState
 
 
-@dataclass(slots=True, kw_only=True)
-class PrefixCache:
-    """Keys and values of prefixes; grows as suffixes are read."""
+class _Memory:
+    """Stands where transformers' layers keep a cache: puts a prefix in front of a layer's own keys and values."""
 
-    keys_values: DynamicCache
-    seen: Tensor
-    """int64 `[rows, P + T]`, 0 on left padding."""
-    following: Tensor
-    """int64 `[rows]`, rotary position of the first suffix token: images advance it by their side, not their area."""
-    last_hidden: Tensor
-    """`[rows, D]`, hidden state that predicts the first suffix token."""
-    prefix_length: int = -1
+    def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
+        self.before = None if keys is None or values is None else (keys, values)
+        self.own: tuple[Tensor, Tensor]
 
-    def __post_init__(self) -> None:
-        if self.prefix_length < 0:
-            self.prefix_length = self.seen.shape[1]
+    def update(self, keys: Tensor, values: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        """Called by the attention of a layer with `[rows, K, T, d]`; what it is to attend to."""
+        self.own = keys, values
+        if self.before is None:
+            return keys, values
+        return _behind(self.before[0], keys), _behind(self.before[1], values)
 
-    def repeated(self, group_size: int) -> PrefixCache:
-        """One row per completion; groups contiguous. The keys and values are repeated in place."""
-        self.keys_values.batch_repeat_interleave(group_size)
-        return PrefixCache(
-            keys_values=self.keys_values,
-            seen=self.seen.repeat_interleave(group_size, 0),
-            following=self.following.repeat_interleave(group_size, 0),
-            last_hidden=self.last_hidden.repeat_interleave(group_size, 0),
-            prefix_length=self.prefix_length,
-        )
+
+def _behind(prefix: Tensor, own: Tensor) -> Tensor:
+    """`[B, K, P, d]` and `[B*G, K, T, d]` to `[B*G, K, P+T, d]`."""
+    group = len(own) // len(prefix)
+    shared = prefix[:, None].expand(-1, group, -1, -1, -1).flatten(0, 1)
+    return torch.cat([shared.to(own.dtype), own], 2)
+
+
+def _through(
+    layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, keys: Tensor | None, values: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """One layer: the hidden states behind it, its own keys and values. Without side effects, so that it may run twice."""
+    memory = _Memory(keys, values)
+    out = layer(hidden, attention_mask=mask, position_embeddings=rope, past_key_values=memory)
+    return out, *memory.own
+
+
+def _pass(layer: Any, recompute: bool, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`_through`; where activations are recomputed in the backward pass, they are not kept."""
+    if recompute and torch.is_grad_enabled():
+        done: tuple[Tensor, Tensor, Tensor] = checkpoint(_through, layer, *inputs, use_reentrant=False)
+        return done
+    return _through(layer, *inputs)
+
+
+def read_prefixes(vlm: Any, prefixes: Sequence[Prefix], pad_id: int, recompute: bool) -> PrefixState:
+    """Read every prefix once: pixels through the vision tower, tokens through the language model.
+
+    Args:
+        vlm: a Qwen2.5-VL or Qwen3-VL of transformers, without its head.
+        prefixes: B of them; shorter ones are padded on the left.
+        pad_id: token that pads.
+        recompute: keep no activations inside of layers (gradient checkpointing).
+    """
+    ids = pad_left([p.token_ids for p in prefixes], pad_id)
+    kinds = pad_left([p.token_types for p in prefixes], 0)
+    seen = pad_left([torch.ones_like(p.token_ids) for p in prefixes], 0)
+    grid = torch.cat([p.grid for p in prefixes])
+    positions, _ = vlm.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid, attention_mask=seen)
+    language = vlm.language_model
+    pixels = torch.cat([p.pixels for p in prefixes]).to(vlm.visual.dtype)
+    features = vlm.get_image_features(pixels, grid, return_dict=True)
+    hidden = language.embed_tokens(ids)
+    pictured = (ids == vlm.config.image_token_id)[..., None]
+    hidden = hidden.masked_scatter(pictured, torch.cat(features.pooler_output).to(hidden.dtype))
+    # Qwen3-VL adds features of earlier vision layers behind its first layers (DeepStack); Qwen2.5-VL has none.
+    deeper = [torch.cat(level) for level in features.get("deepstack_features") or ()]
+    mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+    mask = mask & seen.bool()[:, None, None]
+    mask = mask | torch.eye(
+        ids.shape[1], dtype=torch.bool, device=ids.device
+    )  # padding sees itself, not nothing
+    rope, keys, values = language.rotary_emb(hidden, positions), [], []
+    for level, layer in enumerate(language.layers):
+        hidden, k, v = _pass(layer, recompute, hidden, rope, mask, None, None)
+        if level < len(deeper):
+            hidden = hidden + torch.zeros_like(hidden).masked_scatter(
+                pictured, deeper[level].to(hidden.dtype)
+            )
+        keys.append(k)
+        values.append(v)
+    following = positions.masked_fill(seen == 0, 0).amax((0, 2)) + 1
+    return PrefixState(
+        keys=keys, values=values, seen=seen.bool(), following=following,
+        last_hidden=language.norm(hidden[:, -1]),
+    )  # fmt: skip
+
+
+def read_suffixes(vlm: Any, state: PrefixState, tokens: Tensor, recompute: bool) -> Tensor:
+    """Read the tokens `[B*G, T]` of completions behind their prefixes; hidden states `[B*G, T, D]`.
+
+    Completion token i sits at its prefix's largest position + 1 + i on all three rotary axes.
+    """
+    language, (rows, length) = vlm.language_model, tokens.shape
+    group = rows // len(state.seen)
+    steps = torch.arange(length, device=tokens.device)
+    positions = (state.following.repeat_interleave(group)[:, None] + steps).expand(3, -1, -1)
+    hidden = language.embed_tokens(tokens)
+    own = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
+    # One mask for all where no prefix is padded.
+    seen = state.seen[:1] if bool(state.seen.all()) else state.seen.repeat_interleave(group, 0)
+    mask = torch.cat(
+        [seen[:, None, None].expand(-1, 1, length, -1), own.expand(len(seen), 1, length, length)], -1
+    )
+    rope = language.rotary_emb(hidden, positions)
+    for layer, keys, values in zip(language.layers, state.keys, state.values, strict=True):
+        hidden, _, _ = _pass(layer, recompute, hidden, rope, mask, keys, values)
+    out: Tensor = language.norm(hidden)
+    return out
 
 
 def pad_left(rows: Sequence[Tensor], value: int) -> Tensor:

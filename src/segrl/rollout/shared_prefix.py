@@ -1,4 +1,4 @@
-"""Decoding in which every prefix is prefilled once and all completions of a step advance together."""
+"""Sampling in which every prefix is read once and all completions of a step advance together."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from segrl.models.hf_vlm import HFPolicy
-from segrl.types import Completions, Prefix
+from segrl.types import Completions, Prefix, PrefixState
+
+_Choose = Callable[[Tensor, int, Tensor], Tensor]
+"""Log-distributions `[R, V]`, the place in the completions, which completions `[R]`; tokens `[R]`."""
 
 
 class SharedPrefixEngine:
-    """Samples all N = B*G completions in one decode.
+    """Samples all N = B*G completions in one decode; what has ended leaves it.
 
     Args:
         max_tokens: a completion is cut off after this many.
@@ -23,8 +26,9 @@ class SharedPrefixEngine:
         self.max_tokens = max_tokens
 
     def sample(
-        self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, seeds: Sequence[int]
-    ) -> Completions:
+        self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, seeds: Sequence[int],
+        state: PrefixState | None = None,
+    ) -> Completions:  # fmt: skip
         """`group_size` completions of each prefix, from the policy's own distribution; groups contiguous.
 
         A completion is a function of its prefix and its own seed: neither its neighbours nor the number of ranks
@@ -33,39 +37,67 @@ class SharedPrefixEngine:
         rows = [np.random.default_rng(seed).random(self.max_tokens, np.float32) for seed in seeds]
         noise = torch.from_numpy(np.stack(rows)).to(prefixes[0].token_ids.device).double()
 
-        def choose(log_distribution: Tensor, place: int) -> Tensor:
+        def choose(log_distribution: Tensor, place: int, which: Tensor) -> Tensor:
             """Where the cumulative distribution passes the noise; what has no probability is never there."""
             cumulative = log_distribution.exp().double().cumsum(-1)
-            wanted = noise[:, place, None] * cumulative[:, -1:]
+            wanted = noise[which, place, None] * cumulative[:, -1:]
             return torch.searchsorted(cumulative, wanted, right=True)[:, 0]
 
-        return self._decode(policy, prefixes, group_size, choose)
+        return self._decode(policy, prefixes, group_size, choose, state)
 
     def greedy(self, policy: HFPolicy, prefixes: Sequence[Prefix]) -> Completions:
         """The most likely token at each place, one completion per prefix."""
-        return self._decode(policy, prefixes, 1, lambda log_distribution, _: log_distribution.argmax(-1))
+        return self._decode(
+            policy, prefixes, 1, lambda log_distribution, *_: log_distribution.argmax(-1), None
+        )
 
     @torch.no_grad()
     def _decode(
-        self,
-        policy: HFPolicy,
-        prefixes: Sequence[Prefix],
-        group_size: int,
-        choose: Callable[[Tensor, int], Tensor],
-    ) -> Completions:
-        cache = policy.prefill(prefixes).repeated(group_size)
-        hidden = cache.last_hidden
-        columns: list[Tensor] = []
-        running = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-        alive: list[Tensor] = []
-        while len(columns) < self.max_tokens and bool(running.any()):
-            token = choose(policy.log_distribution(hidden), len(columns)).masked_fill(~running, policy.pad_id)
-            columns.append(token)
-            alive.append(running)
+        self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, choose: _Choose, state: PrefixState | None
+    ) -> Completions:  # fmt: skip
+        state = state or policy.prefill(prefixes)
+        decoder = policy.decoder(state, group_size, self.max_tokens)
+        hidden = state.last_hidden.repeat_interleave(group_size, 0)
+        which = torch.arange(len(hidden), device=hidden.device)
+        written = torch.full((len(hidden), self.max_tokens), policy.pad_id, device=hidden.device)
+        running = torch.ones_like(which, dtype=torch.bool)
+        look = 1 if hidden.device.type == "cpu" else 8  # looking waits for the device
+        for place in range(self.max_tokens):
+            token = choose(policy.log_distribution(hidden), place, which).masked_fill(~running, policy.pad_id)
+            written[which, place] = token
             running = running & ~torch.isin(token, policy.stop_ids)
-            if len(columns) < self.max_tokens:
-                hidden = policy.extend(cache, token[:, None])[:, 0]
-        tokens, mask = torch.stack(columns, 1), torch.stack(alive, 1)
-        return Completions(
-            tokens=tokens, mask=mask, texts=policy.encoder.decode(tokens, mask), finished=~running
-        )
+            if place + 1 == self.max_tokens:
+                break
+            if (place + 1) % look == 0 and (left := int(running.sum())) < len(running):
+                if left == 0:
+                    break
+                if (staying := _staying(running.view(decoder.prompts, decoder.group))) is not None:
+                    prompts, places = staying
+                    rows = (prompts[:, None] * decoder.group + places).flatten()
+                    decoder.keep(prompts, places)
+                    token, running, which = token[rows], running[rows], which[rows]
+            hidden = decoder.step(token)
+        return _until_stop(policy, written)
+
+
+def _staying(running: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Of running completions bool `[B, G]`: prompts `[B']` and of each its places `[B', G']`; none where few have ended.
+
+    Prompts keep one number of places, so an ended completion may stay for company.
+    """
+    alive = running.sum(1)
+    prompts, most = alive.nonzero()[:, 0], int(alive.max())
+    if len(prompts) * most > 0.75 * running.numel():
+        return None
+    return prompts, running[prompts].int().argsort(dim=1, descending=True, stable=True)[:, :most]
+
+
+def _until_stop(policy: HFPolicy, written: Tensor) -> Completions:
+    """Token rows `[N, most]` up to and including each one's first stop token."""
+    stops = torch.isin(written, policy.stop_ids)
+    mask = stops.cumsum(1) - stops.long() == 0
+    longest = int(mask.sum(1).max())
+    tokens, mask = written[:, :longest], mask[:, :longest]
+    return Completions(
+        tokens=tokens, mask=mask, texts=policy.encoder.decode(tokens, mask), finished=stops.any(1)
+    )

@@ -14,7 +14,7 @@ from segrl.protocols import Grammar, MaskHead, RolloutEngine
 from segrl.rewards.mixture import RewardMixture
 from segrl.stages.base import MakeOptimizer, MakeSchedule
 from segrl.stages.policy_gradient import MakeReference, PolicyGradientStage, Rollout, TokenWeights
-from segrl.types import Batch, Completions, Experience, Scores
+from segrl.types import Batch, Completions, Experience, PrefixState, Scores
 
 
 class GRPOStage(PolicyGradientStage):
@@ -26,21 +26,21 @@ class GRPOStage(PolicyGradientStage):
             groups have spread; they are tried that many at a time until there are enough. Where they run out, groups
             without spread fill up and count nothing. None takes the batch as it is.
         policy, grammar, head, engine, reward, reference, optimizer, schedule, max_grad_norm, seed, group_size,
-            micro_batch_size, updates_per_rollout, epochs_per_rollout, surrogate, token_weights, divergence, kl_weight,
-            kl_reward: see `PolicyGradientStage`.
+            micro_batch_size, completions_per_pass, updates_per_rollout, epochs_per_rollout, surrogate, token_weights,
+            divergence, kl_weight, kl_reward: see `PolicyGradientStage`.
     """
 
     def __init__(
         self, policy: HFPolicy, grammar: Grammar, head: MaskHead, engine: RolloutEngine, reward: RewardMixture,
         reference: MakeReference | None,
         optimizer: MakeOptimizer, schedule: MakeSchedule | None, max_grad_norm: float, seed: int,
-        group_size: int, micro_batch_size: int, updates_per_rollout: int, epochs_per_rollout: int,
+        group_size: int, micro_batch_size: int, completions_per_pass: int | None, updates_per_rollout: int, epochs_per_rollout: int,
         surrogate: MakeSurrogate, token_weights: TokenWeights, divergence: Divergence, kl_weight: float, kl_reward: float,
         advantage: Callable[[Tensor], Tensor], live_samples: int | None,
     ) -> None:  # fmt: skip
         super().__init__(
             policy, grammar, head, engine, reward, reference, optimizer, schedule, max_grad_norm, seed, group_size,
-            micro_batch_size, updates_per_rollout, epochs_per_rollout, surrogate, token_weights, divergence,
+            micro_batch_size, completions_per_pass, updates_per_rollout, epochs_per_rollout, surrogate, token_weights, divergence,
             kl_weight, kl_reward,
         )  # fmt: skip
         self.advantage, self.live_samples = advantage, live_samples
@@ -53,10 +53,14 @@ class GRPOStage(PolicyGradientStage):
         own = self.advantage(everywhere)[first : first + len(rewards)].reshape(-1, 1)
         return replace(experience, advantages=own.expand(experience.completions.mask.shape).contiguous())
 
-    def rollout(self, batch: Batch, first: int = 0) -> Rollout:
+    def read_once(self, batch: Batch) -> PrefixState | None:
+        """Not under dynamic sampling, which does not know yet what it will learn from."""
+        return super().read_once(batch) if self.live_samples is None else None
+
+    def rollout(self, batch: Batch, first: int = 0, state: PrefixState | None = None) -> Rollout:
         """Of the batch, or of its first samples whose groups have spread."""
         if self.live_samples is None:
-            return super().rollout(batch, first)
+            return super().rollout(batch, first, state)
         tried: list[Rollout] = []
         live: list[int] = []
         for start in range(0, len(batch), self.live_samples):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from statistics import mean
 from typing import Any, Protocol, cast
 
@@ -18,7 +19,8 @@ from segrl.objectives.policy_gradient import Divergence, MakeSurrogate, policy_g
 from segrl.protocols import Grammar, MaskHead, RolloutEngine
 from segrl.rewards.mixture import RewardMixture
 from segrl.stages.base import MakeOptimizer, MakeSchedule, SegStage
-from segrl.types import Answer, Batch, Completions, Experience, LossOutput, Prefix, Scores
+from segrl.stages.zero import ZeRO
+from segrl.types import Answer, Batch, Completions, Experience, LossOutput, Prefix, PrefixState, Scores
 
 _STUCK = re.compile(r"(.)\1{19}", re.DOTALL)  # one character twenty times
 MakeReference = Callable[[HFPolicy], Reference]
@@ -42,6 +44,7 @@ class PolicyGradientStage(SegStage):
         reference: makes the reference from the policy; none where no term needs it.
         group_size: completions per sample.
         micro_batch_size: samples whose groups are in one forward and backward pass; gradients add up.
+        completions_per_pass: completions of each of them in one pass, for less memory; none takes groups whole.
         updates_per_rollout: minibatches of whole groups that one rollout is cut into.
         epochs_per_rollout: times each minibatch is used.
         surrogate: what a token's step is worth; see `objectives.clipped`.
@@ -60,7 +63,7 @@ class PolicyGradientStage(SegStage):
         self, policy: HFPolicy, grammar: Grammar, head: MaskHead, engine: RolloutEngine, reward: RewardMixture,
         reference: MakeReference | None,
         optimizer: MakeOptimizer, schedule: MakeSchedule | None, max_grad_norm: float, seed: int,
-        group_size: int, micro_batch_size: int, updates_per_rollout: int, epochs_per_rollout: int,
+        group_size: int, micro_batch_size: int, completions_per_pass: int | None, updates_per_rollout: int, epochs_per_rollout: int,
         surrogate: MakeSurrogate, token_weights: TokenWeights, divergence: Divergence, kl_weight: float, kl_reward: float,
     ) -> None:  # fmt: skip
         if kl_weight > 0 and kl_reward > 0:
@@ -81,6 +84,7 @@ class PolicyGradientStage(SegStage):
         self.reference = None if self.make_reference is None else self.make_reference(policy)
         self.reward = reward
         self.group_size, self.micro_batch_size = group_size, micro_batch_size
+        self.completions_per_pass = completions_per_pass
         self.updates_per_rollout, self.epochs_per_rollout = updates_per_rollout, epochs_per_rollout
         self.surrogate, self.token_weights, self.divergence = surrogate, token_weights, divergence
         self.kl_weight, self.kl_reward = kl_weight, kl_reward
@@ -120,7 +124,8 @@ class PolicyGradientStage(SegStage):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One rollout and its updates."""
         with self.whole_weights():
-            batch, completions, answers, scores = self.last_rollout = self.rollout(batch)
+            state = self.read_once(batch)
+            batch, completions, answers, scores = self.last_rollout = self.rollout(batch, state=state)
             old_logprobs, values = self.as_sampled(batch, completions)
             experience = Experience(
                 prefixes=batch.prefixes,
@@ -130,6 +135,7 @@ class PolicyGradientStage(SegStage):
                 old_logprobs=old_logprobs,
                 reference_logprobs=self.reference_logprobs(batch, completions),
                 values=values,
+                state=state,
             )
             experience = self.credit(experience, self.last_rollout)
         stats = [self.update(minibatch) for minibatch in self.minibatches(experience)]
@@ -137,10 +143,20 @@ class PolicyGradientStage(SegStage):
             {**self.rollout_stats(answers, scores), **self.credit_stats(experience), **_means(stats)}
         )
 
-    def rollout(self, batch: Batch, first: int = 0) -> Rollout:
+    def read_once(self, batch: Batch) -> PrefixState | None:
+        """The prefixes, their graph included, where sampling and learning share one reading of them.
+
+        That is where a batch is learned in one pass and one update: the graph would be there in that pass anyway.
+        """
+        alone = self.updates_per_batch == 1 and self.micro_batch_size >= len(batch)
+        if not alone or self.policy.gradient_checkpointing or isinstance(self.trainer.strategy, ZeRO):
+            return None
+        return self.policy.prefill(batch.prefixes)
+
+    def rollout(self, batch: Batch, first: int = 0, state: PrefixState | None = None) -> Rollout:
         """Sample, parse, draw and score; `first` is the place of the batch in a larger one."""
         seeds = self.seeds(first, len(batch))
-        completions = self.engine.sample(self.policy, batch.prefixes, self.group_size, seeds)
+        completions = self.engine.sample(self.policy, batch.prefixes, self.group_size, seeds, state)
         self.sampled += len(completions.tokens) * self.trainer.world_size
         answers = self.segmenter.read(batch, completions, self.group_size)
         return batch, completions, answers, self.reward(answers, batch.samples)
@@ -215,7 +231,7 @@ class PolicyGradientStage(SegStage):
 
     def objective(self, part: Experience, weights: Tensor) -> LossOutput:
         """The loss of a part of an update, given its tokens' shares `[N, T]`."""
-        logprobs = self.policy.logprobs(part.prefixes, part.completions)
+        logprobs = self.policy.logprobs(part.prefixes, part.completions, part.state)
         return self.policy_objective(logprobs, part, weights)
 
     def policy_objective(self, logprobs: Tensor, part: Experience, weights: Tensor) -> LossOutput:
@@ -235,10 +251,8 @@ class PolicyGradientStage(SegStage):
         optimizer.zero_grad()
         parts = list(minibatch.split(self.micro_batch_size))
         for i, (part, rows) in enumerate(parts):
-            loss, seen = self(part, weights[rows])
-            self.backward_part(loss, last=i == len(parts) - 1)
-            seen = {"policy/loss": loss.detach(), **seen}
-            stats = {name: stats.get(name, 0.0) + value for name, value in seen.items()}
+            for name, value in self.learn(part, weights[rows], last=i == len(parts) - 1).items():
+                stats[name] = stats.get(name, 0.0) + value
         # What is logged is a mean, whatever normalises the loss.
         share = self.over_ranks(weights.sum()).clamp_min(1e-12)
         stats = {name: value if name == "policy/loss" else value / share for name, value in stats.items()}
@@ -246,6 +260,21 @@ class PolicyGradientStage(SegStage):
         self.refuse_nonfinite(stats)
         optimizer.step()
         self.step_schedule()
+        return stats
+
+    def learn(self, part: Experience, weights: Tensor, last: bool) -> dict[str, Tensor]:
+        """Add a part's gradients; where its groups are cut in pieces they gather in the prefixes, read and left once."""
+        pieces, stats = list(part.pieces(self.completions_per_pass)), dict[str, Tensor]()
+        whole = part.state or (self.policy.prefill(part.prefixes) if len(pieces) > 1 else None)
+        leaves = whole.cut() if whole is not None and len(pieces) > 1 else None
+        for i, (piece, rows) in enumerate(pieces):
+            final = i == len(pieces) - 1
+            loss, seen = self(replace(piece, state=whole if final else leaves), weights[rows])
+            for name, value in {"policy/loss": loss.detach(), **seen}.items():
+                stats[name] = stats.get(name, 0.0) + value
+            if final and whole is not None and leaves is not None:
+                loss = loss + whole.gathered(leaves)
+            self.backward_part(loss, last=last and final)
         return stats
 
     def refuse_nonfinite(self, stats: dict[str, Tensor]) -> None:

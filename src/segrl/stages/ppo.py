@@ -46,22 +46,22 @@ class PPOStage(PolicyGradientStage):
         value_clip: how far one update may move a value; see `objectives.ppo`.
         value_weight: of the critic's loss.
         policy, grammar, head, engine, reward, reference, optimizer, schedule, max_grad_norm, seed, group_size,
-            micro_batch_size, updates_per_rollout, epochs_per_rollout, surrogate, token_weights, divergence, kl_weight,
-            kl_reward: see `PolicyGradientStage`.
+            micro_batch_size, completions_per_pass, updates_per_rollout, epochs_per_rollout, surrogate, token_weights,
+            divergence, kl_weight, kl_reward: see `PolicyGradientStage`.
     """
 
     def __init__(
         self, policy: HFPolicy, grammar: Grammar, head: MaskHead, engine: RolloutEngine, reward: RewardMixture,
         reference: MakeReference | None,
         optimizer: MakeOptimizer, schedule: MakeSchedule | None, max_grad_norm: float, seed: int,
-        group_size: int, micro_batch_size: int, updates_per_rollout: int, epochs_per_rollout: int,
+        group_size: int, micro_batch_size: int, completions_per_pass: int | None, updates_per_rollout: int, epochs_per_rollout: int,
         surrogate: MakeSurrogate, token_weights: TokenWeights, divergence: Divergence, kl_weight: float, kl_reward: float,
         critic: Callable[[HFPolicy], Critic], critic_lr: float, critic_warmup: int, shaping: PromptShaping | None,
         decay: Decay, critic_decay: float, discount: float, value_clip: float, value_weight: float,
     ) -> None:  # fmt: skip
         super().__init__(
             policy, grammar, head, engine, reward, reference, optimizer, schedule, max_grad_norm, seed, group_size,
-            micro_batch_size, updates_per_rollout, epochs_per_rollout, surrogate, token_weights, divergence,
+            micro_batch_size, completions_per_pass, updates_per_rollout, epochs_per_rollout, surrogate, token_weights, divergence,
             kl_weight, kl_reward,
         )  # fmt: skip
         self.critic = critic(policy)
@@ -151,7 +151,7 @@ class PPOStage(PolicyGradientStage):
     def objective(self, part: Experience, weights: Tensor) -> LossOutput:
         """The policy's loss and the critic's, from one pass; during the warm-up the policy's does not move it."""
         assert part.values is not None and part.returns is not None
-        hidden = self.policy.read(part.prefixes, part.completions)
+        hidden = self.policy.read(part.prefixes, part.completions, part.state)
         actor = self.policy_objective(self.policy.logprobs_of(hidden, part.completions), part, weights)
         values = self.critic(hidden, part.prefixes, part.completions, part.insight)
         judged = clipped_value_loss(values, part.values, part.returns, weights, self.value_clip)

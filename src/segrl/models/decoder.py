@@ -1,0 +1,180 @@
+"""One token per completion and step: the language model's weights, laid out for sampling.
+
+Made anew for every rollout, from the weights of that moment: projections that read the same input are joined, an adapter
+is merged into a copy, all in the precision of the passes. The prefix's keys and values are stored once per prompt, the
+group's queries are rows of one product with them; completions have buffers of fixed size:
+
+    scores of row (b, g) at step t  =  [ q · prefix keys of b  |  q · own keys 0..t of (b, g) ]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from segrl.types import PrefixState
+
+
+@dataclass(slots=True, kw_only=True)
+class _Layer:
+    """Weights of a layer, and what it remembers."""
+
+    norm_in: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    norms: tuple[Tensor, Tensor] | None  # of queries and keys: Qwen3 has them, Qwen2.5 has a bias instead
+    out: Tensor
+    norm_mlp: Tensor
+    gate_up: Tensor
+    down: Tensor
+    prefix_keys: Tensor  # [B, K, d, P]
+    prefix_values: Tensor  # [B, K, P, d]
+    keys: Tensor  # [B, K, G, T, d]
+    values: Tensor
+
+
+class Decoder:
+    """The language model behind B prefixes, for B*G completions of at most `length` tokens.
+
+    Args:
+        language: `language_model` of a Qwen2.5-VL or Qwen3-VL of transformers.
+        state: the prefixes, read.
+        group_size: completions of each.
+        length: most tokens of a completion.
+        dtype: of the products; sums along the layers stay in the weights' own.
+    """
+
+    def __init__(
+        self, language: Any, state: PrefixState, group_size: int, length: int, dtype: torch.dtype
+    ) -> None:
+        config = language.config
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.width: int = language.layers[0].self_attn.head_dim
+        self.embedding: Tensor = language.embed_tokens.weight
+        self.norm: Tensor = language.norm.weight
+        self.eps: float = language.norm.variance_epsilon
+        self.scale: float = language.layers[0].self_attn.scaling
+        self.prompts, self.group, self.place = len(state.seen), group_size, 0
+        self.dtype = dtype
+        self.layers = [
+            self._layer(layer, k, v, length)
+            for layer, k, v in zip(language.layers, state.keys, state.values, strict=True)
+        ]
+        steps = torch.arange(length, device=state.following.device)
+        cos, sin = language.rotary_emb(self.embedding, (state.following[:, None] + steps).expand(3, -1, -1))
+        half = self.width // 2
+        self.cos, self.sin = cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        unseen = state.seen.logical_not()
+        self.hidden_prefix = None
+        if bool(unseen.any()):
+            self.hidden_prefix = unseen[:, None, None, None]
+
+    def _layer(self, layer: Any, prefix_keys: Tensor, prefix_values: Tensor, length: int) -> _Layer:
+        attention, mlp, dtype = layer.self_attn, layer.mlp, self.dtype
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        biases = [_bias(p) for p in projections]
+        inner = dict(attention.named_parameters())
+        buffer = prefix_keys.new_zeros(
+            self.prompts, self.kv_heads, self.group, length, self.width, dtype=dtype
+        )
+        return _Layer(
+            norm_in=layer.input_layernorm.weight,
+            qkv=torch.cat([_weight(p) for p in projections]).to(dtype),
+            qkv_bias=None if biases[0] is None else torch.cat(cast("list[Tensor]", biases)).to(dtype),
+            norms=(inner["q_norm.weight"], inner["k_norm.weight"]) if "q_norm.weight" in inner else None,
+            out=_weight(attention.o_proj).to(dtype),
+            norm_mlp=layer.post_attention_layernorm.weight,
+            gate_up=torch.cat([_weight(mlp.gate_proj), _weight(mlp.up_proj)]).to(dtype),
+            down=_weight(mlp.down_proj).to(dtype),
+            prefix_keys=prefix_keys.to(dtype).transpose(-1, -2).contiguous(),
+            prefix_values=prefix_values.to(dtype).contiguous(),
+            keys=buffer,
+            values=torch.zeros_like(buffer),
+        )
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Read one more token of every completion, `[B*G]`; hidden states `[B*G, D]`."""
+        hidden = F.embedding(tokens, self.embedding)
+        for layer in self.layers:
+            hidden = hidden + self._attend(layer, self._normed(hidden, layer.norm_in)).to(hidden.dtype)
+            gate, up = F.linear(self._normed(hidden, layer.norm_mlp), layer.gate_up).chunk(2, -1)
+            hidden = hidden + F.linear(F.silu(gate) * up, layer.down).to(hidden.dtype)
+        self.place += 1
+        return F.rms_norm(hidden, hidden.shape[-1:], self.norm.to(hidden.dtype), self.eps)
+
+    def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(hidden, hidden.shape[-1:], weight.to(hidden.dtype), self.eps).to(self.dtype)
+
+    def _attend(self, layer: _Layer, normed: Tensor) -> Tensor:
+        """The attention's output `[B*G, D]`."""
+        now, kv, per_kv = self.place, self.kv_heads, self.heads // self.kv_heads
+        shape = (self.prompts, self.group, self.heads + 2 * kv, self.width)
+        q, k, v = F.linear(normed, layer.qkv, layer.qkv_bias).view(shape).split([self.heads, kv, kv], 2)
+        if layer.norms is not None:
+            q, k = (
+                F.rms_norm(x, (self.width,), w.to(x.dtype), self.eps)
+                for x, w in zip((q, k), layer.norms, strict=True)
+            )
+        layer.keys[:, :, :, now] = self._rotated(k).transpose(1, 2)
+        layer.values[:, :, :, now] = v.transpose(1, 2)
+        q = (
+            (self._rotated(q) * self.scale)
+            .view(self.prompts, self.group, kv, per_kv, self.width)
+            .transpose(1, 2)
+        )
+        to_prefix = q.reshape(self.prompts, kv, -1, self.width) @ layer.prefix_keys
+        to_prefix = to_prefix.view(self.prompts, kv, self.group, per_kv, -1)
+        if self.hidden_prefix is not None:
+            to_prefix = to_prefix.masked_fill(self.hidden_prefix, float("-inf"))
+        to_own = q @ layer.keys[:, :, :, : now + 1].transpose(-1, -2)
+        weights = torch.cat([to_prefix, to_own], -1).softmax(-1)
+        of_prefix, of_own = weights.split([to_prefix.shape[-1], now + 1], -1)
+        seen = of_prefix.reshape(self.prompts, kv, self.group * per_kv, -1) @ layer.prefix_values
+        seen = seen.view(q.shape) + of_own @ layer.values[:, :, :, : now + 1]
+        return F.linear(seen.transpose(1, 2).reshape(len(normed), -1), layer.out)
+
+    def _rotated(self, heads: Tensor) -> Tensor:
+        """`[B, G, heads, d]` to the position of this step."""
+        cos, sin = self.cos[:, self.place, None, None], self.sin[:, self.place, None, None]
+        return torch.addcmul(heads * cos, heads.roll(self.width // 2, -1), sin).to(self.dtype)
+
+    def keep(self, prompts: Tensor, rows: Tensor) -> None:
+        """Go on with some completions alone.
+
+        Args:
+            prompts: int64 `[B']`, which prompts stay.
+            rows: int64 `[B', G']`, which of each one's completions stay.
+        """
+        everywhere = rows[:, None, :]
+        heads = torch.arange(self.kv_heads, device=rows.device)[None, :, None]
+        for layer in self.layers:
+            layer.prefix_keys, layer.prefix_values = layer.prefix_keys[prompts], layer.prefix_values[prompts]
+            layer.keys = layer.keys[prompts[:, None, None], heads, everywhere]
+            layer.values = layer.values[prompts[:, None, None], heads, everywhere]
+        self.cos, self.sin = self.cos[prompts], self.sin[prompts]
+        if self.hidden_prefix is not None:
+            self.hidden_prefix = self.hidden_prefix[prompts]
+        self.prompts, self.group = rows.shape
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    """Of a linear layer; with what its active adapters add."""
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(linear, LoraLayer):
+        return cast("Tensor", linear.weight)
+    weight = cast("Tensor", linear.get_base_layer().weight)
+    for name in () if linear.disable_adapters else linear.active_adapters:
+        weight = weight + cast("Any", linear).get_delta_weight(name).to(weight.dtype)
+    return weight
+
+
+def _bias(linear: nn.Module) -> Tensor | None:
+    from peft.tuners.lora import LoraLayer
+
+    base = linear.get_base_layer() if isinstance(linear, LoraLayer) else linear
+    return cast("Tensor | None", base.bias)

@@ -1,0 +1,64 @@
+"""The language model's head in training: log-probabilities of chosen tokens, without the logits of a vocabulary each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_KEPT = 2**26
+"""Probabilities (float32) that a pass keeps for its backward pass; where there are more, they are computed again."""
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, never: Tensor, most: int) -> Tensor:
+        """Of a pass that fits, the probabilities take the logits' place and stay for the backward pass."""
+        size = max(1, most // len(weight))
+        picked, kept = [], None
+        for states, chosen in zip(hidden.split(size), tokens.split(size), strict=True):
+            logits = _logits(states, weight, never)
+            total = logits.logsumexp(-1, keepdim=True)
+            picked.append((logits.gather(-1, chosen[:, None]) - total)[:, 0])
+            if len(hidden) <= size:
+                kept = logits.sub_(total).exp_()
+        ctx.save_for_backward(hidden, weight, tokens, never, kept)
+        ctx.size = size
+        return torch.cat(picked)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of a logit is that of its token (one where chosen, less the probability)."""
+        hidden, weight, tokens, never, kept = ctx.saved_tensors
+        of_hidden, of_weight = [], torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for states, chosen, grad in zip(
+            hidden.split(ctx.size), tokens.split(ctx.size), grads[0].split(ctx.size), strict=True
+        ):
+            probabilities = _logits(states, weight, never).softmax(-1) if kept is None else kept
+            of_logits = probabilities.mul(-grad[:, None])
+            of_logits.scatter_add_(1, chosen[:, None], grad[:, None])
+            of_hidden.append(of_logits @ weight)
+            if of_weight is not None:
+                of_weight.addmm_(of_logits.t(), states)
+        return torch.cat(of_hidden), of_weight, None, None, None
+
+
+def _logits(states: Tensor, weight: Tensor, never: Tensor) -> Tensor:
+    return (states @ weight.t()).index_fill_(-1, never, float("-inf"))
+
+
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, never: Tensor, most: int = _KEPT
+) -> Tensor:
+    """Log-probabilities float32 `[R]` of tokens `[R]` in states `[R, D]`, under a softmax over all that may be sampled.
+
+    Args:
+        hidden: float32, divided by the temperature.
+        weight: float32 `[V, D]`, the head.
+        tokens: int64, none of `never`.
+        never: int64, tokens without probability.
+        most: numbers in one chunk of logits; a pass of no more than that keeps them, a longer one computes them again.
+    """
+    done: Tensor = _TokenLogprobs.apply(hidden, weight, tokens, never, most)
+    return done

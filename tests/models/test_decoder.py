@@ -1,0 +1,104 @@
+"""One token at a time is the training pass, whoever has left; an adapter counts."""
+
+import pytest
+import torch
+
+from segrl.data.synthetic import SyntheticScenes
+from segrl.prompts.tags import SegR1Points, SegR1Tags
+from segrl.rollout.shared_prefix import SharedPrefixEngine
+from segrl.types import Completions
+
+GROUP, LENGTH = 3, 7
+
+
+@pytest.fixture(params=["qwen3_vl", "qwen2_5_vl"])
+def policy(request, nano_policy):
+    return nano_policy(request.param)
+
+
+@pytest.fixture
+def prefixes(policy):
+    scenes = SyntheticScenes("test", 2, 0, 128, (0.5, 1.0), (1, 1))
+    chats = SegR1Tags(4, 8).messages(None), SegR1Points(8).messages("the left fish")
+    return [policy.encoder.encode(chat, scenes[i].image) for i, chat in enumerate(chats)]
+
+
+def told(policy, rows=2 * GROUP):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 60, (rows, LENGTH), generator=generator)
+    every = torch.ones_like(tokens, dtype=torch.bool)
+    return Completions(tokens=tokens, mask=every, texts=[""] * rows, finished=every.any(1))
+
+
+@torch.no_grad()
+def test_steps_are_the_training_pass(policy, prefixes):
+    said = told(policy)
+    hidden = policy.read(prefixes, said)
+    decoder = policy.decoder(policy.prefill(prefixes), GROUP, LENGTH)
+    for place in range(LENGTH - 1):
+        assert (decoder.step(said.tokens[:, place]) - hidden[:, place + 1]).abs().max() < 2e-5
+
+
+@torch.no_grad()
+def test_what_stays_goes_on_as_if_nothing_had_left(policy, prefixes):
+    said = told(policy)
+    hidden = policy.read(prefixes, said)
+    decoder = policy.decoder(policy.prefill(prefixes), GROUP, LENGTH)
+    decoder.step(said.tokens[:, 0])
+    decoder.step(said.tokens[:, 1])
+    decoder.keep(torch.tensor([1]), torch.tensor([[2, 0]]))
+    rows = [GROUP + 2, GROUP]
+    for place in range(2, LENGTH - 1):
+        assert (decoder.step(said.tokens[rows, place]) - hidden[rows, place + 1]).abs().max() < 2e-5
+
+
+@torch.no_grad()
+def test_half_precision_stays_near(policy, prefixes):
+    said = told(policy)
+    hidden = policy.read(prefixes, said)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        decoder = policy.decoder(policy.prefill(prefixes), GROUP, LENGTH)
+        half = torch.stack([decoder.step(said.tokens[:, place]) for place in range(LENGTH - 1)], 1)
+    difference = (half - hidden[:, 1:]).abs()
+    assert decoder.layers[0].qkv.dtype == torch.bfloat16 and half.dtype == torch.float32
+    assert 0 < difference.mean() < 0.05 * hidden.abs().mean()
+
+
+@torch.no_grad()
+def test_completions_do_not_depend_on_who_else_is_sampled(policy, prefixes, monkeypatch):
+    """With stop tokens so frequent that rows and prompts leave on the way; alone, nobody leaves."""
+    monkeypatch.setitem(policy._buffers, "stop_ids", torch.arange(0, 400, 6))
+    engine, kept = SharedPrefixEngine(24), []
+    from segrl.models.decoder import Decoder
+
+    keep = Decoder.keep
+    monkeypatch.setattr(Decoder, "keep", lambda *given: kept.append(1) or keep(*given))
+    together = engine.sample(policy, prefixes, 8, range(16))
+    assert kept, "nobody left: the test shows nothing"
+    for n in range(16):
+        alone = engine.sample(policy, [prefixes[n // 8]], 1, [n])
+        length = int(alone.lengths[0])
+        assert int(together.lengths[n]) == length and bool(together.finished[n]) == bool(alone.finished[0])
+        assert torch.equal(together.tokens[n, :length], alone.tokens[0])
+
+
+def test_an_adapter_is_merged_into_the_copy_and_left_out_where_it_is_off(nano_weights):
+    from segrl.models.hf_vlm import HFPolicy
+
+    lora = {"rank": 4, "alpha": 8, "dropout": 0.0}
+    policy = HFPolicy(str(nano_weights("qwen3_vl")), 128, None, 1.0, "float32", "sdpa", lora, False, False)
+    torch.manual_seed(0)
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    scene = SyntheticScenes("test", 1, 0, 128, (0.5, 1.0), (1, 1))[0].image
+    prefixes, said = [policy.encoder.encode(SegR1Tags(4, 8).messages(None), scene)], told(policy, GROUP)
+    steps = []
+    with torch.no_grad():
+        for adapter in ("policy", None):
+            with policy.speaking_with(adapter):
+                hidden = policy.read(prefixes, said)
+                decoder = policy.decoder(policy.prefill(prefixes), GROUP, LENGTH)
+                steps.append(decoder.step(said.tokens[:, 0]))
+                assert (steps[-1] - hidden[:, 1]).abs().max() < 2e-5
+    assert (steps[0] - steps[1]).abs().max() > 1e-2
