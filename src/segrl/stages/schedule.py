@@ -12,5 +12,5 @@ def one_cycle(optimizer: Optimizer, total_steps: int, *, pct_start: float, **opt
     torch divides by the number of updates that warm up less one, and so fails where `pct_start` of `total_steps` is
     exactly one update. Here at least the first update warms up.
     """
-    updates = max(total_steps, 2)
+    updates = max(total_steps, 3)  # one to warm up, one to come down
     return OneCycleLR(optimizer, total_steps=updates, pct_start=max(pct_start, 2 / updates), **options)
