@@ -20,6 +20,8 @@ def job(cfg: DictConfig) -> float | None:
     if cfg.testsets:  # then the data group's folders are nobody's business
         cfg.sources = {key: owners for key, owners in cfg.sources.items() if not key.startswith("data.")}
     cfg.data.batch_size = 1  # nothing is trained: a training set of any size will do
+    if OmegaConf.is_missing(cfg.data, "train"):  # a list to learn from is not asked for
+        cfg.data.train = None
     check(cfg)
     from segrl.evaluating import Evaluation
 

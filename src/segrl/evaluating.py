@@ -114,7 +114,10 @@ class Evaluation:
         if logger is not None:
             logger.finalize("success")
         say(f"results in {self.folder}")
-        return metrics.get(self.cfg.objective_metric or "")
+        wanted = self.cfg.objective_metric
+        if wanted is not None and wanted not in metrics:
+            raise ValueError(f"objective_metric: one of {', '.join(sorted(metrics))} is needed; got {wanted}")
+        return None if wanted is None else metrics[wanted]
 
     @torch.inference_mode()
     def _segment(self, name: str, samples: SampleSet) -> None:

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from segrl.front_door import asset, enter, scored_checkpoint
+
+if TYPE_CHECKING:
+    from segrl.models.hf_vlm import HFPolicy
+    from segrl.protocols import Grammar
 
 
 def job(cfg: DictConfig) -> None:
@@ -43,6 +47,10 @@ def export_policy(ckpt: Path, out: Path, note: str, head_checkpoint: str | None 
     from segrl.tracking.checkpoints import learned_policy
 
     run = ckpt.parent.parent
+    if not ckpt.is_file():
+        raise ValueError(
+            f"ckpt: a checkpoint is needed; {ckpt} is {'a folder' if ckpt.is_dir() else 'not there'}"
+        )
     if not (run / "config.yaml").is_file():
         raise ValueError(f"ckpt: a checkpoint in a run's folder is needed; there is no {run / 'config.yaml'}")
     cfg = OmegaConf.load(run / "config.yaml")
@@ -53,7 +61,8 @@ def export_policy(ckpt: Path, out: Path, note: str, head_checkpoint: str | None 
     policy.take_over(learned)
     policy.save(out, cfg.rollout.max_tokens)
     pretrained.write(out, parts)
-    (out / "README.md").write_text(card(run, note, ckpt))
+    asked = _asked(policy, instantiate(cfg.grammar))
+    (out / "README.md").write_text(card(run, note, ckpt, asked))
 
 
 def described(cfg: DictConfig, head_checkpoint: str | None) -> dict[str, dict[str, Any]]:
@@ -78,8 +87,19 @@ def _named(path: str) -> str:
     return path if path.startswith("configs/") else f"weights:{Path(path).name}"
 
 
-def card(run: Path, note: str, ckpt: Path | None = None) -> str:
-    """Markdown: what it is, what it was trained on and by which command, the scores of the run, the configuration."""
+def _asked(policy: HFPolicy, grammar: Grammar) -> str:
+    """The text in front of a completion, for whoever generates with other tools."""
+    messages = grammar.messages("QUERY")
+    chat: str = policy.encoder.processor.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    side = policy.encoder.image_side
+    squashed = "" if side is None else f", with the image resized to {side}x{side} (bicubic)"
+    return f"What it is asked{squashed}:\n\n```\n{chat.strip()}\n```\n"
+
+
+def card(run: Path, note: str, ckpt: Path | None = None, asked: str = "") -> str:
+    """Markdown: what it is and is asked, what it was trained on and by which command, the scores of the run, the configuration."""
     config = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))  # unresolved: no path of one machine
     assert isinstance(config, dict)
     wanted = ("stage", "rollout", "reward", "data", "trainer")
@@ -105,7 +125,7 @@ def card(run: Path, note: str, ckpt: Path | None = None) -> str:
             f"\n```\n{made['command']}\n```\ncommit {made['git.commit']}{dirty}; data: {_data(config['data'])}"
         )
     return "\n".join(lines) + (
-        f"\n\n<details><summary>configuration</summary>\n\n```yaml\n{settings}```\n</details>\n"
+        f"\n\n{asked}\n<details><summary>configuration</summary>\n\n```yaml\n{settings}```\n</details>\n"
     )
 
 

@@ -135,7 +135,7 @@ def explain(error: BaseException, config_name: str, arguments: list[str]) -> str
     if isinstance(cause, OSError):
         if cause.errno == errno.ENOSPC:
             return f"paths.runs: no space is left to write {cause.filename or 'the run'}; what was saved before is intact"
-        return None
+        return None if cause.filename is None else f"{cause.filename}: {str(cause.strerror).lower()}"
     if isinstance(cause, ValueError) and _raised_here(cause):
         return " ".join(str(cause).split())
     if isinstance(cause, ValueError) and str(cause).startswith("Caught ValueError in DataLoader worker"):
@@ -171,9 +171,11 @@ def _composition(message: str, config_name: str, arguments: list[str]) -> str:
         key = unknown.group(1)
         if full := re.search(r"full_key: (\S+)", message):
             key = full.group(1)
-        if key == "experiment":
-            return "experiment: it is added to the defaults: write +experiment=NAME"
+        if key in ("experiment", "suite", "testset"):
+            return f"{key}: it is added to the defaults: write +{key}=NAME"
         return f"{key}: there is no such key{_nearest(key, list(_keys(config_name, arguments)))}"
+    if twice := re.search(r"Multiple values for (\S+)\. To override", message):
+        return f"{twice.group(1)}: it is in the defaults: write {twice.group(1)}=NAME, without +"
     if option := re.search(r"(?:Could not find|In '[^']+': Could not find) '([^']+)'", message):
         group, _, name = option.group(1).rpartition("/")
         options = [path.stem for path in (conf_folder() / group).glob("[!_]*.yaml")]

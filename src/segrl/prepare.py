@@ -141,6 +141,9 @@ def check(cfg: DictConfig) -> None:
 def main() -> None:
     """Entry point."""
     jobs = {"traces": traces, "check": check}
+    if sys.argv[1:2] in (["--help"], ["-h"]):
+        print(__doc__)
+        return
     if len(sys.argv) < 2 or sys.argv[1] not in jobs:
         print(
             f"segrl: prepare: one of {', '.join(jobs)} is needed: python -m segrl.prepare check --help",

@@ -12,7 +12,7 @@ from typing import Any
 import lightning
 import torch
 from hydra.utils import get_class, instantiate
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
@@ -301,5 +301,7 @@ class Run:
         self.logger.finalize("success")
         runs = self.cfg.paths.runs
         where = "" if runs == "runs" else f" RUNS={runs}"
-        say(f"\nresults in {folder}\nopen MLflow: make mlflow{where} (then http://127.0.0.1:5000)")
+        say(f"\nresults in {folder}")
+        if isinstance(self.logger, MLFlowLogger):
+            say(f"open MLflow: make mlflow{where} (then http://127.0.0.1:5000)")
         return objective

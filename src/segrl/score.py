@@ -31,8 +31,9 @@ def job(cfg: DictConfig) -> None:
         raise ValueError(f"seed: a whole number from 0 up is needed; got {cfg.seed}")
     if cfg.metrics is not None and "metrics" not in cfg.scores:
         raise ValueError("metrics: null is needed with scores that have a fixed table (scores=referring)")
-    family = instantiate(cfg.scores, **({} if cfg.metrics is None else {"metrics": cfg.metrics}))
-    pairs = pair_maps(Path(cfg.pred), Path(cfg.gt), cfg.keep)
+    metrics = [cfg.metrics] if isinstance(cfg.metrics, str) else cfg.metrics
+    family = instantiate(cfg.scores, **({} if metrics is None else {"metrics": metrics}))
+    pairs = pair_maps(Path(cfg.pred), Path(cfg.gt), str(cfg.keep))
     rows = []
     for number, (prediction, ground_truth) in enumerate(pairs, 1):
         saliency, truth = read_map(prediction), read_mask(ground_truth)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
 from segrl.data.transforms import read_image
 from segrl.models import pretrained
@@ -56,17 +57,20 @@ class Segmenter:
         return segmenter
 
     @torch.inference_mode()
-    def segment(self, image: np.ndarray | str | Path, query: str | None = None) -> Answer:
+    def segment(self, image: np.ndarray | Image.Image | str | Path, query: str | None = None) -> Answer:
         """One answer: its mask at the image's own size, and what was thought and prompted (`parsed`).
 
         Args:
-            image: uint8 RGB `[H, W, 3]`, or a file.
+            image: uint8 RGB `[H, W, 3]`, a PIL image, or a file.
             query: what to segment; none where the grammar asks for whatever stands out.
 
         Raises:
             ValueError: if the file is no image, or the array is of another kind.
         """
-        pixels = image if isinstance(image, np.ndarray) else read_image(Path(image), upright=True)
+        if isinstance(image, Image.Image):
+            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        else:
+            pixels = image if isinstance(image, np.ndarray) else read_image(Path(image), upright=True)
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
             raise ValueError(f"image: uint8 [H, W, 3] is needed; got {pixels.dtype} {list(pixels.shape)}")
         pixels = np.ascontiguousarray(pixels)  # OpenCV's channels turned around, for one

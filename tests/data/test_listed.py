@@ -25,7 +25,7 @@ A, B = {"image": "i/a.jpg", "mask": "m/a.png"}, {"image": "i/b.jpg", "mask": "m/
 
 def test_lines_are_samples_in_order_and_several_may_share_an_image(tmp_path: Path) -> None:
     found = listed(tmp_path, B, "", {**A, "query": "the crab"}, {**A, "query": "the shell", "id": "shell"})
-    assert found.ids == [found[i].id for i in range(3)] == ["b-0", "a-2", "shell"]
+    assert found.ids == [found[i].id for i in range(3)] == ["b", "a-2", "shell"]
     assert [found[i].query for i in range(3)] == [None, "the crab", "the shell"]
     assert found[1].mask.sum() == 24 and found[1].path == tmp_path / "i" / "a.jpg"
 
@@ -60,7 +60,8 @@ def test_a_line_separator_inside_a_sentence_does_not_end_the_line(tmp_path: Path
         ("[]", "line 2: "),
         ({**A, "image": "i/z.jpg"}, r"there is none for line 2 \(i/z.jpg\)"),
         ({**A, "mask": "m/z.png"}, r"there is none for line 2 \(m/z.png\)"),
-        ({**A, "id": "b-0"}, "line 2: an id of its own is needed; b-0"),
+        ({**A, "id": "b"}, "line 2: an id of its own is needed; b"),
+        ({**A, "querry": "x"}, r"line 2: querry: no such key; did you mean query\?"),
         ({**A, "mask": "list.jsonl"}, "cannot be decoded"),
     ],
 )

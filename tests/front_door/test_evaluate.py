@@ -209,6 +209,51 @@ def test_two_processes_equal_one(evaluate, tmp_path):
     assert len(list((tmp_path / "two/masks/synthetic").iterdir())) == 5
 
 
+def test_a_test_set_that_grew_is_finished_by_a_resume(cli, tmp_path):
+    from PIL import Image
+
+    def put(count):
+        for i, scene in enumerate(scenes(count)):
+            for kind, pixels in (("images", scene.image), ("masks", scene.mask)):
+                (tmp_path / "mine/test" / kind).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(tmp_path / "mine/test" / kind / f"{i}.png")
+
+    put(2)
+    run = f"{tmp_path}/grown"
+    mine = ("data=image_mask", f"data.root={tmp_path}/mine", f"paths.run={run}", *NANO)
+    assert cli(*mine, module="evaluate", runs=None)[0] == 0
+    put(3)
+    code, out, err = cli(f"resume={run}", module="evaluate", runs=None)
+    assert code == 0 and "2 of 3 were there" in out, err
+    assert [row["id"] for row in rows(tmp_path / "grown")] == ["0", "1", "2"]
+
+
+def test_a_list_is_scored_without_one_to_learn_from(cli, tmp_path):
+    from PIL import Image
+
+    lines = []
+    for i, scene in enumerate(scenes(2)):
+        Image.fromarray(scene.image).save(tmp_path / f"i{i}.png")
+        Image.fromarray(scene.mask).save(tmp_path / f"m{i}.png")
+        lines.append(f'{{"image": "i{i}.png", "mask": "m{i}.png"}}\n')
+    (tmp_path / "list.jsonl").write_text("".join(lines))
+    given = ("data=jsonl", f"data.test={tmp_path}/list.jsonl", f"paths.run={tmp_path}/listed", *NANO)
+    code, _, err = cli(*given, module="evaluate", runs=None)
+    assert code == 0, err
+    assert [row["id"] for row in rows(tmp_path / "listed")] == ["i0", "i1"]
+
+
+def test_what_a_sweep_compares_is_a_score(cli, tmp_path):
+    code, _, err = cli(
+        *EVAL,
+        "objective_metric=test/synthetic/structure",
+        f"paths.run={tmp_path}/o",
+        module="evaluate",
+        runs=None,
+    )
+    assert code == 2 and "test/synthetic/sm" in err
+
+
 # --- refusals
 
 
@@ -217,6 +262,8 @@ def test_two_processes_equal_one(evaluate, tmp_path):
     [
         (["testsets.synthetic.published=7"], ["testsets.synthetic", "7", "6", "prepare check"]),
         (["+suite=sof"], ["suite", "sod"]),
+        (["testset=cod10k"], ["testset", "+testset=NAME"]),
+        (["data=jsonl"], ["data.test"]),
         (["scores=salience"], ["scores", "saliency"]),
         (["suite.batch_size=0"], ["suite.batch_size"]),
         (["suite.draws=-1"], ["suite.draws"]),

@@ -92,13 +92,20 @@ def test_the_card_says_where_the_numbers_come_from(exported):
         assert words in card
     generation = json.loads((out / "generation_config.json").read_text())
     assert generation["do_sample"] is False and generation["max_new_tokens"] == 40
-    assert (out / "model.safetensors").is_file()
+    weights = out / "model.safetensors"
+    assert weights.stat().st_mode == (out / "config.json").stat().st_mode
+    assert "<|im_start|>user" in card and "128x128" in card  # what it is asked
 
 
 @pytest.mark.parametrize(
     ("ckpt", "word"),
-    [("nothing.ckpt", "config.yaml"), ("run/checkpoints/last.ckpt", "out")],
-    ids=["no run", "out exists"],
+    [
+        ("nothing.ckpt", "not there"),
+        ("policy", "a folder"),
+        ("policy/mine.txt", "config.yaml"),
+        ("run/checkpoints/last.ckpt", "out"),
+    ],
+    ids=["no file", "a folder", "no run", "out exists"],
 )
 def test_what_cannot_be_exported_is_said_in_one_line(cli, tmp_path, ckpt, word):
     (tmp_path / "policy").mkdir()

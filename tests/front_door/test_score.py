@@ -110,6 +110,9 @@ def test_keep_takes_part_of_both_folders(score, folders):
         (["pred=nowhere"], ["pred", "nowhere"]),
         (["gt=nowhere"], ["gt", "nowhere"]),
         (["keep=zebra"], ["gt", "zebra"]),
+        (["keep=8"], ["gt", "8"]),
+        (["metrics=moe"], ["metrics", "moe"]),
+        (["out=/proc/s.json"], ["/proc/s.partial", "no such file"]),
     ],
 )
 def test_one_line_names_the_key(refused, arguments, words):
@@ -148,6 +151,19 @@ def test_an_unfit_map_is_named(refused, folders, tmp_path, fault):
     else:
         write(path, TRUTH // 255 * 90)
     assert "b.png" in refused(f"out={tmp_path}/s.json")
+
+
+def test_masks_of_zero_and_one_are_masks(score, folders):
+    """Not grey maps as good as black."""
+    code, before, _ = score("metrics=[mae,sm,iou,biou]")
+    for stem in "ab":
+        path = folders[0] / f"{stem}.png"
+        write(path, np.asarray(Image.open(path)) // 255)
+    assert score("metrics=[mae,sm,iou,biou]")[:2] == (code, before) and code == 0
+
+
+def test_one_metric_needs_no_brackets(score):
+    assert "mae" in score("metrics=mae")[1]
 
 
 # --- read_map

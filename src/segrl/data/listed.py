@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,13 +27,18 @@ class Line(BaseModel):
     query: str | None = None
     """What to segment; none where the task's constant instruction says it all."""
     id: str | None = None
-    """Unique; none is the image's stem and the place in the list."""
+    """Unique; none is the image's stem, and the place in the list where another line has the same image."""
 
 
 def _line(path: Path, number: int, text: bytes) -> Line:
     """One line of the list; ValueError naming it."""
     try:
-        return Line.model_validate(json.loads(text))
+        said = json.loads(text)
+        for key in said if isinstance(said, dict) else ():
+            meant = difflib.get_close_matches(key, set(Line.model_fields) - set(said), n=1, cutoff=0.75)
+            if key not in Line.model_fields and meant:
+                raise ValueError(f"{path}, line {number}: {key}: no such key; did you mean {meant[0]}?")
+        return Line.model_validate(said)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}, line {number}: JSON is needed; {error}") from None
     except ValidationError as error:
@@ -57,7 +64,7 @@ class Listed(Pieces):
         ValueError: naming the line that is no sample, the id that is there twice, or the file that is missing or unfit.
     """
 
-    def __init__(self, path: str, root: str | None, side: int | None) -> None:
+    def __init__(self, path: str | None, root: str | None, side: int | None) -> None:
         found = self.survey(path, root, side)
         if found.faults:
             raise ValueError(found.faults[0])
@@ -70,22 +77,23 @@ class Listed(Pieces):
         super().__init__(found.pieces, side)
 
     @classmethod
-    def survey(cls, path: str, root: str | None, side: int | None) -> Survey:
+    def survey(cls, path: str | None, root: str | None, side: int | None) -> Survey:
         """What the list names, fit or not; `side` changes nothing."""
-        at, found = Path(path), Survey()
-        if not at.is_file():
+        at, found, lines = Path(path or ""), Survey(), dict[int, Line]()
+        if path is None or not at.is_file():
             found.faults.append(f"{path}: a .jsonl of image, mask and query is needed; there is no such file")
             return found
-        base, seen = at.parent if root is None else Path(root), set()
         for number, text in enumerate(at.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-            if not text.strip():
-                continue
-            try:
-                line = _line(at, number, text)
-            except ValueError as error:
-                found.faults.append(str(error))
-                continue
-            name = line.id if line.id is not None else f"{Path(line.image).stem}-{number - 1}"
+            if text.strip():
+                try:
+                    lines[number] = _line(at, number, text)
+                except ValueError as error:
+                    found.faults.append(str(error))
+        base, seen = at.parent if root is None else Path(root), set[str]()
+        stems = Counter(Path(line.image).stem for line in lines.values())
+        for number, line in lines.items():
+            stem = Path(line.image).stem
+            name = line.id or (stem if stems[stem] == 1 else f"{stem}-{number - 1}")
             if name in seen:
                 found.faults.append(f"{at}, line {number}: an id of its own is needed; {name} is there twice")
             seen.add(name)

@@ -121,7 +121,7 @@ def read_mask(path: Path, rule: MaskRule = PLAIN) -> np.ndarray:
 def read_map(path: Path) -> np.ndarray:
     """A predicted mask or grey map to uint8 `[H, W]`: 1 bit is 0 and 255, of 16 bits the upper 8 count, as OpenCV reads them.
 
-    A 16-bit file all of whose values are those of 8 bits is as it is, like a ground truth.
+    A file of 0 and 1 alone is a mask, and is 0 and 255. A 16-bit file all of whose values are those of 8 bits is as it is, like a ground truth.
 
     Raises:
         ValueError: for a file that cannot be decoded, a coloured palette, or a colour file whose channels differ.
@@ -131,6 +131,8 @@ def read_map(path: Path) -> np.ndarray:
     if values is None:
         raise ValueError(f"{path}: a grey map is needed; this is a palette PNG of colours")
     if values.dtype == bool:
+        return values.astype(np.uint8) * 255
+    if values.max() == 1:
         return values.astype(np.uint8) * 255
     return (values >> 8 if values.max() > 255 else values).astype(np.uint8)
 

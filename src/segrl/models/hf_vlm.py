@@ -273,6 +273,8 @@ class HFPolicy(nn.Module):
         )
         self.model.save_pretrained(folder)
         self.encoder.processor.save_pretrained(folder)
+        for file in folder.glob("*.safetensors"):  # they come out readable for their owner alone
+            file.chmod((folder / "config.json").stat().st_mode)
 
     @contextmanager
     def speaking_with(self, adapter: str | None) -> Iterator[None]:

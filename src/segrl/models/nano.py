@@ -68,13 +68,13 @@ def _token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     }
 
 
-def _text_width(tokenizer: PreTrainedTokenizerFast, sections: list[int]) -> dict[str, object]:
+def _text_width(tokenizer: PreTrainedTokenizerFast, sections: list[int], **axes: bool) -> dict[str, object]:
     """The language model: 3 layers of width 128, 4 heads on 2 key-value heads."""
     return {
         "vocab_size": -(-len(tokenizer) // 64) * 64, "hidden_size": 128, "intermediate_size": 384,
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
         "max_position_embeddings": 2048, "tie_word_embeddings": True, "initializer_range": 0.05,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections, **axes},
         "bos_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
@@ -97,7 +97,7 @@ def qwen3_vl(texts: Sequence[str]) -> tuple[PreTrainedModel, ProcessorMixin]:
     tokenizer, patch = _tokenizer(texts), 16
     patches = (IMAGE_SIDE // patch) ** 2
     config = Qwen3VLConfig(
-        text_config=_text_width(tokenizer, [4, 6, 6]),
+        text_config=_text_width(tokenizer, [4, 6, 6], mrope_interleaved=True),  # transformers knows; vLLM is told
         vision_config={
             "depth": 3, "hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "out_hidden_size": 128,
             "patch_size": patch, "spatial_merge_size": 2, "temporal_patch_size": 2,

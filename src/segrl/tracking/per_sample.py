@@ -55,9 +55,9 @@ def parts_of(line: dict[str, Any]) -> Parts:
 
 def lines(folder: Path, dataset: str) -> Iterator[dict[str, Any]]:
     """Of a dataset, whole lines only: a kill may have cut off the last one of a file."""
-    finished = folder / WHOLE
-    files = [finished] if finished.is_file() else sorted((folder / _PARTS).glob(f"*.{dataset}.jsonl"))
-    for path in files:
+    for path in (folder / WHOLE, *sorted((folder / _PARTS).glob(f"*.{dataset}.jsonl"))):
+        if not path.is_file():
+            continue
         for text in path.read_text().splitlines(keepends=True):
             if text.endswith("\n"):
                 with suppress(json.JSONDecodeError):
