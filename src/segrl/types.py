@@ -221,6 +221,8 @@ class Completions:
     """N strings, special tokens left out."""
     finished: Tensor
     """bool `[N]`, true where the last token is a stop token; the others were cut off."""
+    sampled_logprobs: Tensor | None = None
+    """float32 `[N, T]`, of another engine's own; none where the policy itself sampled."""
 
     @property
     def lengths(self) -> Tensor:
@@ -229,21 +231,15 @@ class Completions:
 
     def rows(self, rows: slice) -> Completions:
         """A run of completions."""
-        return Completions(
-            tokens=self.tokens[rows],
-            mask=self.mask[rows],
-            texts=self.texts[rows],
-            finished=self.finished[rows],
-        )
+        return self.take(list(range(*rows.indices(len(self.texts) or len(self.tokens)))))
 
     def take(self, rows: Sequence[int]) -> Completions:
         """Some of the completions, in the given order."""
+        drawn = self.sampled_logprobs
         return Completions(
-            tokens=self.tokens[rows],
-            mask=self.mask[rows],
-            texts=[self.texts[n] for n in rows],
-            finished=self.finished[rows],
-        )
+            tokens=self.tokens[rows], mask=self.mask[rows], texts=[self.texts[n] for n in rows] if self.texts else [],
+            finished=self.finished[rows], sampled_logprobs=None if drawn is None else drawn[rows],
+        )  # fmt: skip
 
     @classmethod
     def joined(cls, parts: Sequence[Completions]) -> Completions:
@@ -258,7 +254,10 @@ class Completions:
             mask=torch.cat([widened(part.mask) for part in parts]),
             texts=[text for part in parts for text in part.texts],
             finished=torch.cat([part.finished for part in parts]),
-        )
+            sampled_logprobs=None if parts[0].sampled_logprobs is None else torch.cat([
+                widened(part.sampled_logprobs) for part in parts if part.sampled_logprobs is not None
+            ]),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -83,13 +83,13 @@ class Decoder:
         )
         return _Layer(
             norm_in=layer.input_layernorm.weight,
-            qkv=torch.cat([_weight(p) for p in projections]).to(dtype),
+            qkv=torch.cat([linear_weight(p) for p in projections]).to(dtype),
             qkv_bias=None if biases[0] is None else torch.cat(cast("list[Tensor]", biases)).to(dtype),
             norms=(inner["q_norm.weight"], inner["k_norm.weight"]) if "q_norm.weight" in inner else None,
-            out=_weight(attention.o_proj).to(dtype),
+            out=linear_weight(attention.o_proj).to(dtype),
             norm_mlp=layer.post_attention_layernorm.weight,
-            gate_up=torch.cat([_weight(mlp.gate_proj), _weight(mlp.up_proj)]).to(dtype),
-            down=_weight(mlp.down_proj).to(dtype),
+            gate_up=torch.cat([linear_weight(mlp.gate_proj), linear_weight(mlp.up_proj)]).to(dtype),
+            down=linear_weight(mlp.down_proj).to(dtype),
             prefix_keys=prefix_keys.to(dtype).transpose(-1, -2).contiguous(),
             prefix_values=prefix_values.to(dtype).contiguous(),
             keys=buffer,
@@ -161,7 +161,7 @@ class Decoder:
         self.prompts, self.group = rows.shape
 
 
-def _weight(linear: nn.Module) -> Tensor:
+def linear_weight(linear: nn.Module) -> Tensor:
     """Of a linear layer; with what its active adapters add."""
     from peft.tuners.lora import LoraLayer
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from segrl.models.decoder import Decoder
+from segrl.models.decoder import Decoder, linear_weight
 from segrl.models.shared_prefix import read_prefixes, read_suffixes
 from segrl.models.token_logprobs import token_logprobs
 from segrl.prompts.frames import absolute_pixels, permille
@@ -131,7 +131,9 @@ class HFPolicy(nn.Module):
         self.model: Any = AutoModelForImageTextToText.from_pretrained(
             weights, dtype=getattr(torch, dtype), attn_implementation=attention, local_files_only=True
         ).train()  # as it comes it is in evaluation mode, in which nothing is checkpointed
-        self.temperature, self.lora = temperature, lora
+        self.weights, self.temperature, self.lora = weights, temperature, lora
+        self.moves = 0  # times its weights have changed
+        self.register_load_state_dict_post_hook(lambda *_: self.has_moved())
         self.model.model.visual.requires_grad_(train_vision)
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
@@ -161,15 +163,42 @@ class HFPolicy(nn.Module):
         """Where its weights lie."""
         return cast("torch.device", self.stop_ids.device)
 
+    @property
+    def pass_dtype(self) -> torch.dtype:
+        """Of its passes, here and now."""
+        kind = self.device.type
+        dtype: torch.dtype = (
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.model.dtype
+        )
+        return dtype
+
+    def has_moved(self) -> None:
+        """Its weights have changed: what was copied from them is out of date."""
+        self.moves += 1
+
+    def features(self, prefix: Prefix) -> Tensor:
+        """What the tower sees: image tokens `[n, D]`, or with Qwen3-VL's earlier layers beside them `[n, D * (1 + levels)]`."""
+        seen = self.model.model.get_image_features(prefix.pixels, prefix.grid, return_dict=True)
+        levels = [seen.pooler_output, *(seen.get("deepstack_features") or ())]
+        return torch.cat([torch.cat(level) for level in levels], 1)
+
+    def merged(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight by its name in a Hugging Face folder, an adapter merged."""
+        for name, value in self.model.state_dict().items():
+            place, inner, last = name.rpartition(".base_layer.")
+            if inner:
+                layer = self.model.get_submodule(place)
+                yield f"{place}.{last}", linear_weight(layer) if last == "weight" else value
+            elif ".lora_" not in name:
+                yield name, value
+
     def prefill(self, prefixes: Sequence[Prefix]) -> PrefixState:
         """Read every prefix once: pixels through the tower, tokens through the language model."""
         return read_prefixes(self.model.model, prefixes, self.pad_id, self.gradient_checkpointing)
 
     def decoder(self, state: PrefixState, group_size: int, length: int) -> Decoder:
         """What samples behind `state`, from the weights of this moment, in the precision of the passes."""
-        language, device = self.model.model.language_model, self.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
-        return Decoder(language, state, group_size, length, dtype)
+        return Decoder(self.model.model.language_model, state, group_size, length, self.pass_dtype)
 
     def log_distribution(self, hidden: Tensor) -> Tensor:
         """Hidden states `[..., D]` to float32 log-probabilities `[..., V]` of what may be sampled."""

@@ -144,10 +144,10 @@ class Stage(lightning.LightningModule):
         """Scale gradients down to `max_grad_norm`, update, and move the schedule."""
         self.configure_gradient_clipping()
         optimizer.step()
-        self.step_schedule()
+        self.after_step()
 
-    def step_schedule(self) -> None:
-        """If there is one."""
+    def after_step(self) -> None:
+        """Move the schedule, if there is one."""
         if (schedule := self.lr_schedulers()) is not None:
             cast("torch.optim.lr_scheduler.LRScheduler", schedule).step()
 
@@ -227,6 +227,11 @@ class SegStage(Stage):
         """Take over the policy of an earlier stage; raises ValueError if its architecture is another."""
         self.policy.take_over(weights)
         self.keep_frozen = True  # what does not learn is no longer what policy.weights holds
+
+    def after_step(self) -> None:
+        """Move the schedule, and tell the policy that it has moved."""
+        super().after_step()
+        self.policy.has_moved()
 
     def evaluate_batch(self, batch: Batch) -> list[Record]:
         """Segment a batch and score it at the size of its masks."""

@@ -27,7 +27,8 @@ class GRPOStage(PolicyGradientStage):
             without spread fill up and count nothing. None takes the batch as it is.
         policy, grammar, head, engine, reward, reference, optimizer, schedule, max_grad_norm, seed, group_size,
             micro_batch_size, completions_per_pass, updates_per_rollout, epochs_per_rollout, surrogate, token_weights,
-            divergence, kl_weight, kl_reward: see `PolicyGradientStage`.
+            divergence, kl_weight,
+            kl_reward, mismatch_cap: see `PolicyGradientStage`.
     """
 
     def __init__(
@@ -36,12 +37,13 @@ class GRPOStage(PolicyGradientStage):
         optimizer: MakeOptimizer, schedule: MakeSchedule | None, max_grad_norm: float, seed: int,
         group_size: int, micro_batch_size: int, completions_per_pass: int | None, updates_per_rollout: int, epochs_per_rollout: int,
         surrogate: MakeSurrogate, token_weights: TokenWeights, divergence: Divergence, kl_weight: float, kl_reward: float,
+        mismatch_cap: float | None,
         advantage: Callable[[Tensor], Tensor], live_samples: int | None,
     ) -> None:  # fmt: skip
         super().__init__(
             policy, grammar, head, engine, reward, reference, optimizer, schedule, max_grad_norm, seed, group_size,
             micro_batch_size, completions_per_pass, updates_per_rollout, epochs_per_rollout, surrogate, token_weights, divergence,
-            kl_weight, kl_reward,
+            kl_weight, kl_reward, mismatch_cap,
         )  # fmt: skip
         self.advantage, self.live_samples = advantage, live_samples
 

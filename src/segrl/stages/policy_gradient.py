@@ -15,6 +15,8 @@ from torch import Tensor
 
 from segrl.models.hf_vlm import HFPolicy
 from segrl.models.reference import AdapterOff, Reference
+from segrl.objectives.masked import weighted_sum
+from segrl.objectives.mismatch import truncated_importance
 from segrl.objectives.policy_gradient import Divergence, MakeSurrogate, policy_gradient
 from segrl.protocols import Grammar, MaskHead, RolloutEngine
 from segrl.rewards.mixture import RewardMixture
@@ -52,6 +54,7 @@ class PolicyGradientStage(SegStage):
         divergence: estimates the divergence from the reference, per token; see `objectives.kl`.
         kl_weight: of the divergence in the loss.
         kl_reward: of the divergence, taken from the reward of each token; one of the two is zero.
+        mismatch_cap: where another engine sampled, see `objectives.mismatch`; none corrects nothing.
 
     Raises:
         ValueError: if a weight of the divergence has no reference to be measured against, or both are positive.
@@ -65,6 +68,7 @@ class PolicyGradientStage(SegStage):
         optimizer: MakeOptimizer, schedule: MakeSchedule | None, max_grad_norm: float, seed: int,
         group_size: int, micro_batch_size: int, completions_per_pass: int | None, updates_per_rollout: int, epochs_per_rollout: int,
         surrogate: MakeSurrogate, token_weights: TokenWeights, divergence: Divergence, kl_weight: float, kl_reward: float,
+        mismatch_cap: float | None,
     ) -> None:  # fmt: skip
         if kl_weight > 0 and kl_reward > 0:
             raise ValueError(
@@ -87,7 +91,7 @@ class PolicyGradientStage(SegStage):
         self.completions_per_pass = completions_per_pass
         self.updates_per_rollout, self.epochs_per_rollout = updates_per_rollout, epochs_per_rollout
         self.surrogate, self.token_weights, self.divergence = surrogate, token_weights, divergence
-        self.kl_weight, self.kl_reward = kl_weight, kl_reward
+        self.kl_weight, self.kl_reward, self.mismatch_cap = kl_weight, kl_reward, mismatch_cap
         self.last_rollout: Rollout | None = None
 
     @property
@@ -236,11 +240,18 @@ class PolicyGradientStage(SegStage):
 
     def policy_objective(self, logprobs: Tensor, part: Experience, weights: Tensor) -> LossOutput:
         """What the policy is to make small."""
+        drawn, mismatch = part.completions.sampled_logprobs, {}
+        if drawn is not None:
+            old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
+            mismatch["mismatch"] = weighted_sum((old - drawn).abs(), weights)
+            if self.mismatch_cap is not None:
+                weights = truncated_importance(old, drawn, weights, self.mismatch_cap)
         out = policy_gradient(
             logprobs, part.old_logprobs, part.reference_logprobs, part.advantages, weights,
             self.surrogate, self.divergence, self.kl_weight,
         )  # fmt: skip
-        return LossOutput(loss=out.loss, stats={f"policy/{name}": value for name, value in out.stats.items()})
+        stats = {f"policy/{name}": value for name, value in {**out.stats, **mismatch}.items()}
+        return LossOutput(loss=out.loss, stats=stats)
 
     def update(self, minibatch: Experience) -> dict[str, Tensor]:
         """One optimizer step on whole groups; the parts' losses add up to the minibatch's."""
@@ -259,7 +270,7 @@ class PolicyGradientStage(SegStage):
         stats |= self.tame_gradients()
         self.refuse_nonfinite(stats)
         optimizer.step()
-        self.step_schedule()
+        self.after_step()
         return stats
 
     def learn(self, part: Experience, weights: Tensor, last: bool) -> dict[str, Tensor]:

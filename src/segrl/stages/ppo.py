@@ -47,7 +47,8 @@ class PPOStage(PolicyGradientStage):
         value_weight: of the critic's loss.
         policy, grammar, head, engine, reward, reference, optimizer, schedule, max_grad_norm, seed, group_size,
             micro_batch_size, completions_per_pass, updates_per_rollout, epochs_per_rollout, surrogate, token_weights,
-            divergence, kl_weight, kl_reward: see `PolicyGradientStage`.
+            divergence, kl_weight,
+            kl_reward, mismatch_cap: see `PolicyGradientStage`.
     """
 
     def __init__(
@@ -56,13 +57,14 @@ class PPOStage(PolicyGradientStage):
         optimizer: MakeOptimizer, schedule: MakeSchedule | None, max_grad_norm: float, seed: int,
         group_size: int, micro_batch_size: int, completions_per_pass: int | None, updates_per_rollout: int, epochs_per_rollout: int,
         surrogate: MakeSurrogate, token_weights: TokenWeights, divergence: Divergence, kl_weight: float, kl_reward: float,
+        mismatch_cap: float | None,
         critic: Callable[[HFPolicy], Critic], critic_lr: float, critic_warmup: int, shaping: PromptShaping | None,
         decay: Decay, critic_decay: float, discount: float, value_clip: float, value_weight: float,
     ) -> None:  # fmt: skip
         super().__init__(
             policy, grammar, head, engine, reward, reference, optimizer, schedule, max_grad_norm, seed, group_size,
             micro_batch_size, completions_per_pass, updates_per_rollout, epochs_per_rollout, surrogate, token_weights, divergence,
-            kl_weight, kl_reward,
+            kl_weight, kl_reward, mismatch_cap,
         )  # fmt: skip
         self.critic = critic(policy)
         self.critic_lr, self.critic_warmup, self.shaping = critic_lr, critic_warmup, shaping
