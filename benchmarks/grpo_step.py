@@ -52,6 +52,9 @@ def ours(folder: Path, prompts: int, beta: float) -> list[float]:
     class NoHead(torch.nn.Module):
         """Empty masks: TRL's reward segments nothing either."""
 
+        def prepare(self, images: Any) -> None:
+            pass
+
         def segment(self, images: Any, prompts: Any) -> Any:
             return [[image[..., 0] > 255 for _ in some] for image, some in zip(images, prompts, strict=True)]
 

@@ -71,7 +71,7 @@ def nano_head():
     from segrl.front_door import asset
     from segrl.models.sam2_head import Sam2Head
 
-    return Sam2Head(asset("sam2_nano.yaml"), asset("sam2_nano.safetensors"), 256)
+    return Sam2Head(asset("sam2_nano.yaml"), asset("sam2_nano.safetensors"), 256, 8, None)
 
 
 @pytest.fixture

@@ -77,6 +77,7 @@ def described(cfg: DictConfig, head_checkpoint: str | None) -> dict[str, dict[st
     }  # fmt: skip
     parts["precision"] = {"passes": str(cfg.trainer.precision)}
     head = parts["head"]
+    head["embeddings_folder"] = None
     head["architecture"] = _named(str(head["architecture"]))
     head["checkpoint"] = head_checkpoint or _named(str(head["checkpoint"]))
     return parts

@@ -126,6 +126,10 @@ class RolloutEngine(Protocol):
 class MaskHead(Protocol):
     """A frozen promptable segmenter."""
 
+    def prepare(self, images: Sequence[np.ndarray]) -> None:
+        """Begin to encode images uint8 `[H, W, 3]` that `segment` will be asked about, beside what the caller does next."""
+        ...
+
     def segment(
         self, images: Sequence[np.ndarray], prompts: Sequence[Sequence[MaskPrompt | None]]
     ) -> list[list[np.ndarray]]:

@@ -83,6 +83,7 @@ class Segmenter:
 
     def __call__(self, batch: Batch, seeds: Sequence[int] | None = None) -> list[Answer]:
         """One answer per sample: the greedy one, or one drawn by each sample's seed."""
+        self.head.prepare([sample.image for sample in batch.samples])
         if seeds is None:
             completions = self.engine.greedy(self.policy, batch.prefixes)
         else:

@@ -25,7 +25,8 @@ CARD = {
     "grammar": {"_target_": "segrl.prompts.tags.SegR1Tags", "max_boxes": 16, "max_points": 64},
     "head": {
         "_target_": "segrl.models.sam2_head.Sam2Head", "architecture": "asset:sam2_nano.yaml",
-        "checkpoint": "asset:sam2_nano.safetensors", "decode_batch": 256,
+        "checkpoint": "asset:sam2_nano.safetensors", "decode_batch": 256, "embeddings_kept": 64,
+        "embeddings_folder": None,
     },
     "rollout": {"_target_": "segrl.rollout.shared_prefix.SharedPrefixEngine", "max_tokens": 64},
     "precision": {"passes": "32-true"},

@@ -130,7 +130,7 @@ def test_weights_of_another_architecture_are_refused_by_their_key(tmp_path):
 
     save_file({"image_encoder.trunk.pos_embed": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"head\.checkpoint: .*other\.safetensors"):
-        Sam2Head("configs/sam2.1/sam2.1_hiera_t.yaml", str(tmp_path / "other.safetensors"), 8)
+        Sam2Head("configs/sam2.1/sam2.1_hiera_t.yaml", str(tmp_path / "other.safetensors"), 8, 8, None)
 
 
 def test_official_format_loads_with_tensors_only(tmp_path, head):
@@ -139,7 +139,7 @@ def test_official_format_loads_with_tensors_only(tmp_path, head):
     from segrl.front_door import asset
 
     torch.save({"model": head.model.state_dict()}, tmp_path / "official.pt")
-    again = Sam2Head(asset("sam2_nano.yaml"), str(tmp_path / "official.pt"), 8)
+    again = Sam2Head(asset("sam2_nano.yaml"), str(tmp_path / "official.pt"), 8, 8, None)
     assert all(
         torch.equal(a, b)
         for a, b in zip(head.state_dict().values(), again.state_dict().values(), strict=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segrl.models.embeddings import Embeddings, fingerprint
 from segrl.types import MaskPrompt
 
 # What `build_sam2(apply_postprocessing=True)` adds: fall back to the best of three masks if the one is not stable.
@@ -99,12 +101,16 @@ class Sam2Head(nn.Module):
         architecture: YAML of the network, a path or a name inside the sam2 package.
         checkpoint: weights, safetensors or an official `.pt`; none leaves the network untrained.
         decode_batch: most prompts in one decoder call.
+        embeddings_kept: latest images whose embeddings stay in memory.
+        embeddings_folder: where embeddings stay for other epochs, runs and ranks; none writes none.
 
     Raises:
         ValueError: if the checkpoint's weights are those of another architecture.
     """
 
-    def __init__(self, architecture: str, checkpoint: str | None, decode_batch: int) -> None:
+    def __init__(
+        self, architecture: str, checkpoint: str | None, decode_batch: int, embeddings_kept: int, embeddings_folder: str | None
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model: Any
         self.model = _build(architecture)
@@ -123,6 +129,12 @@ class Sam2Head(nn.Module):
         self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
+        folder = None if embeddings_folder is None else Path(embeddings_folder)
+        self.embeddings = Embeddings(embeddings_kept, folder, self._maker)
+        self.weights_print: str | None = None
+        self.ahead: Future[Any] | None = None
+        self.worker: ThreadPoolExecutor | None = None
+        self.stream: torch.cuda.Stream | None = None
 
     def train(self, mode: bool = True) -> Sam2Head:
         """Stays in evaluation mode, whatever Lightning does to the modules around it."""
@@ -146,6 +158,58 @@ class Sam2Head(nn.Module):
         if self.model.directly_add_no_mem_embed:
             features[-1] = features[-1] + self.model.no_mem_embed.view(1, -1, 1, 1)
         return features
+
+    def _maker(self) -> str:
+        """What makes embeddings: weights, input size and precision; only a folder needs to know the weights' own print."""
+        kind = self.mean.device.type
+        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.mean.dtype
+        if self.embeddings.folder is None:
+            return str(precision)
+        if self.weights_print is None:
+            self.weights_print = fingerprint(self.model.state_dict(), self.size, _MEAN, _STD)
+        return f"{self.weights_print}-{str(precision).removeprefix('torch.')}"
+
+    def prepare(self, images: Sequence[np.ndarray]) -> None:
+        """Begin to encode images that `segment` will be asked about, beside what the caller does next.
+
+        On a GPU on a stream of its own, on a CPU in a thread where there is more than one core.
+        """
+        device = self.mean.device
+        if len(images) > self.embeddings.kept:  # they would be forgotten before they are asked for
+            return
+        if device.type == "cuda":
+            self.stream = self.stream or torch.cuda.Stream(device)
+            self.stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(self.stream):
+                for level in self._features(images):
+                    level.record_stream(torch.cuda.current_stream(device))
+        elif torch.get_num_threads() > 1:
+            self.worker = self.worker or ThreadPoolExecutor(1)
+            on, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+            def encode() -> None:
+                """In the caller's precision."""
+                with torch.autocast("cpu", dtype=dtype, enabled=on):  # a thread does not inherit it
+                    self._features(images)
+
+            self.ahead = self.worker.submit(encode)
+
+    @torch.no_grad()
+    def _features(self, images: Sequence[np.ndarray]) -> list[Tensor]:
+        """Of each image `[B, C, h, w]` from fine to coarse, encoded once while it is remembered."""
+        self.embeddings.device = str(self.mean.device)
+        return self.embeddings.of(
+            images,
+            lambda places: self.embed(self.preprocess([images[i] for i in places]).to(self.mean.dtype)),
+        )
+
+    def _prepared(self) -> None:
+        """Wait for what `prepare` began."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.mean.device).wait_stream(self.stream)
+        if self.ahead is not None:
+            self.ahead.result()
+            self.ahead = None
 
     def decode(self, features: list[Tensor], prompts: Sequence[MaskPrompt]) -> tuple[Tensor, Tensor]:
         """Low-resolution logits of M prompts with one number of points each, each on its own image's features.
@@ -204,7 +268,8 @@ class Sam2Head(nn.Module):
         Returns:
             for each image a bool `[H, W]` per prompt.
         """
-        features = self.embed(self.preprocess(images).to(self.mean.dtype))
+        self._prepared()
+        features = self._features(images)
         masks = [
             [np.zeros(image.shape[:2], bool) for _ in asked]
             for image, asked in zip(images, prompts, strict=True)
@@ -220,13 +285,17 @@ class Sam2Head(nn.Module):
                 chunk = rows[start : start + self.decode_batch]
                 owners = torch.tensor([b for b, _, _ in chunk], device=self.mean.device)
                 logits, _ = self.decode([f[owners] for f in features], [part for _, _, part in chunk])
-                for (b, g, _), row in zip(chunk, logits.float(), strict=True):
-                    masks[b][g] |= self._upscale(row, images[b].shape[:2])
+                sizes = [images[b].shape[:2] for b, _, _ in chunk]
+                for size in dict.fromkeys(sizes):
+                    places = [m for m, other in enumerate(sizes) if other == size]
+                    for m, mask in zip(places, _upscaled(logits[places].float(), size), strict=True):
+                        masks[chunk[m][0]][chunk[m][1]] |= mask
         return masks
 
-    def _upscale(self, logits: Tensor, size: tuple[int, int]) -> np.ndarray:
-        """Logits `[1, h, w]` to a bool mask of the image's size."""
-        full: np.ndarray = (
-            F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0, 0].gt(0).cpu().numpy()
-        )
-        return full
+
+def _upscaled(logits: Tensor, size: tuple[int, ...]) -> np.ndarray:
+    """Logits `[M, 1, h, w]` to bool masks `[M, H, W]`."""
+    full: np.ndarray = (
+        F.interpolate(logits, size, mode="bilinear", align_corners=False)[:, 0].gt(0).cpu().numpy()
+    )
+    return full

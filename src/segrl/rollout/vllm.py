@@ -74,6 +74,8 @@ class VLLMEngine:
     ) -> Completions:  # fmt: skip
         from vllm import SamplingParams
 
+        if (longest := max(len(prefix.token_ids) for prefix in prefixes)) > self.max_prompt:
+            raise ValueError(f"rollout.max_prompt: at least {longest} tokens are needed for this prefix; got {self.max_prompt}")
         self._wake(policy)
         stops, never = policy.stop_ids.tolist(), policy.never_sampled.tolist()
         for b, prefix in enumerate(prefixes):
@@ -89,7 +91,9 @@ class VLLMEngine:
             self.llm.sleep(level=2)
         return _completions(policy, prefixes, group_size, answers)
 
-    @torch.inference_mode(False)  # evaluation may be the first to ask, and what it makes could not be changed later
+    @torch.inference_mode(
+        False
+    )  # evaluation may be the first to ask, and what it makes could not be changed later
     @torch.no_grad()
     def _wake(self, policy: HFPolicy) -> None:
         """The engine, with the policy's weights of this moment."""

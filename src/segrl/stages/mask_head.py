@@ -96,6 +96,10 @@ class MaskHeadStage(Stage):
     ) -> None:  # fmt: skip
         super().__init__(optimizer, schedule, max_grad_norm, seed)
         self.head, self.jitter, self.astray = head.requires_grad_(True), jitter, astray
+        self.head.embeddings.kept, self.head.embeddings.folder = (
+            0,
+            None,
+        )  # what learns makes others every time
         self.found: list[float] = []
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

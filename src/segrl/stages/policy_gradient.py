@@ -160,6 +160,7 @@ class PolicyGradientStage(SegStage):
     def rollout(self, batch: Batch, first: int = 0, state: PrefixState | None = None) -> Rollout:
         """Sample, parse, draw and score; `first` is the place of the batch in a larger one."""
         seeds = self.seeds(first, len(batch))
+        self.head.prepare([sample.image for sample in batch.samples])
         completions = self.engine.sample(self.policy, batch.prefixes, self.group_size, seeds, state)
         self.sampled += len(completions.tokens) * self.trainer.world_size
         answers = self.segmenter.read(batch, completions, self.group_size)

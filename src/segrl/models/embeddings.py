@@ -1,0 +1,105 @@
+"""Image embeddings of a frozen encoder, each made once: kept in memory, and on the disk where a folder is named."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Embedding = list[Tensor]
+"""Of one image, from fine to coarse: `[C, h, w]` each."""
+
+
+class Embeddings:
+    """The latest embeddings, by what is in the image and by what made them.
+
+    On the disk a file appears whole or not at all, so that any number of processes may share a folder; a folder of its own
+    holds the embeddings of one set of weights, one size of input and one precision, so that others are never taken for them.
+
+    Args:
+        kept: images whose embeddings stay in memory.
+        folder: where embeddings stay across epochs and runs; none keeps them in memory alone.
+        maker: says what makes them: weights, input and precision.
+    """
+
+    def __init__(self, kept: int, folder: Path | None, maker: Callable[[], str]) -> None:
+        self.kept, self.folder, self.maker = kept, folder, maker
+        self.device = "cpu"
+        self.latest: OrderedDict[str, Embedding] = OrderedDict()
+
+    def of(self, images: Sequence[np.ndarray], make: Callable[[list[int]], Embedding]) -> Embedding:
+        """Of all images, stacked `[B, C, h, w]`.
+
+        Args:
+            images: uint8 RGB `[H, W, 3]`.
+            make: embeds some of them, by their places.
+        """
+        maker = self.maker()
+        keys = [_key(image, maker) for image in images]
+        found = {
+            key: embedding
+            for key in dict.fromkeys(keys)
+            if (embedding := self._look_up(key, maker)) is not None
+        }
+        missing = [place for key, place in {key: keys.index(key) for key in keys}.items() if key not in found]
+        if missing:
+            made = make(missing)
+            for row, place in enumerate(missing):
+                found[keys[place]] = [level[row] for level in made]
+                self._write(keys[place], maker, found[keys[place]])
+        for key, embedding in found.items():
+            self.latest[key] = embedding
+            self.latest.move_to_end(key)
+        while len(self.latest) > self.kept:
+            self.latest.popitem(last=False)
+        if len(missing) == len(images):
+            return made
+        return [torch.stack(levels) for levels in zip(*(found[key] for key in keys), strict=True)]
+
+    def _path(self, key: str, maker: str) -> Path | None:
+        return None if self.folder is None else self.folder / maker / f"{key}.safetensors"
+
+    def _look_up(self, key: str, maker: str) -> Embedding | None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self._path(key, maker)
+        if key in self.latest or path is None or not path.is_file():
+            return self.latest.get(key)
+        try:
+            levels = load_file(path, device=self.device)
+        except SafetensorError:  # damaged on the disk: it is made again, and written over
+            return None
+        return [levels[str(i)] for i in range(len(levels))]
+
+    def _write(self, key: str, maker: str, embedding: Embedding) -> None:
+        from safetensors.torch import save_file
+
+        if (path := self._path(key, maker)) is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        save_file({str(i): level.contiguous().cpu() for i, level in enumerate(embedding)}, partial)
+        partial.replace(path)
+
+
+def _key(image: np.ndarray, maker: str) -> str:
+    pixels = np.ascontiguousarray(image)
+    return hashlib.blake2b(
+        pixels.tobytes(), digest_size=16, key=f"{maker}{pixels.shape}".encode()[:64]
+    ).hexdigest()
+
+
+def fingerprint(weights: dict[str, Tensor], *facts: object) -> str:
+    """Of weights and of whatever else decides what they make."""
+    digest = hashlib.blake2b(repr(facts).encode(), digest_size=12)
+    for name, value in weights.items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
