@@ -100,9 +100,9 @@ class Decoder:
         """Read one more token of every completion, `[B*G]`; hidden states `[B*G, D]`."""
         hidden = F.embedding(tokens, self.embedding)
         for layer in self.layers:
-            hidden = hidden + self._attend(layer, self._normed(hidden, layer.norm_in)).to(hidden.dtype)
+            hidden = hidden + self._attend(layer, self._normed(hidden, layer.norm_in))
             gate, up = F.linear(self._normed(hidden, layer.norm_mlp), layer.gate_up).chunk(2, -1)
-            hidden = hidden + F.linear(F.silu(gate) * up, layer.down).to(hidden.dtype)
+            hidden = hidden + F.linear(F.silu(gate, inplace=True).mul_(up), layer.down)
         self.place += 1
         return F.rms_norm(hidden, hidden.shape[-1:], self.norm.to(hidden.dtype), self.eps)
 

@@ -200,15 +200,23 @@ class HFPolicy(nn.Module):
         """What samples behind `state`, from the weights of this moment, in the precision of the passes."""
         return Decoder(self.model.model.language_model, state, group_size, length, self.pass_dtype)
 
-    def log_distribution(self, hidden: Tensor) -> Tensor:
-        """Hidden states `[..., D]` to float32 log-probabilities `[..., V]` of what may be sampled."""
+    def head_weight(self) -> Tensor:
+        """Float32 `[V, D]`."""
+        weight: Tensor = self.model.lm_head.weight
+        return weight.float()
+
+    def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
+        """Hidden states `[N, D]` to float32 logits `[N, V]` at the temperature; minus infinity where nothing may be sampled.
+
+        Args:
+            hidden: of the places in front of tokens to be sampled.
+            head: `head_weight()`, made once for all steps.
+        """
         with torch.autocast(
             hidden.device.type, enabled=False
         ):  # bfloat16 logits are wrong in the third digit
-            logits = nn.functional.linear(
-                hidden.float() / self.temperature, self.model.lm_head.weight.float()
-            )
-        return logits.index_fill(-1, self.never_sampled, float("-inf")).log_softmax(-1)
+            logits = nn.functional.linear(hidden.float() / self.temperature, head)
+        return logits.index_fill(-1, self.never_sampled, float("-inf"))
 
     def read(
         self, prefixes: Sequence[Prefix], completions: Completions, state: PrefixState | None = None
@@ -229,7 +237,7 @@ class HFPolicy(nn.Module):
 
     def logprobs_of(self, hidden: Tensor, completions: Completions) -> Tensor:
         """Log-probability of each completion token, float32 `[N, T]`, from the states of `read`; zero off the mask."""
-        mask, weight = completions.mask, self.model.lm_head.weight.float()
+        mask, weight = completions.mask, self.head_weight()
         with torch.autocast(hidden.device.type, enabled=False):
             states = hidden[mask].float() / self.temperature
             picked = token_logprobs(states, weight, completions.tokens[mask], self.never_sampled)

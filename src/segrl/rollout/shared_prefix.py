@@ -12,7 +12,7 @@ from segrl.models.hf_vlm import HFPolicy
 from segrl.types import Completions, Prefix, PrefixState
 
 _Choose = Callable[[Tensor, int, Tensor], Tensor]
-"""Log-distributions `[R, V]`, the place in the completions, which completions `[R]`; tokens `[R]`."""
+"""Logits `[R, V]`, the place in the completions, which completions `[R]`; tokens `[R]`."""
 
 
 class SharedPrefixEngine:
@@ -37,9 +37,9 @@ class SharedPrefixEngine:
         rows = [np.random.default_rng(seed).random(self.max_tokens, np.float32) for seed in seeds]
         noise = torch.from_numpy(np.stack(rows)).to(prefixes[0].token_ids.device).double()
 
-        def choose(log_distribution: Tensor, place: int, which: Tensor) -> Tensor:
+        def choose(logits: Tensor, place: int, which: Tensor) -> Tensor:
             """Where the cumulative distribution passes the noise; what has no probability is never there."""
-            cumulative = log_distribution.exp().double().cumsum(-1)
+            cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
             wanted = noise[which, place, None] * cumulative[:, -1:]
             return torch.searchsorted(cumulative, wanted, right=True)[:, 0]
 
@@ -47,9 +47,7 @@ class SharedPrefixEngine:
 
     def greedy(self, policy: HFPolicy, prefixes: Sequence[Prefix]) -> Completions:
         """The most likely token at each place, one completion per prefix."""
-        return self._decode(
-            policy, prefixes, 1, lambda log_distribution, *_: log_distribution.argmax(-1), None
-        )
+        return self._decode(policy, prefixes, 1, lambda logits, *_: logits.argmax(-1), None)
 
     @torch.no_grad()
     def _decode(
@@ -57,13 +55,14 @@ class SharedPrefixEngine:
     ) -> Completions:  # fmt: skip
         state = state or policy.prefill(prefixes)
         decoder = policy.decoder(state, group_size, self.max_tokens)
+        head = policy.head_weight()
         hidden = state.last_hidden.repeat_interleave(group_size, 0)
         which = torch.arange(len(hidden), device=hidden.device)
         written = torch.full((len(hidden), self.max_tokens), policy.pad_id, device=hidden.device)
         running = torch.ones_like(which, dtype=torch.bool)
         look = 1 if hidden.device.type == "cpu" else 8  # looking waits for the device
         for place in range(self.max_tokens):
-            token = choose(policy.log_distribution(hidden), place, which).masked_fill(~running, policy.pad_id)
+            token = choose(policy.logits(hidden, head), place, which).masked_fill(~running, policy.pad_id)
             written[which, place] = token
             running = running & ~torch.isin(token, policy.stop_ids)
             if place + 1 == self.max_tokens:

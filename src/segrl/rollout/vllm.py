@@ -75,7 +75,9 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         if (longest := max(len(prefix.token_ids) for prefix in prefixes)) > self.max_prompt:
-            raise ValueError(f"rollout.max_prompt: at least {longest} tokens are needed for this prefix; got {self.max_prompt}")
+            raise ValueError(
+                f"rollout.max_prompt: at least {longest} tokens are needed for this prefix; got {self.max_prompt}"
+            )
         self._wake(policy)
         stops, never = policy.stop_ids.tolist(), policy.never_sampled.tolist()
         for b, prefix in enumerate(prefixes):
