@@ -83,13 +83,13 @@ class Decoder:
         )
         return _Layer(
             norm_in=layer.input_layernorm.weight,
-            qkv=torch.cat([linear_weight(p) for p in projections]).to(dtype),
+            qkv=_laid_out(torch.cat([linear_weight(p) for p in projections]), dtype),
             qkv_bias=None if biases[0] is None else torch.cat(cast("list[Tensor]", biases)).to(dtype),
             norms=(inner["q_norm.weight"], inner["k_norm.weight"]) if "q_norm.weight" in inner else None,
-            out=linear_weight(attention.o_proj).to(dtype),
+            out=_laid_out(linear_weight(attention.o_proj), dtype),
             norm_mlp=layer.post_attention_layernorm.weight,
-            gate_up=torch.cat([linear_weight(mlp.gate_proj), linear_weight(mlp.up_proj)]).to(dtype),
-            down=linear_weight(mlp.down_proj).to(dtype),
+            gate_up=_laid_out(torch.cat([linear_weight(mlp.gate_proj), linear_weight(mlp.up_proj)]), dtype),
+            down=_laid_out(linear_weight(mlp.down_proj), dtype),
             prefix_keys=prefix_keys.to(dtype).transpose(-1, -2).contiguous(),
             prefix_values=prefix_values.to(dtype).contiguous(),
             keys=buffer,
@@ -159,6 +159,11 @@ class Decoder:
         if self.hidden_prefix is not None:
             self.hidden_prefix = self.hidden_prefix[prompts]
         self.prompts, self.group = rows.shape
+
+
+def _laid_out(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy `[out, in]` that lies in memory as `[in, out]`: products with few rows read it faster."""
+    return weight.to(dtype).t().contiguous().t()
 
 
 def linear_weight(linear: nn.Module) -> Tensor:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from segrl.models.decoder import Decoder, linear_weight
-from segrl.models.shared_prefix import read_prefixes, read_suffixes
+from segrl.models.shared_prefix import grouped_attention, read_prefixes, read_suffixes
 from segrl.models.token_logprobs import token_logprobs
 from segrl.prompts.frames import absolute_pixels, permille
 from segrl.protocols import Message
@@ -102,7 +102,7 @@ class HFPolicy(nn.Module):
         image_side, pixel_budget: see `HFEncoder`.
         temperature: divides the logits, in sampling and in every log-probability.
         dtype: of the weights, a torch name such as "bfloat16".
-        attention: transformers' name of the attention implementation.
+        attention: transformers' name of the vision tower's attention implementation.
         lora: an adapter on the language model learns instead of the weights; none trains the weights.
         train_vision: whether the vision tower's weights learn, where weights learn.
         gradient_checkpointing: keep no activations inside of layers; the backward pass computes them again.
@@ -121,7 +121,8 @@ class HFPolicy(nn.Module):
         gradient_checkpointing: bool,
     ) -> None:
         super().__init__()
-        from transformers import AutoModelForImageTextToText
+        from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText
+        from transformers.masking_utils import sdpa_mask
 
         if not (Path(weights) / "config.json").is_file():
             raise ValueError(f"policy.weights: a Hugging Face folder is needed; {weights} has no config.json")
@@ -131,6 +132,9 @@ class HFPolicy(nn.Module):
         self.model: Any = AutoModelForImageTextToText.from_pretrained(
             weights, dtype=getattr(torch, dtype), attn_implementation=attention, local_files_only=True
         ).train()  # as it comes it is in evaluation mode, in which nothing is checkpointed
+        AttentionInterface.register("segrl_grouped", grouped_attention)
+        AttentionMaskInterface.register("segrl_grouped", sdpa_mask)
+        self.model.model.language_model.config._attn_implementation = "segrl_grouped"
         self.weights, self.temperature, self.lora = weights, temperature, lora
         self.moves = 0  # times its weights have changed
         self.register_load_state_dict_post_hook(lambda *_: self.has_moved())

@@ -13,14 +13,17 @@ The layers are transformers' own; only what they attend to is given from here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from segrl.types import Prefix, PrefixState
+
+_Passed = tuple[Tensor, Tensor, Tensor]
+"""Hidden states behind a layer, its keys, its values."""
 
 
 class _Memory:
@@ -45,21 +48,72 @@ def _behind(prefix: Tensor, own: Tensor) -> Tensor:
     return torch.cat([shared.to(own.dtype), own], 2)
 
 
+def grouped_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: object
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention in which the heads that share keys and values are rows of one product, so that neither is repeated.
+
+    Args:
+        module: the layer's attention; not looked at.
+        query: `[rows, H, T, d]`.
+        key: `[rows, K, S, d]`.
+        value: `[rows, K, S, d]`.
+        attention_mask: bool, broadcast to `[rows, 1, T, S]`; none is causal.
+        scaling: of the products.
+
+    Returns:
+        `[rows, T, H, d]`, as transformers' attention functions do.
+    """
+    rows, heads, length, width = query.shape
+    shared = heads // key.shape[1]
+    if attention_mask is None and length > 1:
+        out = nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=shared > 1
+        )
+        return out.transpose(1, 2).contiguous(), None
+    mask = (
+        None if attention_mask is None else attention_mask.expand(-1, -1, length, -1).repeat(1, 1, shared, 1)
+    )
+    grouped = query.reshape(rows, key.shape[1], shared * length, width)
+    out = nn.functional.scaled_dot_product_attention(grouped, key, value, mask, scale=scaling)
+    return out.view(rows, heads, length, width).transpose(1, 2).contiguous(), None
+
+
 def _through(
-    layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, keys: Tensor | None, values: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, keys: Tensor | None, values: Tensor | None
+) -> _Passed:  # fmt: skip
     """One layer: the hidden states behind it, its own keys and values. Without side effects, so that it may run twice."""
     memory = _Memory(keys, values)
     out = layer(hidden, attention_mask=mask, position_embeddings=rope, past_key_values=memory)
     return out, *memory.own
 
 
-def _pass(layer: Any, recompute: bool, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`_through`; where activations are recomputed in the backward pass, they are not kept."""
+def _last_row(
+    layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, *_: None
+) -> _Passed:  # fmt: skip
+    """As `_through` without a prefix, but hidden states of the last row alone."""
+    attention, before = layer.self_attn, slice(None, -1)
+    normed = layer.input_layernorm(hidden[:, before])
+    shape = (*normed.shape[:2], -1, attention.head_dim)
+    k, v = attention.k_proj(normed).view(shape), attention.v_proj(normed).view(shape).transpose(1, 2)
+    norms = dict(attention.named_children())  # Qwen3 norms keys, Qwen2.5 does not
+    k = (norms["k_norm"](k) if "k_norm" in norms else k).transpose(1, 2)
+    cos, sin = (part[:, before].unsqueeze(1) for part in rope)
+    half = attention.head_dim // 2
+    k = k * cos + torch.cat([-k[..., half:], k[..., :half]], -1) * sin
+    ends = rope[0][:, -1:], rope[1][:, -1:]
+    out, own_k, own_v = _through(
+        layer, hidden[:, -1:], ends, None if mask is None else mask[..., -1:, :], k, v
+    )
+    return out, torch.cat([k, own_k], 2), torch.cat([v, own_v], 2)
+
+
+def _pass(through: Callable[..., _Passed], layer: Any, recompute: bool, *inputs: Any) -> _Passed:
+    """A layer; where activations are recomputed in the backward pass, they are not kept."""
     if recompute and torch.is_grad_enabled():
-        done: tuple[Tensor, Tensor, Tensor] = checkpoint(_through, layer, *inputs, use_reentrant=False)
+        done: _Passed = checkpoint(through, layer, *inputs, use_reentrant=False)
         return done
-    return _through(layer, *inputs)
+    return through(layer, *inputs)
 
 
 def read_prefixes(vlm: Any, prefixes: Sequence[Prefix], pad_id: int, recompute: bool) -> PrefixState:
@@ -84,14 +138,18 @@ def read_prefixes(vlm: Any, prefixes: Sequence[Prefix], pad_id: int, recompute: 
     hidden = hidden.masked_scatter(pictured, torch.cat(features.pooler_output).to(hidden.dtype))
     # Qwen3-VL adds features of earlier vision layers behind its first layers (DeepStack); Qwen2.5-VL has none.
     deeper = [torch.cat(level) for level in features.get("deepstack_features") or ()]
-    mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
-    mask = mask & seen.bool()[:, None, None]
-    mask = mask | torch.eye(
-        ids.shape[1], dtype=torch.bool, device=ids.device
-    )  # padding sees itself, not nothing
+    mask = None  # transformers' word for plainly causal
+    if not bool(seen.all()):
+        square = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+        itself = square & square.t()  # padding, too, sees something
+        mask = square & seen.bool()[:, None, None] | itself
     rope, keys, values = language.rotary_emb(hidden, positions), [], []
     for level, layer in enumerate(language.layers):
-        hidden, k, v = _pass(layer, recompute, hidden, rope, mask, None, None)
+        last = level + 1 == len(
+            language.layers
+        )  # of its rows all but the one that predicts are but keys and values
+        through = _last_row if last and level >= len(deeper) else _through
+        hidden, k, v = _pass(through, layer, recompute, hidden, rope, mask, None, None)
         if level < len(deeper):
             hidden = hidden + torch.zeros_like(hidden).masked_scatter(
                 pictured, deeper[level].to(hidden.dtype)
@@ -123,7 +181,7 @@ def read_suffixes(vlm: Any, state: PrefixState, tokens: Tensor, recompute: bool)
     )
     rope = language.rotary_emb(hidden, positions)
     for layer, keys, values in zip(language.layers, state.keys, state.values, strict=True):
-        hidden, _, _ = _pass(layer, recompute, hidden, rope, mask, keys, values)
+        hidden, _, _ = _pass(_through, layer, recompute, hidden, rope, mask, keys, values)
     out: Tensor = language.norm(hidden)
     return out
 
