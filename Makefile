@@ -48,8 +48,8 @@ lint: setup ## ruff and mypy (strict in the pure rooms)
 types: setup ## mypy alone
 	@$(PYTHON) -m mypy
 
-bench: setup ## a GRPO step beside TRL 1.16 (its own environment) and beside the naive algorithm; one JSON line per claim
-	@$(PYTHON) benchmarks/shared_prefix.py; $(PYTHON) benchmarks/grpo_step.py
+bench: setup ## every claim side by side, one JSON line each: a GRPO step beside TRL 1.16 (its own environment), the naive algorithm, the released reward, scaling
+	@for script in shared_prefix grpo_step reward scaling ranks memory; do $(PYTHON) benchmarks/$$script.py || failed=1; done; exit $${failed:-0}
 
 bench-metrics: setup ## MAE, S, E, F, weighted F: CPU time beside pysodmetrics, which runs in its own environment
 	@$(PYTHON) benchmarks/metrics.py

@@ -30,7 +30,9 @@ CASES = {  # prompts, weight of the divergence from a reference, how many times 
 }
 
 
-def ours(folder: Path, prompts: int, beta: float) -> list[float]:
+def ours(
+    folder: Path, prompts: int, beta: float, group: int = tiny_vlm.GROUP, length: int = tiny_vlm.TOKENS, side: int = tiny_vlm.SIDE
+) -> list[float]:  # fmt: skip
     """CPU seconds of each step of a GRPOStage under Lightning, the loader's work included."""
     from functools import partial
 
@@ -65,7 +67,7 @@ def ours(folder: Path, prompts: int, beta: float) -> list[float]:
             return STEPS + 1
 
         def __getitem__(self, step: int) -> Batch:
-            pictures = [tiny_vlm.image(step * prompts + i) for i in range(prompts)]
+            pictures = [tiny_vlm.image(step * prompts + i, side) for i in range(prompts)]
             samples = [Sample(id=str(i), image=p, mask=p[..., 0] > 255) for i, p in enumerate(pictures)]
             asked = [
                 {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": tiny_vlm.QUERY}]}
@@ -80,12 +82,12 @@ def ours(folder: Path, prompts: int, beta: float) -> list[float]:
 
     random.seed(0)
     ends: list[float] = []
-    policy = HFPolicy(str(folder), None, None, 1.0, "float32", "sdpa", None, True, False)
+    policy = HFPolicy(str(folder), None, (28 * 28, side * side), 1.0, "float32", "sdpa", None, True, False)
     policy.stop_ids = torch.tensor([-1])  # completions of fixed length, as on the other side
     stage = GRPOStage(
-        policy, SegR1Points(64), NoHead(), SharedPrefixEngine(tiny_vlm.TOKENS),
+        policy, SegR1Points(64), NoHead(), SharedPrefixEngine(length),
         RewardMixture({"noise": {"fn": lambda answer, sample: random.random(), "weight": 1.0}}), FrozenCopy if beta else None,
-        partial(torch.optim.AdamW, lr=1e-6, fused=True), None, 1.0, 0, tiny_vlm.GROUP, prompts, None, 1, 1,
+        partial(torch.optim.AdamW, lr=1e-6, fused=True), None, 1.0, 0, group, prompts, None, 1, 1,
         partial(ppo_clip, low=0.2, high=0.2, dual=None), partial(per_sequence), partial(k3), beta, 0.0, None,
         partial(group_relative, floor=1e-4), None,
     )  # fmt: skip

@@ -22,9 +22,9 @@ _TEMPLATE = (
 )
 
 
-def image(number: int) -> np.ndarray:
-    """Noise, uint8 `[392, 392, 3]`."""
-    return np.random.default_rng(number).integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)
+def image(number: int, side: int = SIDE) -> np.ndarray:
+    """Noise, uint8 `[side, side, 3]`."""
+    return np.random.default_rng(number).integers(0, 255, (side, side, 3), dtype=np.uint8)
 
 
 def write(folder: Path) -> Path:

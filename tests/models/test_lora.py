@@ -136,3 +136,7 @@ def test_critics_say_their_prior_first_and_move_the_policy_only_where_they_may(n
     if kind is AdapterCritic:
         with pytest.raises(ValueError, match=r"stage\.critic"):
             kind(policy_of(nano_weights, family, None), 0, 0.0, LORA)
+        thrifty = policy_of(nano_weights, family)
+        thrifty.gradient_checkpointing = True
+        with pytest.raises(ValueError, match="gradient_checkpointing"):
+            kind(thrifty, 0, 0.0, LORA)

@@ -90,13 +90,19 @@ class AdapterCritic(Critic):
         lora: of the second adapter.
 
     Raises:
-        ValueError: if the policy has none: then its weights, which the critic would stand on, learn.
+        ValueError: if the policy has none: then its weights, which the critic would stand on, learn; or if it recomputes activations.
     """
 
     def __init__(self, policy: HFPolicy, insight: int, prior: float, lora: Lora) -> None:
         if policy.lora is None:
             raise ValueError(
                 "stage.critic: a critic with its own adapter needs policy.lora; this policy has none"
+            )
+        if (
+            policy.gradient_checkpointing
+        ):  # what is computed again in the backward pass would be so with the policy's adapter
+            raise ValueError(
+                "policy.gradient_checkpointing: false is needed by a critic with its own adapter; got true"
             )
         super().__init__(policy, insight, prior)
         policy.add_adapter("critic", lora)
