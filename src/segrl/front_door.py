@@ -254,7 +254,8 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
         key, _, value = override.partition("=")
         if key == "resume":
             continue
-        if "." not in key or not OmegaConf.is_missing(before, key) and OmegaConf.select(before, key) is None:
+        parent, _, last = key.rpartition(".")
+        if not parent or last not in (OmegaConf.select(before, parent) or {}):
             raise ValueError(
                 f"resume: the run goes on with its own configuration; {override} cannot be changed"
             )

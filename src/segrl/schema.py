@@ -78,6 +78,7 @@ class Policy(_Node):
 class Rollout(_Node):
     """`rollout`."""
 
+    target: str = Field(alias="_target_")
     max_tokens: Count
 
 
@@ -106,10 +107,15 @@ class Trainer(_Node):
 
     max_epochs: int = Field(ge=-1, strict=True)
     max_steps: int = Field(ge=-1, strict=True)
+    precision: str | int
+    devices: int | str | list[int]
+    num_nodes: int = 1
 
     @model_validator(mode="after")
     def _some(self) -> Trainer:
-        """A run makes at least one update."""
+        """A run makes at least one update, and float16, whose gradients are scaled, is not clipped and gathered right."""
+        if str(self.precision).startswith("16"):
+            raise ValueError(f"trainer.precision: bf16-mixed or 32-true is needed; got {self.precision}")
         if self.max_steps == 0 or self.max_epochs == 0:
             raise ValueError("trainer.max_steps and max_epochs: -1 (no end) or at least 1 is needed; got 0")
         return self
@@ -153,6 +159,12 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _whole_groups(self) -> TrainConfig:
         """Every update has as many samples as the next, and every rollout all of its updates."""
+        if self.rollout.target.endswith(".VLLMEngine") and (
+            self.trainer.devices != 1 or self.trainer.num_nodes != 1
+        ):
+            raise ValueError(
+                f"trainer.devices: 1 is needed by rollout=vllm; got {self.trainer.devices} on {self.trainer.num_nodes} nodes"
+            )
         stage, batch = self.stage, self.data.batch_size
         if stage.live_samples is not None and stage.live_samples > batch:
             raise ValueError(

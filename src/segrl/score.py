@@ -33,7 +33,7 @@ def job(cfg: DictConfig) -> None:
         raise ValueError("metrics: null is needed with scores that have a fixed table (scores=referring)")
     metrics = [cfg.metrics] if isinstance(cfg.metrics, str) else cfg.metrics
     family = instantiate(cfg.scores, **({} if metrics is None else {"metrics": metrics}))
-    pairs = pair_maps(Path(cfg.pred), Path(cfg.gt), str(cfg.keep))
+    pairs = pair_maps(Path(cfg.pred), Path(cfg.gt), "" if cfg.keep is None else str(cfg.keep))
     rows = []
     for number, (prediction, ground_truth) in enumerate(pairs, 1):
         saliency, truth = read_map(prediction), read_mask(ground_truth)

@@ -60,7 +60,7 @@ def test_half_precision_stays_near(policy, prefixes):
         decoder = policy.decoder(policy.prefill(prefixes), GROUP, LENGTH)
         half = torch.stack([decoder.step(said.tokens[:, place]) for place in range(LENGTH - 1)], 1)
     difference = (half - hidden[:, 1:]).abs()
-    assert decoder.layers[0].qkv.dtype == torch.bfloat16 and half.dtype == torch.float32
+    assert decoder.layers[0].qkv.weight.dtype == torch.bfloat16 and half.dtype == torch.float32
     assert 0 < difference.mean() < 0.05 * hidden.abs().mean()
 
 
@@ -82,7 +82,7 @@ def test_completions_do_not_depend_on_who_else_is_sampled(policy, prefixes, monk
         assert torch.equal(together.tokens[n, :length], alone.tokens[0])
 
 
-def test_an_adapter_is_merged_into_the_copy_and_left_out_where_it_is_off(nano_weights):
+def test_an_adapter_counts_and_is_left_out_where_it_is_off(nano_weights):
     from segrl.models.hf_vlm import HFPolicy
 
     lora = {"rank": 4, "alpha": 8, "dropout": 0.0}
@@ -102,3 +102,29 @@ def test_an_adapter_is_merged_into_the_copy_and_left_out_where_it_is_off(nano_we
                 steps.append(decoder.step(said.tokens[:, 0]))
                 assert (steps[-1] - hidden[:, 1]).abs().max() < 2e-5
     assert (steps[0] - steps[1]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_a_small_adapter_stays_beside_half_precision_weights(nano_weights):
+    """Merged into bfloat16 weights, most of what it says would be rounded away: sampling would be that of the base."""
+    from segrl.models.hf_vlm import HFPolicy
+
+    lora = {"rank": 8, "alpha": 8, "dropout": 0.0}
+    policy = HFPolicy(str(nano_weights("qwen3_vl")), 128, None, 1.0, "bfloat16", "sdpa", lora, False, False)
+    torch.manual_seed(1)
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:
+            parameter.copy_(torch.randn_like(parameter) * 1e-4)
+    scene = SyntheticScenes("test", 1, 0, 128, (0.5, 1.0), (1, 1))[0].image
+    prefixes = [policy.encoder.encode(SegR1Tags(4, 8).messages(None), scene)]
+    product = policy.decoder(policy.prefill(prefixes), GROUP, LENGTH).layers[0].qkv
+    layer = policy.model.model.language_model.layers[0].self_attn.q_proj
+    base = layer.get_base_layer().weight
+    assert base.dtype == product.weight.dtype == torch.bfloat16
+    assert torch.equal(product.weight[: len(base)], base)
+    narrow, wide, columns = product.adapters[0]
+    change = (wide.float() @ narrow.float()).abs()
+    assert (columns.start, columns.stop) == (0, len(base))
+    torch.testing.assert_close(change, layer.get_delta_weight("policy").float().abs(), rtol=0.03, atol=1e-7)
+    merged = (base + layer.get_delta_weight("policy").to(base.dtype)) != base
+    assert merged.float().mean() < 0.5  # what merging would have lost

@@ -117,3 +117,37 @@ def test_ranks_share_a_folder(plain, tmp_path):
     reader = head_of(folder=tmp_path)
     assert same(reader.segment(IMAGES, PROMPTS), plain) and reader.encoded == []
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_other_weights_in_the_same_head_forget_what_the_old_ones_made(tmp_path):
+    for folder in (None, tmp_path):
+        head = head_of(folder=folder)
+        head.segment(IMAGES, PROMPTS)
+        changed = {
+            name: value * 1.5 if value.is_floating_point() else value
+            for name, value in head.state_dict().items()
+        }
+        head.load_state_dict(changed)
+        fresh = head_of(kept=0)
+        fresh.load_state_dict(changed)
+        assert same(head.segment(IMAGES, PROMPTS), fresh.segment(IMAGES, PROMPTS))
+        assert head.encoded == [4, 4]
+
+
+def test_what_is_kept_is_no_more_than_what_is_said():
+    head = head_of(kept=1)
+    head.segment(IMAGES, PROMPTS)
+    (embedding,) = head.embeddings.latest.values()
+    assert all(level.untyped_storage().nbytes() == level.nbytes for level in embedding)
+
+
+def test_a_folder_that_cannot_be_written_ends_no_run(plain, tmp_path):
+    (tmp_path / "file").write_text("")
+    head = head_of(folder=tmp_path / "file")
+    with pytest.warns(UserWarning, match=r"head\.embeddings_folder"):
+        assert same(head.segment(IMAGES, PROMPTS), plain)
+
+
+def test_less_than_none_cannot_be_kept():
+    with pytest.raises(ValueError, match=r"head\.embeddings_kept"):
+        head_of(kept=-1)

@@ -143,6 +143,7 @@ BAD = {
     "a precision that is none": (changed("precision", "passes", value="4-bit"), ["precision.passes"]),
     "a part missing": ({k: v for k, v in CARD.items() if k != "head"}, ["head"]),
     "a part more": ({**CARD, "data": {}}, ["data"]),
+    "a place to write to": (changed("head", "embeddings_folder", value="/srv/theirs"), ["head.embeddings_folder", "/srv/theirs"]),
     "foreign code": (changed("grammar", "_target_", value="os.system"), ["grammar._target_", "os.system"]),
     "another room": (changed("grammar", "_target_", value="segrl.models.nano.write"), ["grammar._target_"]),
     "a longer path": (changed("grammar", "_target_", value="segrl.prompts.tags.re.compile"), ["grammar._target_"]),

@@ -10,7 +10,9 @@ def test_weights_are_ratios_up_to_the_cap():
     drawn = torch.tensor([[0.0, -2.0, -0.5, float("-inf")]])
     weights = torch.tensor([[0.25, 0.25, 0.5, 0.0]])
     out = truncated_importance(old, drawn, weights, 2.0)
-    expected = torch.tensor([[0.25, 0.25 * 2.0, 0.5 * 2.718281828**-0.5, 0.0]])  # e is above the cap
+    expected = torch.tensor(
+        [[1.0, 2.0, 2.718281828**-0.5, 1.0]]
+    )  # e is above the cap; the last does not count
     torch.testing.assert_close(out, expected)
 
 

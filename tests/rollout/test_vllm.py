@@ -38,7 +38,7 @@ def test_without_vllm_one_line_says_what_to_install(monkeypatch):
     from segrl.rollout.vllm import VLLMEngine
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"rollout: .*segrl\[vllm\]"):
+    with pytest.raises(ValueError, match="rollout: .*--extra vllm"):
         VLLMEngine(8, 64, 0.3, True, True)
 
 
@@ -138,7 +138,7 @@ def test_plain_vllm_loads_what_we_export_and_says_the_same(scenes, tmp_path):
 @pytest.mark.vllm
 def test_grpo_learns_from_what_vllm_sampled(tmp_path):
     run(
-        ["-m", "segrl.train", "+experiment=demo", "rollout=vllm", "rollout.max_tokens=64", "rollout.max_prompt=256", "rollout.eager=true",
+        ["-m", "segrl.train", "+experiment=demo", "rollout=vllm", "rollout.max_tokens=64", "rollout.max_prefix=256", "rollout.eager=true",
          "logger=csv", "data.workers=0", "data.batch_size=2", "stage.group_size=4", "data.test_length=2", "data.train_length=16",
          "trainer.accelerator=cpu", "trainer.max_steps=2", "stage.mismatch_cap=2", f"paths.run={tmp_path}/run"], tmp_path,
     )  # fmt: skip

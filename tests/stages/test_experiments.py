@@ -295,7 +295,10 @@ def test_what_saves_memory_does_not_change_the_update(cli, tmp_path, stage):
         "completions": ("stage.micro_batch_size=2", "stage.completions_per_pass=1"),
         "anew": ("stage.micro_batch_size=4", "policy.gradient_checkpointing=true"),
     }
-    of_stage = {"grpo": (), "ppo": ("stage=ppo", "stage.critic_warmup=0", "reference=frozen_copy")}[stage]
+    of_stage = {
+        "grpo": (),
+        "ppo": ("stage=ppo", "stage.critic_warmup=0", "reference=frozen_copy", "stage.updates_per_rollout=1"),
+    }[stage]
     states = {}
     for name, way in ways.items():
         code, _, err = cli(

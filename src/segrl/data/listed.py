@@ -35,7 +35,7 @@ def _line(path: Path, number: int, text: bytes) -> Line:
     try:
         said = json.loads(text)
         for key in said if isinstance(said, dict) else ():
-            meant = difflib.get_close_matches(key, set(Line.model_fields) - set(said), n=1, cutoff=0.75)
+            meant = difflib.get_close_matches(key, set(Line.model_fields) - set(said), n=1, cutoff=0.85)
             if key not in Line.model_fields and meant:
                 raise ValueError(f"{path}, line {number}: {key}: no such key; did you mean {meant[0]}?")
         return Line.model_validate(said)

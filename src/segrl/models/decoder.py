@@ -1,7 +1,7 @@
 """One token per completion and step: the language model's weights, laid out for sampling.
 
-Made anew for every rollout, from the weights of that moment: projections that read the same input are joined, an adapter
-is merged into a copy, all in the precision of the passes. The prefix's keys and values are stored once per prompt, the
+Made anew for every rollout, from the weights of that moment: projections that read the same input are joined, all in
+the precision of the passes. The prefix's keys and values are stored once per prompt, the
 group's queries are rows of one product with them; completions have buffers of fixed size:
 
     scores of row (b, g) at step t  =  [ q · prefix keys of b  |  q · own keys 0..t of (b, g) ]
@@ -9,7 +9,9 @@ group's queries are rows of one product with them; completions have buffers of f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -19,18 +21,43 @@ from torch.nn import functional as F
 from segrl.types import PrefixState
 
 
+class _Product:
+    """Linear layers that read the same input, joined; adapters stay beside them.
+
+    Merged into a bfloat16 weight, an adapter that is smaller than its last digit would be rounded away.
+    """
+
+    def __init__(self, linears: Sequence[nn.Module], dtype: torch.dtype) -> None:
+        weights = [cast("Tensor", _base(linear).weight) for linear in linears]
+        biases = [_base(linear).bias for linear in linears]
+        joined = torch.cat(weights).to(dtype)
+        self.weight = joined.t().contiguous().t()  # lies as [in, out]: products with few rows read it faster
+        self.bias = None if biases[0] is None else torch.cat(cast("list[Tensor]", biases)).to(dtype)
+        self.adapters = [
+            (narrow.to(dtype), wide.to(dtype), slice(end - len(weight), end))
+            for linear, weight, end in zip(linears, weights, accumulate(map(len, weights)), strict=True)
+            for narrow, wide in adapters_of(linear)
+        ]
+
+    def __call__(self, given: Tensor) -> Tensor:
+        """`[N, in]` to `[N, out]`."""
+        out = F.linear(given, self.weight, self.bias)
+        for narrow, wide, columns in self.adapters:
+            out[:, columns] += F.linear(F.linear(given, narrow), wide)
+        return out
+
+
 @dataclass(slots=True, kw_only=True)
 class _Layer:
     """Weights of a layer, and what it remembers."""
 
     norm_in: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
+    qkv: _Product
     norms: tuple[Tensor, Tensor] | None  # of queries and keys: Qwen3 has them, Qwen2.5 has a bias instead
-    out: Tensor
+    out: _Product
     norm_mlp: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: _Product
+    down: _Product
     prefix_keys: Tensor  # [B, K, d, P]
     prefix_values: Tensor  # [B, K, P, d]
     keys: Tensor  # [B, K, G, T, d]
@@ -58,7 +85,7 @@ class Decoder:
         self.norm: Tensor = language.norm.weight
         self.eps: float = language.norm.variance_epsilon
         self.scale: float = language.layers[0].self_attn.scaling
-        self.prompts, self.group, self.place = len(state.seen), group_size, 0
+        self.groups, self.group, self.place = len(state.seen), group_size, 0
         self.dtype = dtype
         self.layers = [
             self._layer(layer, k, v, length)
@@ -75,21 +102,18 @@ class Decoder:
 
     def _layer(self, layer: Any, prefix_keys: Tensor, prefix_values: Tensor, length: int) -> _Layer:
         attention, mlp, dtype = layer.self_attn, layer.mlp, self.dtype
-        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-        biases = [_bias(p) for p in projections]
         inner = dict(attention.named_parameters())
         buffer = prefix_keys.new_zeros(
-            self.prompts, self.kv_heads, self.group, length, self.width, dtype=dtype
+            self.groups, self.kv_heads, self.group, length, self.width, dtype=dtype
         )
         return _Layer(
             norm_in=layer.input_layernorm.weight,
-            qkv=_laid_out(torch.cat([linear_weight(p) for p in projections]), dtype),
-            qkv_bias=None if biases[0] is None else torch.cat(cast("list[Tensor]", biases)).to(dtype),
+            qkv=_Product([attention.q_proj, attention.k_proj, attention.v_proj], dtype),
             norms=(inner["q_norm.weight"], inner["k_norm.weight"]) if "q_norm.weight" in inner else None,
-            out=_laid_out(linear_weight(attention.o_proj), dtype),
+            out=_Product([attention.o_proj], dtype),
             norm_mlp=layer.post_attention_layernorm.weight,
-            gate_up=_laid_out(torch.cat([linear_weight(mlp.gate_proj), linear_weight(mlp.up_proj)]), dtype),
-            down=_laid_out(linear_weight(mlp.down_proj), dtype),
+            gate_up=_Product([mlp.gate_proj, mlp.up_proj], dtype),
+            down=_Product([mlp.down_proj], dtype),
             prefix_keys=prefix_keys.to(dtype).transpose(-1, -2).contiguous(),
             prefix_values=prefix_values.to(dtype).contiguous(),
             keys=buffer,
@@ -101,8 +125,8 @@ class Decoder:
         hidden = F.embedding(tokens, self.embedding)
         for layer in self.layers:
             hidden = hidden + self._attend(layer, self._normed(hidden, layer.norm_in))
-            gate, up = F.linear(self._normed(hidden, layer.norm_mlp), layer.gate_up).chunk(2, -1)
-            hidden = hidden + F.linear(F.silu(gate, inplace=True).mul_(up), layer.down)
+            gate, up = layer.gate_up(self._normed(hidden, layer.norm_mlp)).chunk(2, -1)
+            hidden = hidden + layer.down(F.silu(gate) * up)
         self.place += 1
         return F.rms_norm(hidden, hidden.shape[-1:], self.norm.to(hidden.dtype), self.eps)
 
@@ -112,8 +136,8 @@ class Decoder:
     def _attend(self, layer: _Layer, normed: Tensor) -> Tensor:
         """The attention's output `[B*G, D]`."""
         now, kv, per_kv = self.place, self.kv_heads, self.heads // self.kv_heads
-        shape = (self.prompts, self.group, self.heads + 2 * kv, self.width)
-        q, k, v = F.linear(normed, layer.qkv, layer.qkv_bias).view(shape).split([self.heads, kv, kv], 2)
+        shape = (self.groups, self.group, self.heads + 2 * kv, self.width)
+        q, k, v = layer.qkv(normed).view(shape).split([self.heads, kv, kv], 2)
         if layer.norms is not None:
             q, k = (
                 F.rms_norm(x, (self.width,), w.to(x.dtype), self.eps)
@@ -123,63 +147,65 @@ class Decoder:
         layer.values[:, :, :, now] = v.transpose(1, 2)
         q = (
             (self._rotated(q) * self.scale)
-            .view(self.prompts, self.group, kv, per_kv, self.width)
+            .view(self.groups, self.group, kv, per_kv, self.width)
             .transpose(1, 2)
         )
-        to_prefix = q.reshape(self.prompts, kv, -1, self.width) @ layer.prefix_keys
-        to_prefix = to_prefix.view(self.prompts, kv, self.group, per_kv, -1)
+        to_prefix = q.reshape(self.groups, kv, -1, self.width) @ layer.prefix_keys
+        to_prefix = to_prefix.view(self.groups, kv, self.group, per_kv, -1)
         if self.hidden_prefix is not None:
             to_prefix = to_prefix.masked_fill(self.hidden_prefix, float("-inf"))
         to_own = q @ layer.keys[:, :, :, : now + 1].transpose(-1, -2)
         weights = torch.cat([to_prefix, to_own], -1).softmax(-1)
         of_prefix, of_own = weights.split([to_prefix.shape[-1], now + 1], -1)
-        seen = of_prefix.reshape(self.prompts, kv, self.group * per_kv, -1) @ layer.prefix_values
+        seen = of_prefix.reshape(self.groups, kv, self.group * per_kv, -1) @ layer.prefix_values
         seen = seen.view(q.shape) + of_own @ layer.values[:, :, :, : now + 1]
-        return F.linear(seen.transpose(1, 2).reshape(len(normed), -1), layer.out)
+        return layer.out(seen.transpose(1, 2).reshape(len(normed), -1))
 
     def _rotated(self, heads: Tensor) -> Tensor:
         """`[B, G, heads, d]` to the position of this step."""
         cos, sin = self.cos[:, self.place, None, None], self.sin[:, self.place, None, None]
         return torch.addcmul(heads * cos, heads.roll(self.width // 2, -1), sin).to(self.dtype)
 
-    def keep(self, prompts: Tensor, rows: Tensor) -> None:
+    def keep(self, groups: Tensor, rows: Tensor) -> None:
         """Go on with some completions alone.
 
         Args:
-            prompts: int64 `[B']`, which prompts stay.
+            groups: int64 `[B']`, which groups stay.
             rows: int64 `[B', G']`, which of each one's completions stay.
         """
         everywhere = rows[:, None, :]
         heads = torch.arange(self.kv_heads, device=rows.device)[None, :, None]
         for layer in self.layers:
-            layer.prefix_keys, layer.prefix_values = layer.prefix_keys[prompts], layer.prefix_values[prompts]
-            layer.keys = layer.keys[prompts[:, None, None], heads, everywhere]
-            layer.values = layer.values[prompts[:, None, None], heads, everywhere]
-        self.cos, self.sin = self.cos[prompts], self.sin[prompts]
+            layer.prefix_keys, layer.prefix_values = layer.prefix_keys[groups], layer.prefix_values[groups]
+            layer.keys = layer.keys[groups[:, None, None], heads, everywhere]
+            layer.values = layer.values[groups[:, None, None], heads, everywhere]
+        self.cos, self.sin = self.cos[groups], self.sin[groups]
         if self.hidden_prefix is not None:
-            self.hidden_prefix = self.hidden_prefix[prompts]
-        self.prompts, self.group = rows.shape
+            self.hidden_prefix = self.hidden_prefix[groups]
+        self.groups, self.group = rows.shape
 
 
-def _laid_out(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy `[out, in]` that lies in memory as `[in, out]`: products with few rows read it faster."""
-    return weight.to(dtype).t().contiguous().t()
+def _base(linear: nn.Module) -> nn.Linear:
+    from peft.tuners.lora import LoraLayer
+
+    return cast("nn.Linear", linear.get_base_layer() if isinstance(linear, LoraLayer) else linear)
+
+
+def adapters_of(linear: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    r"""Of a linear layer the adapters that are on: \\( A \\) `[r, in]` and \\( sB \\) `[out, r]`."""
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(linear, LoraLayer) or linear.disable_adapters:
+        return []
+    return [
+        (cast("Tensor", linear.lora_A[name].weight), linear.lora_B[name].weight * linear.scaling[name])
+        for name in linear.active_adapters
+    ]
 
 
 def linear_weight(linear: nn.Module) -> Tensor:
-    """Of a linear layer; with what its active adapters add."""
-    from peft.tuners.lora import LoraLayer
-
-    if not isinstance(linear, LoraLayer):
-        return cast("Tensor", linear.weight)
-    weight = cast("Tensor", linear.get_base_layer().weight)
-    for name in () if linear.disable_adapters else linear.active_adapters:
-        weight = weight + cast("Any", linear).get_delta_weight(name).to(weight.dtype)
+    """Of a linear layer, what its adapters add included."""
+    weight = cast("Tensor", _base(linear).weight)
+    for narrow, wide in adapters_of(linear):
+        weight = weight + (wide @ narrow).to(weight.dtype)
     return weight
-
-
-def _bias(linear: nn.Module) -> Tensor | None:
-    from peft.tuners.lora import LoraLayer
-
-    base = linear.get_base_layer() if isinstance(linear, LoraLayer) else linear
-    return cast("Tensor | None", base.bias)

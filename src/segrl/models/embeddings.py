@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,10 @@ class Embeddings:
         self.device = "cpu"
         self.latest: OrderedDict[str, Embedding] = OrderedDict()
 
+    def forget(self) -> None:
+        """Everything in memory: what makes embeddings has changed."""
+        self.latest.clear()
+
     def of(self, images: Sequence[np.ndarray], make: Callable[[list[int]], Embedding]) -> Embedding:
         """Of all images, stacked `[B, C, h, w]`.
 
@@ -51,7 +56,9 @@ class Embeddings:
         if missing:
             made = make(missing)
             for row, place in enumerate(missing):
-                found[keys[place]] = [level[row] for level in made]
+                found[keys[place]] = [
+                    level[row].clone() for level in made
+                ]  # a view would keep the whole batch
                 self._write(keys[place], maker, found[keys[place]])
         for key, embedding in found.items():
             self.latest[key] = embedding
@@ -74,19 +81,26 @@ class Embeddings:
             return self.latest.get(key)
         try:
             levels = load_file(path, device=self.device)
-        except SafetensorError:  # damaged on the disk: it is made again, and written over
+            return [levels[str(i)] for i in range(len(levels))]
+        except (SafetensorError, KeyError):  # damaged on the disk: it is made again, and written over
             return None
-        return [levels[str(i)] for i in range(len(levels))]
 
     def _write(self, key: str, maker: str, embedding: Embedding) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         if (path := self._path(key, maker)) is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file({str(i): level.contiguous().cpu() for i, level in enumerate(embedding)}, partial)
-        partial.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({str(i): level.contiguous().cpu() for i, level in enumerate(embedding)}, partial)
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:  # a full disk, for one: a run does not end for a cache
+            warnings.warn(
+                f"head.embeddings_folder: nothing more is written to {self.folder}: {error}", stacklevel=2
+            )
+            self.folder = None
 
 
 def _key(image: np.ndarray, maker: str) -> str:

@@ -117,6 +117,12 @@ def checked(card: object, path: Path) -> Card:
         value = str(card[part].get(key))
         if not allowed.fullmatch(value):
             raise ValueError(f"{path}: {part}.{key}: {allowed.pattern} is needed; got {value:.80}")
+    if (
+        card["head"].get("embeddings_folder") is not None
+    ):  # a card of somebody else's would have us write where it likes
+        raise ValueError(
+            f"{path}: head.embeddings_folder: null is needed; got {card['head']['embeddings_folder']!r:.80}"
+        )
     return card
 
 

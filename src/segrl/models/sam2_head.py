@@ -129,9 +129,12 @@ class Sam2Head(nn.Module):
         self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
+        if embeddings_kept < 0:
+            raise ValueError(f"head.embeddings_kept: 0 or more images are needed; got {embeddings_kept}")
         folder = None if embeddings_folder is None else Path(embeddings_folder)
         self.embeddings = Embeddings(embeddings_kept, folder, self._maker)
         self.weights_print: str | None = None
+        self.register_load_state_dict_post_hook(lambda *_: self._changed())
         self.ahead: Future[Any] | None = None
         self.worker: ThreadPoolExecutor | None = None
         self.stream: torch.cuda.Stream | None = None
@@ -159,12 +162,16 @@ class Sam2Head(nn.Module):
             features[-1] = features[-1] + self.model.no_mem_embed.view(1, -1, 1, 1)
         return features
 
+    def _changed(self) -> None:
+        self.embeddings.forget()
+        self.weights_print = None
+
     def _maker(self) -> str:
         """What makes embeddings: weights, input size and precision; only a folder needs to know the weights' own print."""
         kind = self.mean.device.type
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.mean.dtype
         if self.embeddings.folder is None:
-            return str(precision)
+            return f"{precision}@{self.mean.device}"
         if self.weights_print is None:
             self.weights_print = fingerprint(self.model.state_dict(), self.size, _MEAN, _STD)
         return f"{self.weights_print}-{str(precision).removeprefix('torch.')}"
@@ -180,10 +187,13 @@ class Sam2Head(nn.Module):
         if device.type == "cuda":
             self.stream = self.stream or torch.cuda.Stream(device)
             self.stream.wait_stream(torch.cuda.current_stream(device))
+            main = torch.cuda.current_stream(device)
             with torch.cuda.stream(self.stream):
-                for level in self._features(images):
-                    level.record_stream(torch.cuda.current_stream(device))
-        elif torch.get_num_threads() > 1:
+                self._features(images)
+            for embedding in self.embeddings.latest.values():
+                for level in embedding:
+                    level.record_stream(main)
+        elif device.type == "cpu" and torch.get_num_threads() > 1:
             self.worker = self.worker or ThreadPoolExecutor(1)
             on, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 

@@ -8,7 +8,8 @@
 Cost grows with P + G*T, not with G*(P + T). In training the gradients of the whole group add up in the prefix's keys
 and values and flow back through it once. In sampling (`decoder.py`) the prefix's keys and values are stored once.
 
-The layers are transformers' own; only what they attend to is given from here.
+The layers are transformers' own; what they attend to is given from here, and of a prefix's last layer only the row that predicts is
+gone through.
 """
 
 from __future__ import annotations

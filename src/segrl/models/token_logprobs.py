@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _KEPT = 2**26
 """Probabilities (float32) that a pass keeps for its backward pass; where there are more, they are computed again."""
@@ -28,12 +29,20 @@ class _TokenLogprobs(torch.autograd.Function):
         return torch.cat(picked)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of a logit is that of its token (one where chosen, less the probability)."""
+        with torch.autocast(
+            grads[0].device.type, enabled=False
+        ):  # what is computed again is float32 as before
+            return _TokenLogprobs._gradients(ctx, grads[0])
+
+    @staticmethod
+    def _gradients(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, tokens, never, kept = ctx.saved_tensors
         of_hidden, of_weight = [], torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for states, chosen, grad in zip(
-            hidden.split(ctx.size), tokens.split(ctx.size), grads[0].split(ctx.size), strict=True
+            hidden.split(ctx.size), tokens.split(ctx.size), grads.split(ctx.size), strict=True
         ):
             probabilities = _logits(states, weight, never).softmax(-1) if kept is None else kept
             of_logits = probabilities.mul(-grad[:, None])

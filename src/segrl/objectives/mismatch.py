@@ -11,7 +11,7 @@ from segrl.objectives.masked import counted
 def truncated_importance(
     old: Float[Tensor, "N T"], drawn: Float[Tensor, "N T"], weights: Float[Tensor, "N T"], cap: float
 ) -> Float[Tensor, "N T"]:
-    r"""Shares \( w_{nt} \min(\pi_{old}(t) / \pi_{drawn}(t), C) \): truncated importance sampling, by token.
+    r"""What a token's surrogate is worth, \( \min(\pi_{old}(t) / \pi_{drawn}(t), C) \): truncated importance sampling, by token.
 
     Truncated importance sampling (Ionides 2008), as TRL's `vllm_importance_sampling_correction`.
 
@@ -21,5 +21,4 @@ def truncated_importance(
         weights: share of each token; see `objectives.masked`.
         cap: C, so that a token that the engine thought unlikely does not rule the update.
     """
-    ratio = counted(old.detach() - drawn, weights).exp()
-    return weights * ratio.clamp(max=cap)
+    return counted(old.detach() - drawn, weights).exp().clamp(max=cap)

@@ -33,6 +33,7 @@ def policy_gradient(
     surrogate: MakeSurrogate,
     divergence: Divergence,
     kl_weight: float,
+    correction: Float[Tensor, "N T"] | None = None,
 ) -> LossOutput:
     r"""\( L = \sum_{nt} w_{nt} [ S_{nt} + \beta D_{nt} ] \).
 
@@ -46,12 +47,13 @@ def policy_gradient(
         weights: share of each token; see `objectives.masked`.
         surrogate: what a token's step is worth.
         divergence: from the reference, per token.
+        correction: factor of each token's surrogate, where another engine sampled; see `objectives.mismatch`.
         kl_weight: beta; zero logs the divergence without adding it.
     """
     logprobs = counted(logprobs, weights)
     before = logprobs.detach() if old is None else counted(old, weights)
     term = surrogate(logprobs, before, advantages, weights > 0)
-    loss = weighted_sum(term.loss, weights)
+    loss = weighted_sum(term.loss if correction is None else term.loss * correction, weights)
     clipped, ratio = term.clipped.float(), term.ratio.detach()
     stats = {
         "ratio": weighted_sum(ratio, weights),

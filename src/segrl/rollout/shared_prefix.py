@@ -70,25 +70,25 @@ class SharedPrefixEngine:
             if (place + 1) % look == 0 and (left := int(running.sum())) < len(running):
                 if left == 0:
                     break
-                if (staying := _staying(running.view(decoder.prompts, decoder.group))) is not None:
-                    prompts, places = staying
-                    rows = (prompts[:, None] * decoder.group + places).flatten()
-                    decoder.keep(prompts, places)
+                if (staying := _staying(running.view(decoder.groups, decoder.group))) is not None:
+                    groups, places = staying
+                    rows = (groups[:, None] * decoder.group + places).flatten()
+                    decoder.keep(groups, places)
                     token, running, which = token[rows], running[rows], which[rows]
             hidden = decoder.step(token)
         return _until_stop(policy, written)
 
 
 def _staying(running: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Of running completions bool `[B, G]`: prompts `[B']` and of each its places `[B', G']`; none where few have ended.
+    """Of running completions bool `[B, G]`: groups `[B']` and of each its places `[B', G']`; none where few have ended.
 
-    Prompts keep one number of places, so an ended completion may stay for company.
+    Groups keep one number of places, so an ended completion may stay for company.
     """
     alive = running.sum(1)
-    prompts, most = alive.nonzero()[:, 0], int(alive.max())
-    if len(prompts) * most > 0.75 * running.numel():
+    groups, most = alive.nonzero()[:, 0], int(alive.max())
+    if len(groups) * most > 0.75 * running.numel():
         return None
-    return prompts, running[prompts].int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    return groups, running[groups].int().argsort(dim=1, descending=True, stable=True)[:, :most]
 
 
 def _until_stop(policy: HFPolicy, written: Tensor) -> Completions:

@@ -37,7 +37,7 @@ class VLLMEngine:
 
     Args:
         max_tokens: a completion is cut off after this many.
-        max_prompt: longest prefix in tokens.
+        max_prefix: longest prefix in tokens.
         memory: share of the GPU's memory that vLLM may take; on a CPU it takes VLLM_CPU_KVCACHE_SPACE GiB.
         sleep: give a GPU's memory back between rollouts.
         eager: run without CUDA graphs and compilation: starts sooner, decodes slower.
@@ -46,12 +46,12 @@ class VLLMEngine:
         ValueError: if vLLM is not installed.
     """
 
-    def __init__(self, max_tokens: int, max_prompt: int, memory: float, sleep: bool, eager: bool) -> None:
+    def __init__(self, max_tokens: int, max_prefix: int, memory: float, sleep: bool, eager: bool) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise ValueError(
-                "rollout: vllm needs vLLM, which is not installed: uv pip install 'segrl[vllm]' (docs/scale.md)"
+                "rollout: vllm needs vLLM, which is not installed: uv sync --no-dev --extra vllm (docs/speed.md)"
             )
-        self.max_tokens, self.max_prompt = max_tokens, max_prompt
+        self.max_tokens, self.max_prefix = max_tokens, max_prefix
         self.memory, self.sleep, self.eager = memory, sleep, eager
         self.llm: Any = None
         self.numbers = count()
@@ -74,9 +74,9 @@ class VLLMEngine:
     ) -> Completions:  # fmt: skip
         from vllm import SamplingParams
 
-        if (longest := max(len(prefix.token_ids) for prefix in prefixes)) > self.max_prompt:
+        if (longest := max(len(prefix.token_ids) for prefix in prefixes)) > self.max_prefix:
             raise ValueError(
-                f"rollout.max_prompt: at least {longest} tokens are needed for this prefix; got {self.max_prompt}"
+                f"rollout.max_prefix: at least {longest} tokens are needed for this prefix; got {self.max_prefix}"
             )
         self._wake(policy)
         stops, never = policy.stop_ids.tolist(), policy.never_sampled.tolist()
@@ -113,6 +113,11 @@ class VLLMEngine:
             self.llm.wake_up(tags=["kv_cache"])
 
     def _start(self, policy: HFPolicy) -> Any:  # noqa: ANN401 - vllm's own class
+        if policy.lora is not None and policy.model.dtype != torch.float32:
+            raise ValueError(
+                f"policy.dtype: float32 is needed by rollout=vllm under policy.lora; got {policy.model.dtype}: merged into such weights a "
+                "small adapter is rounded away (or rollout=shared_prefix)"
+            )
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise ValueError(
                 "rollout: vllm runs on one device so far; got several ranks (rollout=shared_prefix)"
@@ -121,12 +126,20 @@ class VLLMEngine:
             os.environ.setdefault(key, value)
         from vllm import LLM
 
-        return LLM(
-            policy.weights, dtype=str(policy.pass_dtype).removeprefix("torch."), enforce_eager=self.eager,
-            max_model_len=self.max_prompt + self.max_tokens, gpu_memory_utilization=self.memory, limit_mm_per_prompt={"image": 1},
-            enable_mm_embeds=True, distributed_executor_backend="uni", logprobs_mode="processed_logprobs", load_format="dummy",
-            enable_sleep_mode=self.sleep and policy.device.type == "cuda", seed=0,
-        )  # fmt: skip
+        threads = torch.get_num_threads()
+        try:
+            llm = LLM(
+                policy.weights, dtype=str(policy.pass_dtype).removeprefix("torch."), enforce_eager=self.eager,
+                max_model_len=self.max_prefix + self.max_tokens, gpu_memory_utilization=self.memory, limit_mm_per_prompt={"image": 1},
+                enable_mm_embeds=True, distributed_executor_backend="uni", logprobs_mode="processed_logprobs", load_format="dummy",
+                enable_sleep_mode=self.sleep and policy.device.type == "cuda", seed=0,
+            )  # fmt: skip
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"rollout: vLLM does not start (rollout.memory={self.memory}): {str(error)[:300]}"
+            ) from error
+        torch.set_num_threads(threads)  # vLLM sets its own, for the whole process
+        return llm
 
 
 def _request(policy: HFPolicy, prefix: Prefix) -> Any:  # noqa: ANN401 - vllm's own type

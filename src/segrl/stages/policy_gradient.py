@@ -241,15 +241,15 @@ class PolicyGradientStage(SegStage):
 
     def policy_objective(self, logprobs: Tensor, part: Experience, weights: Tensor) -> LossOutput:
         """What the policy is to make small."""
-        drawn, mismatch = part.completions.sampled_logprobs, {}
+        drawn, mismatch, correction = part.completions.sampled_logprobs, {}, None
         if drawn is not None:
             old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
             mismatch["mismatch"] = weighted_sum((old - drawn).abs(), weights)
             if self.mismatch_cap is not None:
-                weights = truncated_importance(old, drawn, weights, self.mismatch_cap)
+                correction = truncated_importance(old, drawn, weights, self.mismatch_cap)
         out = policy_gradient(
             logprobs, part.old_logprobs, part.reference_logprobs, part.advantages, weights,
-            self.surrogate, self.divergence, self.kl_weight,
+            self.surrogate, self.divergence, self.kl_weight, correction,
         )  # fmt: skip
         stats = {f"policy/{name}": value for name, value in {**out.stats, **mismatch}.items()}
         return LossOutput(loss=out.loss, stats=stats)

@@ -1,16 +1,20 @@
 """Learning-rate schedules, as a stage's YAML names them."""
 
-from typing import Any
-
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 
-def one_cycle(optimizer: Optimizer, total_steps: int, *, pct_start: float, **options: Any) -> OneCycleLR:
+def one_cycle(
+    optimizer: Optimizer, total_steps: int, *, max_lr: float, pct_start: float, cycle_momentum: bool = True,
+    anneal_strategy: str = "cos",
+) -> OneCycleLR:  # fmt: skip
     """`torch`'s OneCycleLR for runs of any length.
 
     torch divides by the number of updates that warm up less one, and so fails where `pct_start` of `total_steps` is
-    exactly one update. Here at least the first update warms up.
+    exactly one update. Here at least the first update warms up. See there for the arguments.
     """
     updates = max(total_steps, 3)  # one to warm up, one to come down
-    return OneCycleLR(optimizer, total_steps=updates, pct_start=max(pct_start, 2 / updates), **options)
+    return OneCycleLR(
+        optimizer, max_lr, total_steps=updates, pct_start=max(pct_start, 2 / updates), cycle_momentum=cycle_momentum,
+        anneal_strategy=anneal_strategy,  # type: ignore[arg-type]
+    )  # fmt: skip

@@ -159,7 +159,9 @@ class ZeRO(DDPStrategy):
         flat = "fp32_partitioned_groups_flat" if self.zero_stage == 3 else "single_partition_of_fp32_groups"
         for share in getattr(self.engine.optimizer, flat):
             for name, value in held.items():
-                sharing.state[share][name] = value.clone() if value.dim() == 0 else torch.zeros_like(share)
+                sharing.state[share][name] = (
+                    value.to(share.device, copy=True) if value.dim() == 0 else torch.zeros_like(share)
+                )
         if held and self.zero_stage < 3:
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()  # its shares learn of their new state
         for number, parameter in enumerate(p for group in self.groups for p in group):
