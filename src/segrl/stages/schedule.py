@@ -6,7 +6,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 def one_cycle(
     optimizer: Optimizer, total_steps: int, *, max_lr: float, pct_start: float, cycle_momentum: bool = True,
-    anneal_strategy: str = "cos",
+    anneal_strategy: str = "cos", div_factor: float = 25.0, final_div_factor: float = 1e4,
 ) -> OneCycleLR:  # fmt: skip
     """`torch`'s OneCycleLR for runs of any length.
 
@@ -16,5 +16,5 @@ def one_cycle(
     updates = max(total_steps, 3)  # one to warm up, one to come down
     return OneCycleLR(
         optimizer, max_lr, total_steps=updates, pct_start=max(pct_start, 2 / updates), cycle_momentum=cycle_momentum,
-        anneal_strategy=anneal_strategy,  # type: ignore[arg-type]
+        div_factor=div_factor, final_div_factor=final_div_factor, anneal_strategy=anneal_strategy,  # type: ignore[arg-type]
     )  # fmt: skip
