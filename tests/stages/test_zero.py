@@ -54,6 +54,17 @@ def test_every_level_ends_where_ddp_does(tmp_path):
         assert after[0].read_text() == after[1].read_text()
 
 
+def test_what_saves_memory_ends_where_ddp_does(tmp_path):
+    """Pieces of groups, and activations computed again; ZeRO-3 would learn wrong from pieces, and refuses them."""
+    case = (*RUN, *SGD, "stage.group_size=3", "trainer.max_steps=2")
+    pieces, again = "stage.completions_per_pass=1", "policy.gradient_checkpointing=true"
+    ddp = run(tmp_path / "ddp", *case, "trainer=ddp")
+    assert apart(ddp, run(tmp_path / "zero2", *case, pieces, again, "trainer=deepspeed_zero2")) < 1e-6
+    assert apart(ddp, run(tmp_path / "zero3", *case, again, "trainer=deepspeed_zero3")) < 1e-6
+    with pytest.raises(AssertionError, match=r"stage\.completions_per_pass: null is needed under ZeRO-3"):
+        run(tmp_path / "pieces", *case, pieces, "trainer=deepspeed_zero3")
+
+
 def test_imitation_under_the_highest_level_ends_where_ddp_does(tmp_path):
     sgd = (
         "stage.optimizer._target_=torch.optim.SGD",

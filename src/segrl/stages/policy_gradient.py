@@ -147,6 +147,15 @@ class PolicyGradientStage(SegStage):
             {**self.rollout_stats(answers, scores), **self.credit_stats(experience), **_means(stats)}
         )
 
+    def on_fit_start(self) -> None:
+        """Raises ValueError for groups in pieces under ZeRO-3: their prefix is read outside of the call that gathers weights."""
+        strategy = self.trainer.strategy
+        if self.completions_per_pass is not None and isinstance(strategy, ZeRO) and strategy.zero_stage == 3:
+            raise ValueError(
+                f"stage.completions_per_pass: null is needed under ZeRO-3; got {self.completions_per_pass} (or trainer=deepspeed_zero2, "
+                "or policy.gradient_checkpointing=true)"
+            )
+
     def read_once(self, batch: Batch) -> PrefixState | None:
         """The prefixes, their graph included, where sampling and learning share one reading of them.
 

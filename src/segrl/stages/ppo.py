@@ -88,6 +88,7 @@ class PPOStage(PolicyGradientStage):
 
     def on_fit_start(self) -> None:
         """Raises ValueError for a warm-up under ZeRO, whose optimizer cannot rest for a part of the weights."""
+        super().on_fit_start()
         if self.critic_warmup > 0 and isinstance(self.trainer.strategy, ZeRO):
             raise ValueError(
                 f"stage.critic_warmup: 0 is needed under ZeRO, which steps all weights; got {self.critic_warmup} (or trainer=ddp)"
