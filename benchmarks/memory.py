@@ -24,7 +24,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 PREFIX, COMPLETION = 729 + 300, 400  # 27x27 image tokens and Seg-R1's instruction; --max_completion_length
-SAM2_LARGE = 224.4e6 * 4 + 1.5e9  # weights in float32, and what one 1024x1024 image takes in its encoder
+SAM2_LARGE = 224.4e6 * 4 + 1.5e9 + 64 * 8.4e6  # weights in float32, one 1024x1024 image in its encoder, 64 embeddings kept
 CONTEXT = 1.0e9  # CUDA's own, and fragments
 LOGITS = 2 * 2**26 * 4  # one chunk and its gradient
 
