@@ -1,8 +1,8 @@
 """One token per completion and step: the language model's weights, laid out for sampling.
 
 Made anew for every rollout, from the weights of that moment: projections that read the same input are joined, all in
-the precision of the passes. The prefix's keys and values are stored once per prompt, the
-group's queries are rows of one product with them; completions have buffers of fixed size:
+the precision of the passes. A prefix's keys and values are stored once, the group's queries are rows of one product
+with them; completions have buffers of fixed size:
 
     scores of row (b, g) at step t  =  [ q · prefix keys of b  |  q · own keys 0..t of (b, g) ]
 """

@@ -146,10 +146,8 @@ def read_prefixes(vlm: Any, prefixes: Sequence[Prefix], pad_id: int, recompute: 
         mask = square & seen.bool()[:, None, None] | itself
     rope, keys, values = language.rotary_emb(hidden, positions), [], []
     for level, layer in enumerate(language.layers):
-        last = level + 1 == len(
-            language.layers
-        )  # of its rows all but the one that predicts are but keys and values
-        through = _last_row if last and level >= len(deeper) else _through
+        # Of the last layer's rows, all but the one that predicts are but keys and values.
+        through = _last_row if layer is language.layers[-1] and level >= len(deeper) else _through
         hidden, k, v = _pass(through, layer, recompute, hidden, rope, mask, None, None)
         if level < len(deeper):
             hidden = hidden + torch.zeros_like(hidden).masked_scatter(

@@ -93,12 +93,13 @@ class VLLMEngine:
             self.llm.sleep(level=2)
         return _completions(policy, prefixes, group_size, answers)
 
-    @torch.inference_mode(
-        False
-    )  # evaluation may be the first to ask, and what it makes could not be changed later
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _wake(self, policy: HFPolicy) -> None:
-        """The engine, with the policy's weights of this moment."""
+        """The engine, with the policy's weights of this moment.
+
+        Evaluation may be the first to ask, and what is made in inference mode could not be changed later.
+        """
         if self.llm is None:
             self.llm = self._start(policy)
         asleep = self.sleep and policy.device.type == "cuda" and self.pushed is not None
