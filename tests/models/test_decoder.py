@@ -82,49 +82,44 @@ def test_completions_do_not_depend_on_who_else_is_sampled(policy, prefixes, monk
         assert torch.equal(together.tokens[n, :length], alone.tokens[0])
 
 
-def test_an_adapter_counts_and_is_left_out_where_it_is_off(nano_weights):
+def adapted(weights, dtype, size):
+    """A policy whose adapter says something, and one prefix."""
     from segrl.models.hf_vlm import HFPolicy
 
     lora = {"rank": 4, "alpha": 8, "dropout": 0.0}
-    policy = HFPolicy(str(nano_weights("qwen3_vl")), 128, None, 1.0, "float32", "sdpa", lora, False, False)
+    policy = HFPolicy(str(weights), 128, None, 1.0, dtype, "sdpa", lora, False, False)
     torch.manual_seed(0)
     for name, parameter in policy.model.named_parameters():
         if "lora_B" in name:
-            parameter.data.normal_(0, 0.1)
+            parameter.data.normal_(0, size)
     scene = SyntheticScenes("test", 1, 0, 128, (0.5, 1.0), (1, 1))[0].image
-    prefixes, said = [policy.encoder.encode(SegR1Tags(4, 8).messages(None), scene)], told(policy, GROUP)
-    steps = []
-    with torch.no_grad():
-        for adapter in ("policy", None):
-            with policy.speaking_with(adapter):
-                hidden = policy.read(prefixes, said)
-                decoder = policy.decoder(policy.prefill(prefixes), GROUP, LENGTH)
-                steps.append(decoder.step(said.tokens[:, 0]))
-                assert (steps[-1] - hidden[:, 1]).abs().max() < 2e-5
+    return policy, [policy.encoder.encode(SegR1Tags(4, 8).messages(None), scene)]
+
+
+@torch.no_grad()
+def test_an_adapter_counts_and_is_left_out_where_it_is_off(nano_weights):
+    policy, prefixes = adapted(nano_weights("qwen3_vl"), "float32", 0.1)
+    said, steps = told(policy, GROUP), []
+    for adapter in ("policy", None):
+        with policy.speaking_with(adapter):
+            hidden = policy.read(prefixes, said)
+            decoder = policy.decoder(policy.prefill(prefixes), GROUP, LENGTH)
+            steps.append(decoder.step(said.tokens[:, 0]))
+            assert (steps[-1] - hidden[:, 1]).abs().max() < 2e-5
     assert (steps[0] - steps[1]).abs().max() > 1e-2
 
 
 @torch.no_grad()
 def test_a_small_adapter_stays_beside_half_precision_weights(nano_weights):
     """Merged into bfloat16 weights, most of what it says would be rounded away: sampling would be that of the base."""
-    from segrl.models.hf_vlm import HFPolicy
-
-    lora = {"rank": 8, "alpha": 8, "dropout": 0.0}
-    policy = HFPolicy(str(nano_weights("qwen3_vl")), 128, None, 1.0, "bfloat16", "sdpa", lora, False, False)
-    torch.manual_seed(1)
-    for name, parameter in policy.model.named_parameters():
-        if "lora_B" in name:
-            parameter.copy_(torch.randn_like(parameter) * 1e-4)
-    scene = SyntheticScenes("test", 1, 0, 128, (0.5, 1.0), (1, 1))[0].image
-    prefixes = [policy.encoder.encode(SegR1Tags(4, 8).messages(None), scene)]
+    policy, prefixes = adapted(nano_weights("qwen3_vl"), "bfloat16", 1e-4)
     product = policy.decoder(policy.prefill(prefixes), GROUP, LENGTH).layers[0].qkv
     layer = policy.model.model.language_model.layers[0].self_attn.q_proj
-    base = layer.get_base_layer().weight
+    base, change = layer.get_base_layer().weight, layer.get_delta_weight("policy")
     assert base.dtype == product.weight.dtype == torch.bfloat16
     assert torch.equal(product.weight[: len(base)], base)
     narrow, wide, columns = product.adapters[0]
-    change = (wide.float() @ narrow.float()).abs()
     assert (columns.start, columns.stop) == (0, len(base))
-    torch.testing.assert_close(change, layer.get_delta_weight("policy").float().abs(), rtol=0.03, atol=1e-7)
-    merged = (base + layer.get_delta_weight("policy").to(base.dtype)) != base
+    torch.testing.assert_close(wide.float() @ narrow.float(), change.float(), rtol=0.03, atol=1e-6)
+    merged = (base + change.to(base.dtype)) != base
     assert merged.float().mean() < 0.5  # what merging would have lost
