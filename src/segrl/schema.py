@@ -159,12 +159,6 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _whole_groups(self) -> TrainConfig:
         """Every update has as many samples as the next, and every rollout all of its updates."""
-        if self.rollout.target.endswith(".VLLMEngine") and (
-            self.trainer.devices != 1 or self.trainer.num_nodes != 1
-        ):
-            raise ValueError(
-                f"trainer.devices: 1 is needed by rollout=vllm; got {self.trainer.devices} on {self.trainer.num_nodes} nodes"
-            )
         stage, batch = self.stage, self.data.batch_size
         if stage.live_samples is not None and stage.live_samples > batch:
             raise ValueError(

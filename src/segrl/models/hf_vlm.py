@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -185,6 +186,12 @@ class HFPolicy(nn.Module):
         seen = self.model.model.get_image_features(prefix.pixels, prefix.grid, return_dict=True)
         levels = [seen.pooler_output, *(seen.get("deepstack_features") or ())]
         return torch.cat([torch.cat(level) for level in levels], 1)
+
+    def fingerprint(self) -> str:
+        """A name for its weights, made of a few entries of each: every rank and every run finds the same one."""
+        few = [p.detach().flatten()[:: max(1, p.numel() // 32)].float() for p in self.model.parameters()]
+        entries = torch.cat(few).cpu().numpy().tobytes()
+        return hashlib.blake2b(entries + repr(self.lora).encode(), digest_size=16).hexdigest()
 
     def merged(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight by its name in a Hugging Face folder, an adapter merged."""

@@ -1,0 +1,99 @@
+"""What is asked of vLLM and what comes back, in this process or over a network.
+
+    prefix -- its token ids, image features of the policy's own tower --> one request for n completions
+
+The tower runs here: vLLM gets features, not pixels, so there is no second image pipeline that could drift from ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from segrl.models.hf_vlm import HFPolicy
+from segrl.models.shared_prefix import pad_right
+from segrl.types import Completions, Prefix
+
+
+class Picture(NamedTuple):
+    """An image as vLLM takes it: features and grid, a name for its caches, the place of its tokens."""
+
+    item: Any
+    name: str
+    first: int
+    length: int
+
+
+class Said(NamedTuple):
+    """One completion: its tokens, their log-probabilities, whether it came to its end."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+def needs_vllm(rollout: str) -> None:
+    """Raises ValueError if vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError(
+            f"rollout: {rollout} needs vLLM, which is not installed: uv sync --no-dev --extra vllm (docs/speed.md)"
+        )
+
+
+def check_lengths(prefixes: Sequence[Prefix], most: int) -> None:
+    """Raises ValueError for a prefix longer than the engine was made for."""
+    if (longest := max(len(prefix.token_ids) for prefix in prefixes)) > most:
+        raise ValueError(
+            f"rollout.max_prefix: at least {longest} tokens are needed for this prefix; got {most}"
+        )
+
+
+def picture(policy: HFPolicy, prefix: Prefix) -> Picture:
+    """The image of a prefix through the policy's tower: nothing is left for vLLM's own processor to do."""
+    from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+
+    features = policy.features(prefix).cpu()
+    kinds = {
+        "image_embeds": MultiModalFieldConfig.flat_from_sizes("image", torch.tensor([len(features)])),
+        "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+    }
+    items = MultiModalKwargsItems.from_hf_inputs(
+        {"image_embeds": features, "image_grid_thw": prefix.grid.cpu()}, kinds
+    )
+    name = hashlib.blake2b(features.float().numpy().tobytes(), digest_size=16).hexdigest()
+    first = prefix.token_ids.tolist().index(policy.model.config.image_token_id)
+    return Picture(items["image"][0], name, first, len(features))
+
+
+def settings(
+    policy: HFPolicy, group_size: int, temperature: float, seed: int, max_tokens: int
+) -> dict[str, Any]:
+    """VLLM's sampling parameters for one group; its completion g draws with `seed + g`."""
+    return {
+        "n": group_size, "temperature": temperature, "seed": seed % 2**31, "max_tokens": max_tokens, "logprobs": 0, "detokenize": False,
+        "stop_token_ids": policy.stop_ids.tolist(), "logit_bias": dict.fromkeys(policy.never_sampled.tolist(), -100.0),
+    }  # fmt: skip
+
+
+def check_read(prefix: Prefix, read: Sequence[int]) -> None:
+    """Our own invariant: vLLM read the tokens that the training pass will read."""
+    assert list(read) == prefix.token_ids.tolist(), "vLLM read other tokens than ours"
+
+
+def completions(policy: HFPolicy, said: Sequence[Said]) -> Completions:
+    """Of N completions, groups contiguous; with the log-probabilities they were drawn with."""
+    tokens, mask = pad_right([torch.tensor(row.tokens) for row in said], policy.pad_id)
+    drawn: Tensor = pad_right([torch.tensor(row.logprobs) for row in said], 0)[0].float()
+    tokens, mask, drawn = (part.to(policy.device) for part in (tokens, mask, drawn))
+    return Completions(
+        tokens=tokens,
+        mask=mask,
+        texts=policy.encoder.decode(tokens, mask),
+        finished=torch.tensor([row.finished for row in said], device=policy.device),
+        sampled_logprobs=drawn,
+    )
