@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -72,6 +73,9 @@ class _Server:
 
     def start_weight_update(self) -> None:
         """From here on it holds neither the old weights nor the new."""
+        if self.get("weight_info")["weight_version"] == _UNFINISHED:  # whoever wrote was killed
+            with suppress(ValueError):  # its worker may know already
+                self.post("finish_weight_update")
         self.post("update_weight_version", new_version=_UNFINISHED)
         self.post("start_weight_update")
 
@@ -200,7 +204,7 @@ class VLLMServer:
         meeting = NCCLTrainerInitInfo if policy.device.type == "cuda" else GlooTrainerInitInfo
         return WeightTransferTrainerFactory.trainer_init(
             meeting(
-                master_address=self._server.own_address(), master_port=get_open_port(),
+                rank=0, master_address=self._server.own_address(), master_port=get_open_port(),
                 world_size=1 + self._server.get("get_world_size")["world_size"],
             ),
             client=self._server, source=PolicyWeights(policy, policy.pass_dtype),
