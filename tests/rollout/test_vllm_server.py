@@ -1,0 +1,205 @@
+"""Plain vLLM as a server, for real, on a CPU; and what needs no vLLM, against a server that is pretended."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import requests
+from engines import GRPO, QUIET, asks, draws, follows, mismatches, move, run, same
+
+from segrl.front_door import asset
+from segrl.rollout import vllm_server
+from segrl.rollout.shared_prefix import SharedPrefixEngine
+from segrl.rollout.vllm_server import VLLMServer
+
+LENGTH = 80
+
+
+class Pretended(BaseHTTPRequestHandler):
+    """Says which weights it holds, as long as it is not told others."""
+
+    held, told = "default", []
+
+    def do_GET(self):  # noqa: N802 - the library's name
+        self.send_response(200 if self.path == "/weight_info" else 500)
+        self.end_headers()
+        self.wfile.write(json.dumps({"weight_version": Pretended.held}).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    server = HTTPServer(("127.0.0.1", 0), Pretended)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_a_rank_without_a_server_of_its_own_waits_for_the_one_that_fills_it(pretended, monkeypatch):
+    engine = VLLMServer(8, 64, [pretended], 30)
+    monkeypatch.setattr(VLLMServer, "_rank", 1)
+    Pretended.held = "old"
+    threading.Timer(0.5, setattr, (Pretended, "held", "new")).start()
+    began = time.monotonic()
+    engine._follow(None, "new", began + 30)
+    assert time.monotonic() - began >= 0.4
+    with pytest.raises(ValueError, match="was not given these weights for 30 s; it has new"):
+        engine._follow(None, "newer", time.monotonic() + 0.5)
+
+
+def test_what_a_server_refuses_is_told_in_one_line(pretended):
+    engine = VLLMServer(8, 64, [pretended], 30)
+    with pytest.raises(ValueError, match=r"rollout.servers: http.*/server_info.* answers 500: "):
+        engine._check(None)
+
+
+@pytest.mark.parametrize("servers", [["127.0.0.1:8000"], ["ftp://there"], []])
+def test_an_address_that_is_none_is_refused(pretended, servers):
+    with pytest.raises(ValueError, match="rollout.servers: .*http://HOST:PORT is needed"):
+        VLLMServer(8, 64, servers, 30)
+
+
+def test_a_fingerprint_is_of_the_weights(nano_policy, nano_weights):
+    from segrl.models.hf_vlm import HFPolicy
+
+    first = nano_policy("qwen2_5_vl").fingerprint()
+    weights = str(nano_weights("qwen2_5_vl"))
+    again = HFPolicy(weights, 112, None, 1.0, "float32", "sdpa", None, False, False)
+    assert again.fingerprint() == first
+    for parameter in again.parameters():  # as an optimizer's step would
+        parameter.data.add_(1e-5)
+        moved = again.fingerprint()
+        assert moved != first
+        first = moved
+    ranks = [
+        HFPolicy(weights, 112, None, 1.0, "float32", "sdpa", {"rank": 4, "alpha": alpha, "dropout": 0.0}, False, False) for alpha in (8, 16)
+    ]  # fmt: skip
+    assert ranks[0].fingerprint() != ranks[1].fingerprint()
+
+
+def test_a_run_that_samples_elsewhere_needs_no_server():
+    done = subprocess.run(
+        [sys.executable, "-m", "segrl.serve", "+experiment=demo", "--", "--enforce-eager"], capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "rollout=vllm_server is needed" in done.stderr or "--extra vllm" in done.stderr
+
+
+def serve(port, log):
+    """`segrl.serve` in a process of its own, ready."""
+    command = [
+        sys.executable, "-m", "segrl.serve", "+experiment=demo", "rollout=vllm_server", f"rollout.servers=[http://127.0.0.1:{port}]",
+        f"rollout.max_tokens={LENGTH}", "rollout.max_prefix=400", "--", "--enforce-eager", "--gpu-memory-utilization", "0.2",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, env={**os.environ, **QUIET}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            if requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok:
+                return process
+        except requests.ConnectionError:
+            time.sleep(1)
+    raise AssertionError("vLLM's server did not start")
+
+
+def end(process):
+    os.killpg(process.pid, 9)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory):
+    """The server's process, its port, and what starts another in its place."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (tmp_path_factory.mktemp("vllm") / "log").open("w") as log:
+        held = {"start": lambda: held.update(now=serve(port, log)), "port": port}
+        held["start"]()
+        yield held
+        end(held["now"])
+
+
+@pytest.fixture(scope="module")
+def server(process):
+    return f"http://127.0.0.1:{process['port']}"
+
+
+@pytest.fixture
+def policy():
+    from segrl.models.hf_vlm import HFPolicy
+
+    return HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", "sdpa", None, True, False).eval()
+
+
+@pytest.mark.vllm
+def test_a_server_follows_its_policy(server, policy, scenes):
+    drawn = follows(VLLMServer(LENGTH, 400, [server], 60), policy, asks(policy, scenes), LENGTH)
+    assert bool(drawn.finished.any())
+
+
+@pytest.mark.vllm
+def test_a_server_that_was_left_half_written_is_filled_anew(server, policy, scenes):
+    """Its trainer was killed in the middle of an update; the next one starts over."""
+    killed = VLLMServer(LENGTH, 400, [server], 60)
+    killed._open(policy)
+    killed._server.start_weight_update()
+    killed._drop()
+    assert killed._server.get("weight_info")["weight_version"] == vllm_server._UNFINISHED
+    same(
+        VLLMServer(LENGTH, 400, [server], 60).greedy(policy, asks(policy, scenes)),
+        SharedPrefixEngine(LENGTH).greedy(policy, asks(policy, scenes)),
+    )
+
+
+@pytest.mark.vllm
+def test_two_runs_with_one_server_do_not_learn_from_each_others_completions(server, policy, scenes, monkeypatch):  # fmt: skip
+    engine = VLLMServer(LENGTH, 400, [server], 60)
+    monkeypatch.setattr(engine, "_follow", lambda *_: None)  # as if the other wrote behind this one's look
+    engine._server.post("update_weight_version", new_version="the other's")
+    with pytest.raises(ValueError, match="another run writes its weights to http"):
+        engine.greedy(policy, asks(policy, scenes))
+    monkeypatch.undo()
+    draws(engine, policy, asks(policy, scenes))  # with its own weights in it again
+
+
+@pytest.mark.vllm
+def test_a_server_with_other_settings_is_refused(server, policy, scenes):
+    with pytest.raises(
+        ValueError, match=r"reads 480 tokens; rollout.max_prefix \+ rollout.max_tokens are 580"
+    ):
+        VLLMServer(LENGTH, 500, [server], 60).greedy(policy, asks(policy, scenes))
+    policy.model.bfloat16()
+    with pytest.raises(ValueError, match="its dtype is torch.float32, torch.bfloat16 is needed"):
+        VLLMServer(LENGTH, 400, [server], 60).greedy(policy, asks(policy, scenes))
+
+
+@pytest.mark.vllm
+def test_two_ranks_learn_from_what_one_server_sampled(server, tmp_path):
+    run([*GRPO, "rollout=vllm_server", f"rollout.servers=[{server}]", f"paths.run={tmp_path}/run"], tmp_path)
+    assert 0 < max(mismatches(tmp_path / "run")) < 1e-3
+
+
+@pytest.mark.vllm
+def test_a_server_that_is_killed_and_started_anew_goes_unnoticed(process, server, policy, scenes):
+    engine, ours = VLLMServer(LENGTH, 400, [server], 200), SharedPrefixEngine(LENGTH)
+    same(engine.greedy(policy, asks(policy, scenes)), ours.greedy(policy, asks(policy, scenes)))
+    end(process["now"])
+    other = threading.Timer(5, process["start"])
+    other.start()
+    same(engine.greedy(policy, asks(policy, scenes)), ours.greedy(policy, asks(policy, scenes)))
+    move(policy)
+    same(engine.greedy(policy, asks(policy, scenes)), ours.greedy(policy, asks(policy, scenes)))
+    other.join()
