@@ -31,19 +31,34 @@ def told(policy, rows=2 * GROUP):
 
 
 @torch.no_grad()
-def test_steps_are_the_training_pass(policy, prefixes):
+@pytest.mark.parametrize("stride", [None, 1, 4, 100])
+def test_steps_are_the_training_pass(policy, prefixes, stride):
     said = told(policy)
     hidden = policy.read(prefixes, said)
-    decoder = policy.decoder(policy.prefill(prefixes), GROUP, LENGTH)
+    decoder = policy.decoder(policy.prefill(prefixes), GROUP, LENGTH, stride)
     for place in range(LENGTH - 1):
         assert (decoder.step(said.tokens[:, place]) - hidden[:, place + 1]).abs().max() < 2e-5
 
 
 @torch.no_grad()
-def test_what_stays_goes_on_as_if_nothing_had_left(policy, prefixes):
+def test_a_step_may_be_computed_twice_and_what_lies_ahead_does_not_matter(policy, prefixes):
+    """What recording it rests on."""
+    said = told(policy)
+    decoder = policy.decoder(policy.prefill(prefixes), GROUP, LENGTH, 4)
+    decoder.step(said.tokens[:, 0])
+    first = decoder._read(said.tokens[:, 1], 4)
+    for layer in decoder.layers:
+        layer.keys[:, :, :, 2:], layer.values[:, :, :, 2:] = 9.0, 9.0
+    assert torch.equal(decoder._read(said.tokens[:, 1], 4), first)
+    assert torch.equal(decoder.step(said.tokens[:, 1]), first)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stride", [None, 4])
+def test_what_stays_goes_on_as_if_nothing_had_left(policy, prefixes, stride):
     said = told(policy)
     hidden = policy.read(prefixes, said)
-    decoder = policy.decoder(policy.prefill(prefixes), GROUP, LENGTH)
+    decoder = policy.decoder(policy.prefill(prefixes), GROUP, LENGTH, stride)
     decoder.step(said.tokens[:, 0])
     decoder.step(said.tokens[:, 1])
     decoder.keep(torch.tensor([1]), torch.tensor([[2, 0]]))
@@ -123,3 +138,22 @@ def test_a_small_adapter_stays_beside_half_precision_weights(nano_weights):
     torch.testing.assert_close(wide.float() @ narrow.float(), change.float(), rtol=0.03, atol=1e-6)
     merged = (base + change.to(base.dtype)) != base
     assert merged.float().mean() < 0.5  # what merging would have lost
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recorded_steps_choose_what_computed_ones_choose(policy, prefixes, dtype):
+    """With stop tokens so frequent that rows leave, so that steps are recorded anew."""
+    policy.cuda()
+    try:
+        given = [prefix.to("cuda") for prefix in prefixes]
+        with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
+            said = [
+                SharedPrefixEngine(140, graphs).sample(policy, given, 8, range(16))
+                for graphs in (True, False)
+            ]
+        alike = (said[0].tokens[:, :20] == said[1].tokens[:, :20]).float().mean()
+        assert torch.equal(said[0].tokens, said[1].tokens) if dtype == torch.float32 else alike > 0.8
+    finally:
+        policy.cpu()

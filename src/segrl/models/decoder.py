@@ -5,6 +5,8 @@ the precision of the passes. A prefix's keys and values are stored once, the gro
 with them; completions have buffers of fixed size:
 
     scores of row (b, g) at step t  =  [ q · prefix keys of b  |  q · own keys 0..t of (b, g) ]
+
+On a GPU a step is recorded as a CUDA graph and launched at once instead of kernel by kernel: `recorded.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segrl.models.recorded import Recorder
 from segrl.types import PrefixState
 
 
@@ -73,11 +76,13 @@ class Decoder:
         group_size: completions of each.
         length: most tokens of a completion.
         dtype: of the products; sums along the layers stay in the weights' own.
+        stride: own keys are read in multiples of so many, what lies ahead masked, so that a step keeps its shapes and can be recorded;
+            none reads those that are there.
     """
 
     def __init__(
-        self, language: Any, state: PrefixState, group_size: int, length: int, dtype: torch.dtype
-    ) -> None:
+        self, language: Any, state: PrefixState, group_size: int, length: int, dtype: torch.dtype, stride: int | None
+    ) -> None:  # fmt: skip
         config = language.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.width: int = language.layers[0].self_attn.head_dim
@@ -86,6 +91,9 @@ class Decoder:
         self.eps: float = language.norm.variance_epsilon
         self.scale: float = language.layers[0].self_attn.scaling
         self.groups, self.group, self.place = len(state.seen), group_size, 0
+        self.length, self.stride = length, stride
+        self.at = torch.zeros(1, dtype=torch.long, device=state.following.device)  # the place, for the device
+        self.recorder = Recorder() if stride is not None and self.at.device.type == "cuda" else None
         self.dtype = dtype
         self.layers = [
             self._layer(layer, k, v, length)
@@ -121,21 +129,37 @@ class Decoder:
         )
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Read one more token of every completion, `[B*G]`; hidden states `[B*G, D]`."""
+        """Read one more token of every completion, `[B*G]`; hidden states `[B*G, D]`, good until the next step."""
+        stride = self.stride or 1
+        upto = min(self.length, -(-(self.place + 1) // stride) * stride)
+        hidden = self.recorder.call(self._read, tokens, upto) if self.recorder else self._read(tokens, upto)
+        self.place += 1
+        self.at += 1
+        return hidden
+
+    def _read(self, tokens: Tensor, upto: int) -> Tensor:
+        """A step that attends to own keys before `upto`."""
+        if self.stride is None:
+            turn, ahead = (self.cos[:, self.place], self.sin[:, self.place]), None
+        else:
+            turn = self.cos.index_select(1, self.at)[:, 0], self.sin.index_select(1, self.at)[:, 0]
+            ahead = torch.arange(upto, device=tokens.device) > self.at
         hidden = F.embedding(tokens, self.embedding)
         for layer in self.layers:
-            hidden = hidden + self._attend(layer, self._normed(hidden, layer.norm_in))
+            normed = self._normed(hidden, layer.norm_in)
+            hidden = hidden + self._attend(layer, normed, turn, upto, ahead)
             gate, up = layer.gate_up(self._normed(hidden, layer.norm_mlp)).chunk(2, -1)
             hidden = hidden + layer.down(F.silu(gate) * up)
-        self.place += 1
         return F.rms_norm(hidden, hidden.shape[-1:], self.norm.to(hidden.dtype), self.eps)
 
     def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(hidden, hidden.shape[-1:], weight.to(hidden.dtype), self.eps).to(self.dtype)
 
-    def _attend(self, layer: _Layer, normed: Tensor) -> Tensor:
+    def _attend(
+        self, layer: _Layer, normed: Tensor, turn: tuple[Tensor, Tensor], upto: int, ahead: Tensor | None
+    ) -> Tensor:
         """The attention's output `[B*G, D]`."""
-        now, kv, per_kv = self.place, self.kv_heads, self.heads // self.kv_heads
+        kv, per_kv = self.kv_heads, self.heads // self.kv_heads
         shape = (self.groups, self.group, self.heads + 2 * kv, self.width)
         q, k, v = layer.qkv(normed).view(shape).split([self.heads, kv, kv], 2)
         if layer.norms is not None:
@@ -143,10 +167,10 @@ class Decoder:
                 F.rms_norm(x, (self.width,), w.to(x.dtype), self.eps)
                 for x, w in zip((q, k), layer.norms, strict=True)
             )
-        layer.keys[:, :, :, now] = self._rotated(k).transpose(1, 2)
-        layer.values[:, :, :, now] = v.transpose(1, 2)
+        self._remember(layer.keys, self._rotated(k, turn))
+        self._remember(layer.values, v)
         q = (
-            (self._rotated(q) * self.scale)
+            (self._rotated(q, turn) * self.scale)
             .view(self.groups, self.group, kv, per_kv, self.width)
             .transpose(1, 2)
         )
@@ -154,16 +178,25 @@ class Decoder:
         to_prefix = to_prefix.view(self.groups, kv, self.group, per_kv, -1)
         if self.hidden_prefix is not None:
             to_prefix = to_prefix.masked_fill(self.hidden_prefix, float("-inf"))
-        to_own = q @ layer.keys[:, :, :, : now + 1].transpose(-1, -2)
+        to_own = q @ layer.keys[:, :, :, :upto].transpose(-1, -2)
+        if ahead is not None:
+            to_own = to_own.masked_fill(ahead, float("-inf"))
         weights = torch.cat([to_prefix, to_own], -1).softmax(-1)
-        of_prefix, of_own = weights.split([to_prefix.shape[-1], now + 1], -1)
+        of_prefix, of_own = weights.split([to_prefix.shape[-1], upto], -1)
         seen = of_prefix.reshape(self.groups, kv, self.group * per_kv, -1) @ layer.prefix_values
-        seen = seen.view(q.shape) + of_own @ layer.values[:, :, :, : now + 1]
+        seen = seen.view(q.shape) + of_own @ layer.values[:, :, :, :upto]
         return layer.out(seen.transpose(1, 2).reshape(len(normed), -1))
 
-    def _rotated(self, heads: Tensor) -> Tensor:
+    def _remember(self, buffer: Tensor, new: Tensor) -> None:
+        """Write `[B, G, K, d]` to the place of this step."""
+        if self.stride is None:
+            buffer[:, :, :, self.place] = new.transpose(1, 2)
+        else:
+            buffer.index_copy_(3, self.at, new.transpose(1, 2)[:, :, :, None])
+
+    def _rotated(self, heads: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         """`[B, G, heads, d]` to the position of this step."""
-        cos, sin = self.cos[:, self.place, None, None], self.sin[:, self.place, None, None]
+        cos, sin = (part[:, None, None] for part in turn)
         return torch.addcmul(heads * cos, heads.roll(self.width // 2, -1), sin).to(self.dtype)
 
     def keep(self, groups: Tensor, rows: Tensor) -> None:
@@ -183,6 +216,8 @@ class Decoder:
         if self.hidden_prefix is not None:
             self.hidden_prefix = self.hidden_prefix[groups]
         self.groups, self.group = rows.shape
+        if self.recorder is not None:
+            self.recorder.forget()  # it knows the buffers by their addresses
 
 
 def _base(linear: nn.Module) -> nn.Linear:

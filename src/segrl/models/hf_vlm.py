@@ -207,9 +207,9 @@ class HFPolicy(nn.Module):
         """Read every prefix once: pixels through the tower, tokens through the language model."""
         return read_prefixes(self.model.model, prefixes, self.pad_id, self.gradient_checkpointing)
 
-    def decoder(self, state: PrefixState, group_size: int, length: int) -> Decoder:
+    def decoder(self, state: PrefixState, group_size: int, length: int, stride: int | None = None) -> Decoder:
         """What samples behind `state`, from the weights of this moment, in the precision of the passes."""
-        return Decoder(self.model.model.language_model, state, group_size, length, self.pass_dtype)
+        return Decoder(self.model.model.language_model, state, group_size, length, self.pass_dtype, stride)
 
     def head_weight(self) -> Tensor:
         """Float32 `[V, D]`."""
@@ -241,9 +241,8 @@ class HFPolicy(nn.Module):
         first = state.last_hidden.repeat_interleave(len(completions.tokens) // len(prefixes), 0)[:, None]
         if completions.tokens.shape[1] == 1:
             return first
-        behind = read_suffixes(
-            self.model.model, state, completions.tokens[:, :-1], self.gradient_checkpointing
-        )
+        said, real = completions.tokens[:, :-1], completions.mask[:, 1:]
+        behind = read_suffixes(self.model.model, state, said, real, self.gradient_checkpointing)
         return torch.cat([first, behind], 1)
 
     def logprobs_of(self, hidden: Tensor, completions: Completions) -> Tensor:

@@ -15,20 +15,22 @@ gone through.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from segrl.models.suffixes import Suffixes, grouped_product, laid_out
 from segrl.types import Prefix, PrefixState
 
 _Passed = tuple[Tensor, Tensor, Tensor]
 """Hidden states behind a layer, its keys, its values."""
+_Out = TypeVar("_Out")
 
 
 class _Memory:
-    """Stands where transformers' layers keep a cache: puts a prefix in front of a layer's own keys and values."""
+    """Stands where transformers' layers keep a cache: puts earlier keys and values in front of a layer's own, which it tells."""
 
     def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
         self.before = None if keys is None or values is None else (keys, values)
@@ -39,20 +41,14 @@ class _Memory:
         self.own = keys, values
         if self.before is None:
             return keys, values
-        return _behind(self.before[0], keys), _behind(self.before[1], values)
-
-
-def _behind(prefix: Tensor, own: Tensor) -> Tensor:
-    """`[B, K, P, d]` and `[B*G, K, T, d]` to `[B*G, K, P+T, d]`."""
-    group = len(own) // len(prefix)
-    shared = prefix[:, None].expand(-1, group, -1, -1, -1).flatten(0, 1)
-    return torch.cat([shared.to(own.dtype), own], 2)
+        return torch.cat([self.before[0], keys], 2), torch.cat([self.before[1], values], 2)
 
 
 def grouped_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: object
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
+    behind: tuple[Suffixes, tuple[Tensor, Tensor]] | None = None, **_: object,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention in which the heads that share keys and values are rows of one product, so that neither is repeated.
+    """Attention as transformers' layers call it, for prefixes and for what stands behind them.
 
     Args:
         module: the layer's attention; not looked at.
@@ -61,23 +57,20 @@ def grouped_attention(
         value: `[rows, K, S, d]`.
         attention_mask: bool, broadcast to `[rows, 1, T, S]`; none is causal.
         scaling: of the products.
+        behind: for completions, their layout and the keys and values `[B, K, P, d]` of their prefixes.
 
     Returns:
         `[rows, T, H, d]`, as transformers' attention functions do.
     """
-    rows, heads, length, width = query.shape
-    shared = heads // key.shape[1]
-    if attention_mask is None and length > 1:
+    if behind is not None:
+        suffixes, prefix = behind
+        return suffixes.attend(query, key, value, prefix, scaling), None
+    if attention_mask is None and query.shape[2] > 1:
         out = nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=shared > 1
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] > key.shape[1]
         )
         return out.transpose(1, 2).contiguous(), None
-    mask = (
-        None if attention_mask is None else attention_mask.expand(-1, -1, length, -1).repeat(1, 1, shared, 1)
-    )
-    grouped = query.reshape(rows, key.shape[1], shared * length, width)
-    out = nn.functional.scaled_dot_product_attention(grouped, key, value, mask, scale=scaling)
-    return out.view(rows, heads, length, width).transpose(1, 2).contiguous(), None
+    return grouped_product(query, key, value, attention_mask, scaling), None
 
 
 def _through(
@@ -109,10 +102,18 @@ def _last_row(
     return out, torch.cat([k, own_k], 2), torch.cat([v, own_v], 2)
 
 
-def _pass(through: Callable[..., _Passed], layer: Any, recompute: bool, *inputs: Any) -> _Passed:
+def _continued(
+    layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor], suffixes: Suffixes, keys: Tensor, values: Tensor
+) -> Tensor:  # fmt: skip
+    """One layer of completions, behind the keys and values of their prefixes."""
+    out: Tensor = layer(hidden, position_embeddings=rope, behind=(suffixes, (keys, values)))
+    return out
+
+
+def _pass(through: Callable[..., _Out], layer: Any, recompute: bool, *inputs: Any) -> _Out:
     """A layer; where activations are recomputed in the backward pass, they are not kept."""
     if recompute and torch.is_grad_enabled():
-        done: _Passed = checkpoint(through, layer, *inputs, use_reentrant=False)
+        done: _Out = checkpoint(through, layer, *inputs, use_reentrant=False)
         return done
     return through(layer, *inputs)
 
@@ -162,27 +163,34 @@ def read_prefixes(vlm: Any, prefixes: Sequence[Prefix], pad_id: int, recompute: 
     )  # fmt: skip
 
 
-def read_suffixes(vlm: Any, state: PrefixState, tokens: Tensor, recompute: bool) -> Tensor:
-    """Read the tokens `[B*G, T]` of completions behind their prefixes; hidden states `[B*G, T, D]`.
+def read_suffixes(vlm: Any, state: PrefixState, tokens: Tensor, real: Tensor, recompute: bool) -> Tensor:
+    """Read the tokens of completions behind their prefixes.
 
     Completion token i sits at its prefix's largest position + 1 + i on all three rotary axes.
+
+    Args:
+        vlm: as in `read_prefixes`.
+        state: the prefixes, read.
+        tokens: int64 `[B*G, T]`.
+        real: bool `[B*G, T]`; what is not costs nothing.
+        recompute: keep no activations inside of layers.
+
+    Returns:
+        Hidden states `[B*G, T, D]`, zero where nothing is real.
     """
-    language, (rows, length) = vlm.language_model, tokens.shape
-    group = rows // len(state.seen)
-    steps = torch.arange(length, device=tokens.device)
-    positions = (state.following.repeat_interleave(group)[:, None] + steps).expand(3, -1, -1)
-    hidden = language.embed_tokens(tokens)
-    own = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
-    # One mask for all where no prefix is padded.
-    seen = state.seen[:1] if bool(state.seen.all()) else state.seen.repeat_interleave(group, 0)
-    mask = torch.cat(
-        [seen[:, None, None].expand(-1, 1, length, -1), own.expand(len(seen), 1, length, length)], -1
-    )
-    rope = language.rotary_emb(hidden, positions)
+    language = vlm.language_model
+    half = torch.is_autocast_enabled(tokens.device.type)
+    dtype = torch.get_autocast_dtype(tokens.device.type) if half else language.norm.weight.dtype
+    suffixes = laid_out(state.seen, real, dtype)
+    steps = torch.arange(tokens.shape[1], device=tokens.device)
+    positions = state.following.repeat_interleave(suffixes.group)[:, None] + steps
+    hidden = language.embed_tokens(suffixes.pack(tokens))[None]
+    if hidden.shape[1] == 0:
+        return suffixes.unpack(hidden[0])
+    rope = language.rotary_emb(hidden, suffixes.pack(positions).expand(3, 1, -1))
     for layer, keys, values in zip(language.layers, state.keys, state.values, strict=True):
-        hidden, _, _ = _pass(_through, layer, recompute, hidden, rope, mask, keys, values)
-    out: Tensor = language.norm(hidden)
-    return out
+        hidden = _pass(_continued, layer, recompute, hidden, rope, suffixes, keys, values)
+    return suffixes.unpack(language.norm(hidden)[0])
 
 
 def pad_left(rows: Sequence[Tensor], value: int) -> Tensor:

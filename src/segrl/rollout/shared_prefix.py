@@ -11,6 +11,7 @@ from torch import Tensor
 from segrl.models.hf_vlm import HFPolicy
 from segrl.types import Completions, Prefix, PrefixState
 
+_STRIDE = 128  # tokens for which a recorded step is good; what lies ahead of them is read in vain
 _Choose = Callable[[Tensor, int, Tensor], Tensor]
 """Logits `[R, V]`, the place in the completions, which completions `[R]`; tokens `[R]`."""
 
@@ -20,10 +21,11 @@ class SharedPrefixEngine:
 
     Args:
         max_tokens: a completion is cut off after this many.
+        graphs: record a step as a CUDA graph; elsewhere than on a GPU there is none to record.
     """
 
-    def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
+    def __init__(self, max_tokens: int, graphs: bool = True) -> None:
+        self.max_tokens, self.graphs = max_tokens, graphs
 
     def sample(
         self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, seeds: Sequence[int],
@@ -54,7 +56,8 @@ class SharedPrefixEngine:
         self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, choose: _Choose, state: PrefixState | None
     ) -> Completions:  # fmt: skip
         state = state or policy.prefill(prefixes)
-        decoder = policy.decoder(state, group_size, self.max_tokens)
+        stride = _STRIDE if self.graphs and policy.device.type == "cuda" else None
+        decoder = policy.decoder(state, group_size, self.max_tokens, stride)
         head = policy.head_weight()
         hidden = state.last_hidden.repeat_interleave(group_size, 0)
         which = torch.arange(len(hidden), device=hidden.device)

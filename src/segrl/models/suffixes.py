@@ -1,0 +1,179 @@
+"""Completions behind their prefixes: their tokens lie in one row, without padding; what each attends to is said here.
+
+    M tokens             a a a | b b b b b | c c           of N completions, one behind the other
+    what they attend to  P a a a | Q b b b b b | Q c c     the prefix of their group, and themselves up to their own place
+
+`Segments` is one call of a variable-length kernel per layer, for half precision on a GPU. `SideBySide` pads the attention alone, anywhere.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+
+
+class Suffixes(ABC):
+    """N completions, of which some tokens are real.
+
+    Args:
+        seen: bool `[B, P]`, false on the padding of prefixes.
+        real: bool `[N, T]`, groups contiguous.
+    """
+
+    def __init__(self, seen: Tensor, real: Tensor) -> None:
+        self.shape, self.group = real.shape, len(real) // len(seen)
+        self.places = None if bool(real.all()) else real.flatten().nonzero()[:, 0]  # none: all of them
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """`[N, T, ...]` to `[M, ...]`."""
+        rows = padded.flatten(0, 1)
+        return rows if self.places is None else rows[self.places]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """`[M, ...]` to `[N, T, ...]`, zero where nothing is real."""
+        if self.places is not None:
+            zeros = packed.new_zeros(self.shape.numel(), *packed.shape[1:])
+            packed = zeros.index_copy(0, self.places, packed)
+        return packed.unflatten(0, self.shape)
+
+    @abstractmethod
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor], scaling: float
+    ) -> Tensor:
+        """Attention of one layer.
+
+        Args:
+            query: `[1, H, M, d]`.
+            key: `[1, K, M, d]`, of the completions themselves.
+            value: likewise.
+            prefix: keys and values `[B, K, P, d]`.
+            scaling: of the products.
+
+        Returns:
+            `[1, M, H, d]`.
+        """
+
+
+class SideBySide(Suffixes):
+    """Each completion a row of its own, padded to the longest; heads that share keys are rows of one product."""
+
+    def __init__(self, seen: Tensor, real: Tensor) -> None:
+        super().__init__(seen, real)
+        length = real.shape[1]
+        own = torch.ones(length, length, dtype=torch.bool, device=real.device).tril()
+        # One mask for all where no prefix is padded.
+        before = seen[:1] if bool(seen.all()) else seen.repeat_interleave(self.group, 0)
+        self.mask = torch.cat(
+            [before[:, None, None].expand(-1, 1, length, -1), own.expand(len(before), 1, length, length)], -1
+        )
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor], scaling: float
+    ) -> Tensor:
+        """See `Suffixes`."""
+        q, k, v = (self.unpack(part[0].transpose(0, 1)).transpose(1, 2) for part in (query, key, value))
+        keys, values = (
+            torch.cat([self._of_each(shared).to(own.dtype), own], 2)
+            for shared, own in zip(prefix, (k, v), strict=True)
+        )
+        return self.pack(grouped_product(q, keys, values, self.mask, scaling))[None]
+
+    def _of_each(self, shared: Tensor) -> Tensor:
+        """`[B, ...]` to `[N, ...]`."""
+        return shared[:, None].expand(-1, self.group, *shared.shape[1:]).flatten(0, 1)
+
+
+class Segments(Suffixes):
+    """Keys and values laid out completion by completion behind those of its prefix, for a kernel of unequal lengths."""
+
+    def __init__(self, seen: Tensor, real: Tensor) -> None:
+        super().__init__(seen, real)
+        count, prefix_length = seen.shape
+        before, own = seen.repeat_interleave(self.group, 0), real.sum(1)
+        attended = torch.cat([before, real], 1) & (own > 0)[:, None]
+        starts = (own.cumsum(0) - own)[:, None] + count * prefix_length
+        groups = torch.arange(count, device=seen.device).repeat_interleave(self.group)[:, None]
+        where = torch.cat(
+            [
+                groups * prefix_length + torch.arange(prefix_length, device=seen.device),
+                starts + torch.arange(real.shape[1], device=seen.device),
+            ],
+            1,
+        )
+        # Of each attended place its row among those of prefixes and completions, and back.
+        self.source = where[attended]
+        to = (attended.flatten().cumsum(0) - 1).view_as(attended)
+        self.own_at = to[:, prefix_length:][real]
+        self.prefix_at = to[:, :prefix_length].clamp(min=0).view(count, self.group, prefix_length)
+        self.prefix_attended = attended[:, :prefix_length].view_as(self.prefix_at)[..., None, None]
+        lengths = torch.stack([own, attended.sum(1)])[:, own > 0]
+        ends = nn.functional.pad(lengths.cumsum(1), [1, 0]).int()
+        self.query_ends, self.key_ends = ends[0].contiguous(), ends[1].contiguous()
+        self.most_queries, self.most_keys = lengths.amax(1).tolist()
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor], scaling: float
+    ) -> Tensor:
+        """See `Suffixes`. A query's last key is its own: the kernel aligns causality at the end."""
+        keys, values = (
+            _Laid.apply(shared.to(own.dtype), own, self)
+            for shared, own in zip(prefix, (key, value), strict=True)
+        )
+        out: Any = varlen_attn(
+            query[0].transpose(0, 1), keys, values, self.query_ends, self.key_ends, self.most_queries, self.most_keys,
+            scale=scaling, window_size=(-1, 0), enable_gqa=True,
+        )  # fmt: skip
+        attended: Tensor = out[None]
+        return attended
+
+
+class _Laid(torch.autograd.Function):
+    """`[B, K, P, d]` and `[1, K, M, d]` to the attended places `[S, K, d]`.
+
+    A prefix is attended to by its whole group: its gradients are added in float32 and in one order, which the
+    gradient of an index would not do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, prefix: Tensor, own: Tensor, suffixes: Segments) -> Tensor:  # noqa: ANN401 - autograd's own
+        ctx.suffixes = suffixes
+        return torch.cat([prefix.transpose(1, 2).flatten(0, 1), own[0].transpose(0, 1)])[suffixes.source]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401 - autograd's own
+        (gradient,), laid = gradients, ctx.suffixes
+        shared = gradient[laid.prefix_at].masked_fill(~laid.prefix_attended, 0).sum(1, dtype=torch.float32)
+        own = gradient[laid.own_at].transpose(0, 1)[None]
+        return shared.to(gradient.dtype).transpose(1, 2), own, None
+
+
+def grouped_product(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Attention in which the heads that share keys and values are rows of one product, so that neither is repeated.
+
+    Args:
+        query: `[rows, H, T, d]`.
+        key: `[rows, K, S, d]`.
+        value: likewise.
+        mask: bool, broadcast to `[rows, 1, T, S]`; none hides nothing.
+        scaling: of the products.
+
+    Returns:
+        `[rows, T, H, d]`.
+    """
+    rows, heads, length, width = query.shape
+    shared = heads // key.shape[1]
+    if mask is not None:
+        mask = mask.expand(-1, -1, length, -1).repeat(1, 1, shared, 1)
+    grouped = query.reshape(rows, key.shape[1], shared * length, width)
+    out = nn.functional.scaled_dot_product_attention(grouped, key, value, mask, scale=scaling)
+    return out.view(rows, heads, length, width).transpose(1, 2).contiguous()
+
+
+def laid_out(seen: Tensor, real: Tensor, dtype: torch.dtype) -> Suffixes:
+    """The layout for where the tensors are, and the precision of their passes."""
+    kernel = seen.device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    return Segments(seen, real) if kernel else SideBySide(seen, real)

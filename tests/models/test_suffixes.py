@@ -1,0 +1,130 @@
+"""Completions in one row, whatever their lengths: the layout for a kernel of unequal lengths, beside padded attention."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from segrl.data.synthetic import SyntheticScenes
+from segrl.models import shared_prefix, suffixes
+from segrl.models.suffixes import Segments, SideBySide
+from segrl.prompts.tags import SegR1Points, SegR1Tags
+from segrl.types import Completions
+
+GROUP, LENGTHS = 3, [5, 1, 7, 2, 7, 3]  # one has no token to be read: its only one is predicted by the prefix
+
+
+def plain_varlen(query, key, value, query_ends, key_ends, most_queries, most_keys, scale, window_size, enable_gqa, causal_at="end"):  # fmt: skip
+    """What torch documents of its kernel: one attention per segment, causality aligned at the end."""
+    assert window_size == (-1, 0) and enable_gqa
+    assert most_queries == query_ends.diff().max() and most_keys == key_ends.diff().max()
+    out = []
+    for q, k, v in zip(*(part.tensor_split(ends[1:-1].tolist()) for part, ends in ((query, query_ends), (key, key_ends), (value, key_ends))), strict=True):  # fmt: skip
+        rows, columns = torch.arange(len(q))[:, None], torch.arange(len(k))
+        seen = columns <= rows + (len(k) - len(q) if causal_at == "end" else 0)
+        q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+        said = F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)
+        out.append(said[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.fixture(params=["qwen3_vl", "qwen2_5_vl"])
+def policy(request, nano_policy):
+    return nano_policy(request.param)
+
+
+@pytest.fixture
+def prefixes(policy):
+    scenes = SyntheticScenes("test", 2, 0, 128, (0.5, 1.0), (1, 1))
+    chats = SegR1Tags(4, 8).messages(None), SegR1Points(8).messages("the left fish")
+    return [policy.encoder.encode(chat, scenes[i].image) for i, chat in enumerate(chats)]
+
+
+def said():
+    tokens = torch.randint(0, 60, (6, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(7) < torch.tensor(LENGTHS)[:, None]
+    return Completions(tokens=tokens, mask=mask, texts=[""] * 6, finished=mask.any(1))
+
+
+def learned(policy, prefixes):
+    """Log-probabilities, and the gradients of a sum of them."""
+    policy.zero_grad()
+    logprobs = policy.logprobs(prefixes, said())
+    (logprobs * torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)).sum().backward()
+    return logprobs.detach(), {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+
+
+def in_segments(monkeypatch, kernel):
+    monkeypatch.setattr(shared_prefix, "laid_out", lambda seen, real, dtype: Segments(seen, real))
+    monkeypatch.setattr(suffixes, "varlen_attn", kernel)
+
+
+def test_segments_give_the_values_and_gradients_of_padded_attention(policy, prefixes, monkeypatch):
+    padded, expected = learned(policy, prefixes)
+    in_segments(monkeypatch, plain_varlen)
+    logprobs, gradients = learned(policy, prefixes)
+    assert (logprobs - padded).abs().max() < 1e-5
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-6, name
+
+
+def test_causality_aligned_at_the_start_would_be_noticed(policy, prefixes, monkeypatch):
+    padded, _ = learned(policy, prefixes)
+    in_segments(monkeypatch, lambda *given, **keys: plain_varlen(*given, **keys, causal_at="start"))
+    assert (learned(policy, prefixes)[0] - padded).abs().max() > 1e-3
+
+
+def test_padding_costs_nothing(policy, prefixes):
+    """Rows that the language model's layers see: the tokens to be read, and no more."""
+    rows = []
+    state = policy.prefill(prefixes)
+    mlp = policy.model.model.language_model.layers[0].mlp
+    hook = mlp.register_forward_hook(lambda _, given, __: rows.append(given[0].shape[:-1].numel()))
+    try:
+        policy.logprobs(prefixes, said(), state)
+    finally:
+        hook.remove()
+    assert rows == [sum(LENGTHS) - len(LENGTHS)]
+
+
+def test_completions_of_one_token_are_predicted_by_their_prefix(policy, prefixes):
+    short, long = said(), said()
+    short = short.take([1, 1])
+    wide = Completions(
+        tokens=long.tokens[[1, 1]], mask=long.mask[[1, 1]], texts=["", ""], finished=long.finished[[1, 1]]
+    )
+    cut = Completions(
+        tokens=short.tokens[:, :1], mask=short.mask[:, :1], texts=["", ""], finished=short.finished
+    )
+    assert torch.equal(policy.logprobs(prefixes, wide)[:, :1], policy.logprobs(prefixes, cut))
+
+
+@pytest.mark.parametrize("layout", [SideBySide, Segments])
+def test_packing_is_undone(layout):
+    real = said().mask
+    seen = torch.tensor([[False, True, True], [True, True, True]])
+    lay = layout(seen, real)
+    values = torch.arange(42.0).view(6, 7, 1)
+    packed = lay.pack(values)
+    assert packed.flatten().tolist() == values[real].flatten().tolist()
+    assert torch.equal(lay.unpack(packed), values * real[..., None])
+
+
+@pytest.mark.gpu
+def test_the_kernel_says_what_padded_attention_says():
+    torch.manual_seed(0)
+    seen = torch.ones(2, 40, dtype=torch.bool, device="cuda")
+    seen[0, :7] = False
+    real = (torch.arange(7) < torch.tensor(LENGTHS)[:, None]).cuda()
+    given = [
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for shape in ((1, 8, sum(LENGTHS), 64), *[(1, 2, sum(LENGTHS), 64)] * 2, *[(2, 2, 40, 64)] * 2)
+    ]
+    outs, gradients = [], []
+    for layout in (SideBySide, Segments):
+        out = layout(seen, real).attend(*given[:3], (given[3], given[4]), 0.125)
+        gradients.append(torch.autograd.grad(out.float().square().sum(), given))
+        outs.append(out)
+    torch.testing.assert_close(*outs, rtol=0.02, atol=0.02)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
