@@ -140,11 +140,13 @@ class _Laid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, prefix: Tensor, own: Tensor, suffixes: Segments) -> Tensor:  # noqa: ANN401 - autograd's own
+        """Copy by the layout."""
         ctx.suffixes = suffixes
         return torch.cat([prefix.transpose(1, 2).flatten(0, 1), own[0].transpose(0, 1)])[suffixes.source]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401 - autograd's own
+        """Add up by the layout."""
         (gradient,), laid = gradients, ctx.suffixes
         shared = gradient[laid.prefix_at].masked_fill(~laid.prefix_attended, 0).sum(1, dtype=torch.float32)
         own = gradient[laid.own_at].transpose(0, 1)[None]
