@@ -10,7 +10,7 @@ MODEL ?=
 SUITE ?=
 SCALE ?= nano
 
-.PHONY: help setup demo seg-r1 test test-slow test-zero test-vllm lint types bench bench-metrics train eval sweep mlflow docker assets clean
+.PHONY: help setup demo seg-r1 test test-slow test-zero test-vllm lint types bench bench-gpu bench-metrics train eval sweep mlflow docker assets clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -49,7 +49,10 @@ types: setup ## mypy alone
 	@$(PYTHON) -m mypy
 
 bench: setup ## every claim side by side, one JSON line each: a GRPO step beside TRL 1.16 (its own environment), the naive algorithm, the released reward, scaling
-	@for script in shared_prefix grpo_step reward scaling ranks memory; do $(PYTHON) benchmarks/$$script.py || failed=1; done; exit $${failed:-0}
+	@for script in shared_prefix grpo_step reward scaling ranks memory floor; do $(PYTHON) benchmarks/$$script.py || failed=1; done; exit $${failed:-0}
+
+bench-gpu: setup ## a step of a policy of real size beside TRL and the floor, on a GPU (ARGS="--prompts 1 --alone")
+	@$(PYTHON) benchmarks/gpu_step.py $(ARGS)
 
 bench-metrics: setup ## MAE, S, E, F, weighted F: CPU time beside pysodmetrics, which runs in its own environment
 	@$(PYTHON) benchmarks/metrics.py

@@ -29,18 +29,25 @@ CONTEXT = 1.0e9  # CUDA's own, and fragments
 LOGITS = 2 * 2**26 * 4  # one chunk and its gradient
 
 
+def config(size: dict[str, Any]) -> Any:
+    """As transformers has it."""
+    from transformers import Qwen2_5_VLConfig
+
+    text = {**size, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
+    tower = {**VISION, "out_hidden_size": size["hidden_size"]}
+    return Qwen2_5_VLConfig(
+        text_config=text, vision_config=tower, tie_word_embeddings=size["tie_word_embeddings"]
+    )
+
+
 def parameters(size: dict[str, Any]) -> dict[str, float]:
     """Numbers in the vision tower, in the language model's layers, and in embedding and head."""
     import torch
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLForConditionalGeneration
 
     tied = size["tie_word_embeddings"]
-    text = {**size, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
-    config = Qwen2_5_VLConfig(
-        text_config=text, vision_config={**VISION, "out_hidden_size": size["hidden_size"]}, tie_word_embeddings=tied
-    )
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = Qwen2_5_VLForConditionalGeneration(config(size))
     vision = sum(p.numel() for p in model.model.visual.parameters())
     words = size["vocab_size"] * size["hidden_size"] * (1 if tied else 2)
     every = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())

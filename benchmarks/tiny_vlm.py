@@ -7,6 +7,7 @@ Written to a folder, so that every trainer loads it as it loads real weights.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,8 +28,14 @@ def image(number: int, side: int = SIDE) -> np.ndarray:
     return np.random.default_rng(number).integers(0, 255, (side, side, 3), dtype=np.uint8)
 
 
-def write(folder: Path) -> Path:
-    """Weights (seed 0), tokenizer of bytes and processor."""
+def write(folder: Path, real: dict[str, Any] | None = None, side: int = SIDE) -> Path:
+    """Weights (seed 0), tokenizer of bytes and processor.
+
+    Args:
+        folder: where.
+        real: `text` and `vision`: sizes of a real policy instead of the tiny one's.
+        side: of images.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import (
@@ -57,6 +64,8 @@ def write(folder: Path) -> Path:
         "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 1280, "num_hidden_layers": 6, "num_attention_heads": 4,
         "num_key_value_heads": 1, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+    }  # fmt: skip
+    text = (real or {}).get("text", text) | {
         "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"],
     }  # fmt: skip
     vision = {
@@ -64,7 +73,7 @@ def write(folder: Path) -> Path:
         "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112, "fullatt_block_indexes": [2, 5],
     }  # fmt: skip
     config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=ids["<|image_pad|>"],
+        text_config=text, vision_config=(real or {}).get("vision", vision), tie_word_embeddings=True, image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
     )  # fmt: skip
     torch.manual_seed(0)
@@ -75,7 +84,7 @@ def write(folder: Path) -> Path:
     )
     model.save_pretrained(folder)
     Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=SIDE * SIDE), tokenizer=tokenizer,
+        image_processor=Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=side * side), tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(), chat_template=_TEMPLATE,
     ).save_pretrained(folder)  # fmt: skip
     return folder
