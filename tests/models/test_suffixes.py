@@ -15,7 +15,7 @@ GROUP, LENGTHS = 3, [5, 1, 7, 2, 7, 3]  # one has no token to be read: its only 
 
 def plain_varlen(query, key, value, query_ends, key_ends, most_queries, most_keys, scale, window_size, enable_gqa, causal_at="end"):  # fmt: skip
     """What torch documents of its kernel: one attention per segment, causality aligned at the end."""
-    assert window_size == (-1, 0) and enable_gqa
+    assert window_size == (-1, 0) and enable_gqa and query.dtype == key.dtype == value.dtype
     assert most_queries == query_ends.diff().max() and most_keys == key_ends.diff().max()
     out = []
     for q, k, v in zip(*(part.tensor_split(ends[1:-1].tolist()) for part, ends in ((query, query_ends), (key, key_ends), (value, key_ends))), strict=True):  # fmt: skip
@@ -54,7 +54,7 @@ def learned(policy, prefixes):
 
 
 def in_segments(monkeypatch, kernel):
-    monkeypatch.setattr(shared_prefix, "laid_out", lambda seen, real, dtype: Segments(seen, real))
+    monkeypatch.setattr(shared_prefix, "laid_out", Segments)
     monkeypatch.setattr(suffixes, "varlen_attn", kernel)
 
 
@@ -72,6 +72,22 @@ def test_causality_aligned_at_the_start_would_be_noticed(policy, prefixes, monke
     padded, _ = learned(policy, prefixes)
     in_segments(monkeypatch, lambda *given, **keys: plain_varlen(*given, **keys, causal_at="start"))
     assert (learned(policy, prefixes)[0] - padded).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_in_half_precision_the_kernel_gets_half_precision(policy, prefixes, monkeypatch):
+    seen = []
+
+    def kernel(query, *given, **keys):
+        seen.append(query.dtype)
+        return plain_varlen(query, *given, **keys)
+
+    full = policy.logprobs(prefixes, said())
+    in_segments(monkeypatch, kernel)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = policy.logprobs(prefixes, said())
+    assert set(seen) == {torch.bfloat16} and len(seen) == len(policy.model.model.language_model.layers)
+    assert 0 < (half - full).abs().max() < 0.1
 
 
 def test_padding_costs_nothing(policy, prefixes):
@@ -99,11 +115,10 @@ def test_completions_of_one_token_are_predicted_by_their_prefix(policy, prefixes
     assert torch.equal(policy.logprobs(prefixes, wide)[:, :1], policy.logprobs(prefixes, cut))
 
 
-@pytest.mark.parametrize("layout", [SideBySide, Segments])
-def test_packing_is_undone(layout):
+def test_packing_is_undone():
     real = said().mask
     seen = torch.tensor([[False, True, True], [True, True, True]])
-    lay = layout(seen, real)
+    lay = SideBySide(seen, real)
     values = torch.arange(42.0).view(6, 7, 1)
     packed = lay.pack(values)
     assert packed.flatten().tolist() == values[real].flatten().tolist()
@@ -121,8 +136,8 @@ def test_the_kernel_says_what_padded_attention_says():
         for shape in ((1, 8, sum(LENGTHS), 64), *[(1, 2, sum(LENGTHS), 64)] * 2, *[(2, 2, 40, 64)] * 2)
     ]
     outs, gradients = [], []
-    for layout in (SideBySide, Segments):
-        out = layout(seen, real).attend(*given[:3], (given[3], given[4]), 0.125)
+    for layout in (SideBySide(seen, real), Segments(seen, real, torch.bfloat16)):
+        out = layout.attend(*given[:3], (given[3], given[4]), 0.125)
         gradients.append(torch.autograd.grad(out.float().square().sum(), given))
         outs.append(out)
     torch.testing.assert_close(*outs, rtol=0.02, atol=0.02)

@@ -88,10 +88,14 @@ class SideBySide(Suffixes):
 
 
 class Segments(Suffixes):
-    """Keys and values laid out completion by completion behind those of its prefix, for a kernel of unequal lengths."""
+    """Keys and values laid out completion by completion behind those of its prefix, for a kernel of unequal lengths.
 
-    def __init__(self, seen: Tensor, real: Tensor) -> None:
+    `dtype` is that of the passes: autocast leaves queries and keys in float32, which the kernel does not take.
+    """
+
+    def __init__(self, seen: Tensor, real: Tensor, dtype: torch.dtype) -> None:
         super().__init__(seen, real)
+        self.dtype = dtype
         count, prefix_length = seen.shape
         before, own = seen.repeat_interleave(self.group, 0), real.sum(1)
         attended = torch.cat([before, real], 1) & (own > 0)[:, None]
@@ -120,11 +124,11 @@ class Segments(Suffixes):
     ) -> Tensor:
         """See `Suffixes`. A query's last key is its own: the kernel aligns causality at the end."""
         keys, values = (
-            _Laid.apply(shared.to(own.dtype), own, self)
+            _Laid.apply(shared.to(self.dtype), own.to(self.dtype), self)
             for shared, own in zip(prefix, (key, value), strict=True)
         )
         out: Any = varlen_attn(
-            query[0].transpose(0, 1), keys, values, self.query_ends, self.key_ends, self.most_queries, self.most_keys,
+            query[0].transpose(0, 1).to(self.dtype), keys, values, self.query_ends, self.key_ends, self.most_queries, self.most_keys,
             scale=scaling, window_size=(-1, 0), enable_gqa=True,
         )  # fmt: skip
         attended: Tensor = out[None]
@@ -178,4 +182,4 @@ def grouped_product(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
 def laid_out(seen: Tensor, real: Tensor, dtype: torch.dtype) -> Suffixes:
     """The layout for where the tensors are, and the precision of their passes."""
     kernel = seen.device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    return Segments(seen, real) if kernel else SideBySide(seen, real)
+    return Segments(seen, real, dtype) if kernel else SideBySide(seen, real)
