@@ -81,8 +81,8 @@ def main() -> None:
     least = floor.floor(AutoConfig.from_pretrained(folder), work, floor.speeds("cuda" if gpu else "cpu"))
     times = {
         "step": seconds["ours"]["step"] / least["step"],
-        "sample": seconds["ours"]["sample"] / least["sample"],
-        "learn": seconds["ours"]["learn"] / (least["read prefixes"] + least["learn"] + least["AdamW"]),
+        "sample": seconds["ours"]["sample"] / (least["read prefixes"] + least["sample"]),  # which reads them
+        "learn": seconds["ours"]["learn"] / (least["learn"] + least["AdamW"]),
     }
     line = {"prompts": asked.prompts, "group": tiny_vlm.GROUP, "tokens": length, "side": side, "rehearsal": asked.rehearse, **seconds,
             "floor": least, "times_the_floor": {part: round(value, 2) for part, value in times.items()}}  # fmt: skip

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from urllib.parse import urlsplit
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from segrl.front_door import check, enter
-
-_PASSES = {"bf16-mixed": "bfloat16", "bf16-true": "bfloat16"}
 
 
 def flags(cfg: DictConfig, device: str) -> list[str]:
@@ -27,12 +24,14 @@ def flags(cfg: DictConfig, device: str) -> list[str]:
     Raises:
         ValueError: if the run samples elsewhere.
     """
-    from segrl.rollout.vllm_server import transfer_backend
+    from segrl.rollout.vllm_server import host_and_port, transfer_backend
 
     if "servers" not in cfg.rollout:
         raise ValueError("rollout: rollout=vllm_server is needed by segrl.serve")
-    port = urlsplit(cfg.rollout.servers[0]).port or 80
-    dtype = _PASSES.get(str(cfg.trainer.precision), str(cfg.policy.dtype))
+    asked = OmegaConf.to_container(cfg.rollout, resolve=True)
+    assert isinstance(asked, dict)
+    (_, port), *_ = host_and_port(asked["servers"])
+    dtype = "bfloat16" if str(cfg.trainer.precision).startswith("bf16") else str(cfg.policy.dtype)
     return [
         "--model", str(cfg.policy.weights), "--dtype", dtype, "--host", "127.0.0.1", "--port", str(port), "--seed", "0",
         "--max-model-len", str(cfg.rollout.max_prefix + cfg.rollout.max_tokens), "--limit-mm-per-prompt", '{"image": 1}',

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from segrl.data.synthetic import SyntheticScenes
+from segrl.models.recorded import Recorder
 from segrl.prompts.tags import SegR1Points, SegR1Tags
 from segrl.rollout.shared_prefix import SharedPrefixEngine
 from segrl.types import Completions
@@ -138,6 +139,61 @@ def test_a_small_adapter_stays_beside_half_precision_weights(nano_weights):
     torch.testing.assert_close(wide.float() @ narrow.float(), change.float(), rtol=0.03, atol=1e-6)
     merged = (base + change.to(base.dtype)) != base
     assert merged.float().mean() < 0.5  # what merging would have lost
+
+
+class Pretended:
+    """A graph of a CPU: launched, it computes again and leaves the result where it was."""
+
+    def __init__(self, work, spoilt):
+        self.work, self.result, self.spoilt = work, work(), spoilt
+
+    def replay(self):
+        self.result.copy_(self.work() + self.spoilt)
+
+
+class PretendedRecorder(Recorder):
+    launched, recorded, spoilt = 0, 0, 0.0
+
+    def _recorded(self, work):
+        type(self).recorded += 1
+        graph = Pretended(work, self.spoilt)
+        return graph, graph.result
+
+    def call(self, function, tokens, size):
+        before = self.recorded
+        hidden = super().call(function, tokens, size)
+        type(self).launched += before == self.recorded
+        return hidden
+
+
+def recording(monkeypatch, policy, recorder):
+    """The policy's decoders are as on a GPU, but for the graphs."""
+    made = type(policy).decoder
+
+    def decoder(self, state, group_size, length, stride=None):
+        decoder = made(self, state, group_size, length, 8)
+        decoder.recorder = recorder()
+        return decoder
+
+    monkeypatch.setattr(type(policy), "decoder", decoder)
+
+
+def test_what_is_recorded_samples_the_same(policy, prefixes, monkeypatch):
+    """With stop tokens so frequent that rows leave: buffers are replaced, and steps recorded anew."""
+    monkeypatch.setitem(policy._buffers, "stop_ids", torch.arange(0, 400, 6))
+    plain = SharedPrefixEngine(24).sample(policy, prefixes, 8, range(16))
+    monkeypatch.setattr(PretendedRecorder, "recorded", 0)
+    monkeypatch.setattr(PretendedRecorder, "launched", 0)
+    recording(monkeypatch, policy, PretendedRecorder)
+    assert torch.equal(SharedPrefixEngine(24).sample(policy, prefixes, 8, range(16)).tokens, plain.tokens)
+    assert PretendedRecorder.recorded > 3 and PretendedRecorder.launched > 8
+
+
+def test_a_graph_that_does_not_repeat_the_step_is_not_believed(policy, prefixes, monkeypatch):
+    monkeypatch.setattr(PretendedRecorder, "spoilt", 0.5)
+    recording(monkeypatch, policy, PretendedRecorder)
+    with pytest.raises(ValueError, match="rollout.graphs: .*does not repeat"):
+        SharedPrefixEngine(24).sample(policy, prefixes, 8, range(16))
 
 
 @pytest.mark.gpu

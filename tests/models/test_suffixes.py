@@ -74,7 +74,6 @@ def test_causality_aligned_at_the_start_would_be_noticed(policy, prefixes, monke
     assert (learned(policy, prefixes)[0] - padded).abs().max() > 1e-3
 
 
-@torch.no_grad()
 def test_in_half_precision_the_kernel_gets_half_precision(policy, prefixes, monkeypatch):
     seen = []
 
@@ -82,12 +81,15 @@ def test_in_half_precision_the_kernel_gets_half_precision(policy, prefixes, monk
         seen.append(query.dtype)
         return plain_varlen(query, *given, **keys)
 
-    full = policy.logprobs(prefixes, said())
+    full, expected = learned(policy, prefixes)
     in_segments(monkeypatch, kernel)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = policy.logprobs(prefixes, said())
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):  # as Lightning does
+        half, gradients = learned(policy, prefixes)
     assert set(seen) == {torch.bfloat16} and len(seen) == len(policy.model.model.language_model.layers)
     assert 0 < (half - full).abs().max() < 0.1
+    for name, gradient in gradients.items():
+        if expected[name].norm() > 1e-3:
+            assert torch.cosine_similarity(gradient.flatten(), expected[name].flatten(), 0) > 0.95, name
 
 
 def test_padding_costs_nothing(policy, prefixes):

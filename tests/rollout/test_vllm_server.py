@@ -13,13 +13,36 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import requests
 from engines import GRPO, QUIET, asks, draws, follows, mismatches, move, run, same
+from omegaconf import OmegaConf
 
+from segrl import serve
 from segrl.front_door import asset
 from segrl.rollout import vllm_server
 from segrl.rollout.shared_prefix import SharedPrefixEngine
 from segrl.rollout.vllm_server import VLLMServer
 
 LENGTH = 80
+KILLED = """
+import os, sys
+from segrl.front_door import asset
+from segrl.models.hf_vlm import HFPolicy
+from segrl.rollout.vllm_server import VLLMServer
+from segrl.rollout.vllm_weights import PolicyWeights
+
+class Dying(PolicyWeights):
+    def __iter__(self):
+        for name, value in super().__iter__():
+            yield name, value
+            if self.declared and "layers.1.mlp.gate_proj" in name:  # half of what vLLM joins
+                os._exit(9)
+
+if __name__ == "__main__":
+    policy = HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", "sdpa", None, True, False)
+    engine = VLLMServer(80, 400, [sys.argv[1]], 60)
+    engine.link, engine.pushed = engine._open(policy), "known"
+    engine.link.source = Dying(policy, policy.pass_dtype)
+    engine._fill(policy, "new", "known")
+"""
 
 
 class Pretended(BaseHTTPRequestHandler):
@@ -55,6 +78,30 @@ def test_a_rank_without_a_server_of_its_own_waits_for_the_one_that_fills_it(pret
     assert time.monotonic() - began >= 0.4
     with pytest.raises(ValueError, match="was not given these weights for 30 s; it has new"):
         engine._follow(None, "newer", time.monotonic() + 0.5)
+    filled = []
+    monkeypatch.setattr(
+        vllm_server, "_GRACE", 0.5
+    )  # the first is done and waits elsewhere: it is the next one's turn
+    monkeypatch.setattr(
+        VLLMServer, "_fill", lambda *given: filled.append(given[3]) or setattr(Pretended, "held", "newer")
+    )
+    engine._follow(None, "newer", time.monotonic() + 30)
+    assert filled == ["new"]
+
+
+def test_what_another_writes_is_left_alone_until_the_writer_seems_dead(pretended, monkeypatch):
+    engine = VLLMServer(8, 64, [pretended], 30)
+    engine.pushed, Pretended.held = "old", vllm_server._UNFINISHED
+    monkeypatch.setattr(vllm_server, "_ABANDONED", 1.0)
+    monkeypatch.setattr(VLLMServer, "_fill", lambda *given: setattr(Pretended, "held", "new"))
+    began = time.monotonic()
+    engine._follow(None, "new", began + 30)
+    assert time.monotonic() - began >= 1.0
+
+
+def test_more_servers_than_ranks_are_refused(pretended):
+    with pytest.raises(ValueError, match=r"rollout.servers: at most one per rank \(1\) is needed; got 2"):
+        VLLMServer(8, 64, [pretended, pretended], 30)._check(None)
 
 
 def test_what_a_server_refuses_is_told_in_one_line(pretended):
@@ -63,10 +110,30 @@ def test_what_a_server_refuses_is_told_in_one_line(pretended):
         engine._check(None)
 
 
-@pytest.mark.parametrize("servers", [["127.0.0.1:8000"], ["ftp://there"], []])
+NO_ADDRESSES = [
+    ["127.0.0.1:8000"], ["ftp://there:8000"], ["http://there"], ["http://there:80x"], ["http://there:99999"], [], None, "http://there:8000",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("servers", NO_ADDRESSES)
 def test_an_address_that_is_none_is_refused(pretended, servers):
-    with pytest.raises(ValueError, match="rollout.servers: .*http://HOST:PORT is needed"):
+    with pytest.raises(ValueError, match="rollout.servers: .*http://HOST:PORT is needed; got "):
         VLLMServer(8, 64, servers, 30)
+    with pytest.raises(ValueError, match="rollout.servers: .*http://HOST:PORT is needed; got "):
+        serve.flags(composed(servers), "cpu")
+
+
+def composed(servers):
+    rollout = {"servers": servers, "max_prefix": 300, "max_tokens": 100}
+    return OmegaConf.create({"rollout": rollout, "trainer": {"precision": "bf16-mixed"}, "policy": {"dtype": "float32", "weights": "W"}})  # fmt: skip
+
+
+def test_a_server_gets_the_settings_of_the_run():
+    flags = serve.flags(composed(["http://there:8123", "http://elsewhere:8000"]), "cuda")
+    told = dict(zip(flags[::2], flags[1::2], strict=False))
+    assert (told["--model"], told["--port"], told["--host"]) == ("W", "8123", "127.0.0.1")
+    assert " ".join(flags).count("--dtype bfloat16 ") == 1 and "--max-model-len 400 " in " ".join(flags)
+    assert flags[-1] == '{"backend": "nccl"}'
 
 
 def test_a_fingerprint_is_of_the_weights(nano_policy, nano_weights):
@@ -95,7 +162,7 @@ def test_a_run_that_samples_elsewhere_needs_no_server():
     assert "rollout=vllm_server is needed" in done.stderr or "--extra vllm" in done.stderr
 
 
-def serve(port, log):
+def started(port, log):
     """`segrl.serve` in a process of its own, ready."""
     command = [
         sys.executable, "-m", "segrl.serve", "+experiment=demo", "rollout=vllm_server", f"rollout.servers=[http://127.0.0.1:{port}]",
@@ -126,7 +193,7 @@ def process(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with (tmp_path_factory.mktemp("vllm") / "log").open("w") as log:
-        held = {"start": lambda: held.update(now=serve(port, log)), "port": port}
+        held = {"start": lambda: held.update(now=started(port, log)), "port": port}
         held["start"]()
         yield held
         end(held["now"])
@@ -151,13 +218,13 @@ def test_a_server_follows_its_policy(server, policy, scenes):
 
 
 @pytest.mark.vllm
-def test_a_server_that_was_left_half_written_is_filled_anew(server, policy, scenes):
-    """Its trainer was killed in the middle of an update; the next one starts over."""
-    killed = VLLMServer(LENGTH, 400, [server], 60)
-    killed._open(policy)
-    killed._server.start_weight_update()
-    killed._drop()
-    assert killed._server.get("weight_info")["weight_version"] == vllm_server._UNFINISHED
+def test_a_server_that_was_left_half_written_is_filled_anew(server, policy, scenes, monkeypatch):
+    """Its trainer was killed in the middle of a layer; the next one starts over."""
+    monkeypatch.setattr(vllm_server, "_ABANDONED", 1.0)
+    done = subprocess.run([sys.executable, "-c", KILLED, server], env={**os.environ, **QUIET}, timeout=200)
+    assert done.returncode == 9
+    held = vllm_server._Server(server, 60).get("weight_info")["weight_version"]
+    assert held == vllm_server._UNFINISHED
     same(
         VLLMServer(LENGTH, 400, [server], 60).greedy(policy, asks(policy, scenes)),
         SharedPrefixEngine(LENGTH).greedy(policy, asks(policy, scenes)),

@@ -73,7 +73,8 @@ class SharedPrefixEngine:
             if (place + 1) % look == 0 and (left := int(running.sum())) < len(running):
                 if left == 0:
                     break
-                if (staying := _staying(running.view(decoder.groups, decoder.group))) is not None:
+                room = running.view(decoder.groups, decoder.group)
+                if (staying := _staying(room, 0.75 if stride is None else 0.5)) is not None:
                     groups, places = staying
                     rows = (groups[:, None] * decoder.group + places).flatten()
                     decoder.keep(groups, places)
@@ -82,14 +83,14 @@ class SharedPrefixEngine:
         return _until_stop(policy, written)
 
 
-def _staying(running: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Of running completions bool `[B, G]`: groups `[B']` and of each its places `[B', G']`; none where few have ended.
+def _staying(running: Tensor, share: float) -> tuple[Tensor, Tensor] | None:
+    """Of running completions bool `[B, G]`: groups `[B']` and of each its places `[B', G']`; none where more than a share would stay.
 
-    Groups keep one number of places, so an ended completion may stay for company.
+    Groups keep one number of places, so an ended completion may stay for company. A step that is recorded has its price each time.
     """
     alive = running.sum(1)
     groups, most = alive.nonzero()[:, 0], int(alive.max())
-    if len(groups) * most > 0.75 * running.numel():
+    if len(groups) * most > share * running.numel():
         return None
     return groups, running[groups].int().argsort(dim=1, descending=True, stable=True)[:, :most]
 

@@ -113,12 +113,15 @@ class VLLMEngine:
         from segrl.rollout.vllm_weights import HANDED_OVER, register
 
         register()
-        alone, ranks = "uni", torch.distributed.is_available() and torch.distributed.is_initialized()
-        if (
-            ranks and torch.distributed.get_world_size() > 1
-        ):  # an engine per rank, none of which knows the others
-            alone = "external_launcher"
+        alone, place = "uni", policy.device.index or 0
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            alone = "external_launcher"  # an engine per rank, none of which knows the others
             os.environ.setdefault("RANK", str(torch.distributed.get_rank()))
+            os.environ.setdefault("LOCAL_RANK", str(place))
+        if policy.device.type == "cuda" and place != int(os.environ.get("LOCAL_RANK", 0)):
+            raise ValueError(
+                f"trainer.devices: rollout=vllm takes the first GPUs; choose others by CUDA_VISIBLE_DEVICES; the policy is on GPU {place}"
+            )
         threads = torch.get_num_threads()
         try:
             llm = LLM(

@@ -13,7 +13,6 @@ import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,22 +25,43 @@ from segrl.rollout import vllm_wire as wire
 from segrl.types import Completions, Prefix, PrefixState
 
 _PAUSE = 1.0  # seconds between two looks at a server that is not ready
-_UNFINISHED = (
-    "being written"  # what a server says it holds while it is filled, and for good if that breaks off
-)
+# What a server says it holds: nothing that anybody wrote; what is not whole yet, for good if that breaks off.
+_FRESH, _UNFINISHED = "default", "being written"
+_GRACE, _ABANDONED = (
+    10.0,
+    60.0,
+)  # seconds that a rank waits for the one before it, and for a writer who seems to be at work
 
 
 class _Gone(Exception):
     """There is no server at this address, or not any more."""
 
 
+def host_and_port(servers: Any) -> list[tuple[str, int]]:  # noqa: ANN401 - whatever a user wrote
+    """Of each address.
+
+    Raises:
+        ValueError: if it is no list of addresses.
+    """
+    found = []
+    for address in servers if isinstance(servers, Sequence) and not isinstance(servers, str) else ():
+        there = urlsplit(str(address))
+        try:
+            place = there.hostname, there.port
+        except ValueError:
+            place = None, None
+        if there.scheme not in ("http", "https") or place[0] is None or place[1] is None:
+            raise ValueError(f"rollout.servers: http://HOST:PORT is needed; got {address}")
+        found.append((place[0], place[1]))
+    if not found:
+        raise ValueError(f"rollout.servers: a list of at least one http://HOST:PORT is needed; got {servers}")
+    return found
+
+
 class _Server:
     """One vLLM server; also what vLLM's transfer of weights speaks through."""
 
     def __init__(self, address: str, timeout: float) -> None:
-        there = urlsplit(address)
-        if there.scheme not in ("http", "https") or there.hostname is None:
-            raise ValueError(f"rollout.servers: http://HOST:PORT is needed; got {address}")
         self.address, self.timeout = address.rstrip("/"), timeout
 
     def get(self, path: str) -> Any:  # noqa: ANN401 - JSON
@@ -54,12 +74,14 @@ class _Server:
 
     def _call(self, verb: str, path: str, **content: Any) -> Any:  # noqa: ANN401 - JSON
         try:
-            answer = requests.request(verb, f"{self.address}/{path}", timeout=self.timeout, **content)
+            with requests.Session() as session:
+                session.trust_env = False  # no proxy stands between the nodes of a cluster
+                answer = session.request(verb, f"{self.address}/{path}", timeout=self.timeout, **content)
         except requests.ReadTimeout:
             raise ValueError(
                 f"rollout.timeout: {self.address}/{path} gave no answer in {self.timeout:g} s"
             ) from None
-        except requests.ConnectionError as error:
+        except requests.RequestException as error:  # it is not there, or breaks off
             raise _Gone(str(error)) from None
         if not answer.ok:
             raise ValueError(
@@ -73,11 +95,13 @@ class _Server:
 
     def start_weight_update(self) -> None:
         """From here on it holds neither the old weights nor the new."""
-        if self.get("weight_info")["weight_version"] == _UNFINISHED:  # whoever wrote was killed
-            with suppress(ValueError):  # its worker may know already
-                self.post("finish_weight_update")
-        self.post("update_weight_version", new_version=_UNFINISHED)
-        self.post("start_weight_update")
+        try:
+            self.post("start_weight_update")
+        except ValueError as error:
+            if "already active" not in str(error):
+                raise
+            self.post("finish_weight_update")  # whoever began was killed
+            self.post("start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Its workers receive what `update_info` names; returns when they have it."""
@@ -91,9 +115,9 @@ class _Server:
 
     def own_address(self) -> str:
         """This machine's, as the server sees it."""
-        there = urlsplit(self.address)
+        ((host, port),) = host_and_port([self.address])
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # nothing is sent
-            probe.connect((there.hostname, there.port or 80))
+            probe.connect((host, port))
             address: str = probe.getsockname()[0]
         return address
 
@@ -113,8 +137,7 @@ class VLLMServer:
 
     def __init__(self, max_tokens: int, max_prefix: int, servers: Sequence[str], timeout: float) -> None:
         wire.needs_vllm("vllm_server")
-        if not servers:
-            raise ValueError("rollout.servers: at least one http://HOST:PORT is needed; got none")
+        host_and_port(servers)
         self.max_tokens, self.max_prefix = max_tokens, max_prefix
         self.servers, self.timeout = [_Server(address, timeout) for address in servers], timeout
         self.link: Any = None
@@ -160,37 +183,53 @@ class VLLMServer:
         answer = self._server.post("inference/v1/generate", **asked)
         wire.check_read(prefix, answer["prompt_token_ids"])
         group = sorted(answer["choices"], key=lambda one: int(one["index"]))
-        if {span["version"] for one in group for span in one["weight_versions"]} != {weights}:
+        if others := {span["version"] for one in group for span in one["weight_versions"]} - {weights}:
+            if _FRESH in others:
+                raise _Gone(f"{self._server.address} was started anew")
             raise ValueError(f"rollout.servers: another run writes its weights to {self._server.address}")
         return [_said(one) for one in group]
 
     @property
     def _rank(self) -> int:
-        ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return torch.distributed.get_rank() if ranks else 0
+        return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
     @property
     def _server(self) -> _Server:
         return self.servers[self._rank % len(self.servers)]
 
     def _follow(self, policy: HFPolicy, weights: str, deadline: float) -> None:
-        """See to it that the server has these weights: fill it, or wait for the rank that does."""
-        if self.pushed is None and self._rank < len(self.servers):
+        """See to it that the server has these weights: fill it, or wait for the rank that does.
+
+        Ranks of one server take turns: the others fill it only where the first has not for a while, because it is done and waits
+        for them. What is being written is left alone, until it seems that the writer was killed.
+        """
+        turn, seen, since = self._rank // len(self.servers), "", 0.0
+        if self.pushed is None and turn == 0:
             self._check(policy)
         while (held := self._server.get("weight_info")["weight_version"]) != weights:
-            if self._rank < len(self.servers):
-                if held != self.pushed:  # a new server, or somebody else's: whatever was open leads nowhere
-                    self._drop()
-                self.link = self.link or self._open(policy)
-                self.link.send_weights()
-                self._server.post("update_weight_version", new_version=weights)
-                self.pushed = weights
+            if held != seen:
+                seen, since = held, time.monotonic()
+            if time.monotonic() - since >= (_ABANDONED if held == _UNFINISHED else turn * _GRACE):
+                self._fill(policy, weights, held)
             elif time.monotonic() > deadline:
                 raise ValueError(
                     f"rollout.servers: {self._server.address} was not given these weights for {self.timeout:g} s; it has {held}"
                 )
             else:
                 time.sleep(_PAUSE / 10)
+
+    def _fill(self, policy: HFPolicy, weights: str, held: str) -> None:
+        """Send all weights."""
+        if held != self.pushed:  # a new server, or somebody else's: whatever was open leads nowhere
+            self._drop()
+        self._server.post("update_weight_version", new_version=_UNFINISHED)
+        try:
+            self.link = self.link or self._open(policy)
+            self.link.send_weights()
+        except RuntimeError as error:  # torch's word for a connection that broke, or never came to be
+            raise _Gone(str(error).splitlines()[0]) from None
+        self._server.post("update_weight_version", new_version=weights)
+        self.pushed = weights
 
     def _open(self, policy: HFPolicy) -> Any:  # noqa: ANN401 - vllm's own class
         """Meet the server's workers for the transfer of weights."""
@@ -217,7 +256,12 @@ class VLLMServer:
         self.link = self.pushed = None
 
     def _check(self, policy: HFPolicy) -> None:
-        """Raises ValueError for a server that was started with other settings than the policy's."""
+        """Raises ValueError for a server that was started with other settings than the policy's, or is one too many."""
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        if len(self.servers) > ranks:
+            raise ValueError(
+                f"rollout.servers: at most one per rank ({ranks}) is needed; got {len(self.servers)}"
+            )
         told = self._server.get("server_info?config_format=json")["vllm_config"]
         model, transfer = told["model_config"], told["weight_transfer_config"] or {}
         wanted = {

@@ -86,12 +86,19 @@ class GlooReceiver(NCCLWeightTransferEngine):
         )
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive and load one weight after the other."""
+        """Receive and load one weight after the other.
+
+        Raises RuntimeError where the trainer goes away, with the model in a state that can be written anew.
+        """
         expected = NCCLWeightTransferUpdateInfo(**update_info)
-        for name, dtype, shape in zip(expected.names, expected.dtype_names, expected.shapes, strict=True):
-            weight = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
-            _broadcast(self.model_update_group, weight)
-            self.model.load_weights([(name, weight)])
+        try:
+            for name, dtype, shape in zip(expected.names, expected.dtype_names, expected.shapes, strict=True):
+                weight = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+                _broadcast(self.model_update_group, weight)
+                self.model.load_weights([(name, weight)])
+        except RuntimeError:
+            self.finish_weight_update()  # else a layer that was loaded in half stays so
+            raise
 
     def shutdown(self) -> None:
         """Leave the trainer."""
