@@ -232,6 +232,10 @@ class Run:
             self.trainer.fit(self.stage, self.data, ckpt_path=self.cfg.ckpt_path, weights_only=True)
         except SIGTERMException:
             return False
+        except ValueError:
+            if (self.folder / "checkpoints" / "last.ckpt").is_file():
+                say(f"go on, when it is mended, with: python -m segrl.train resume={self.folder}")
+            raise
         return True
 
     def score(self) -> float | None:

@@ -80,6 +80,8 @@ class Rollout(_Node):
 
     target: str = Field(alias="_target_")
     max_tokens: Count
+    max_prefix: Count = 1
+    graphs: bool = Field(True, strict=True)
 
 
 class Term(_Node):

@@ -6,12 +6,19 @@ speaks to whoever reaches it, weights included; without `--host` that is this ma
 
 from __future__ import annotations
 
+import argparse
 import os
+import socket
 import sys
 
 from omegaconf import DictConfig, OmegaConf
 
 from segrl.front_door import check, enter
+
+_HYDRAS = {
+    "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--shell-completion", "--config-path",
+    "--config-name", "--config-dir", "--experimental-rerun", "--info",
+}  # fmt: skip
 
 
 def flags(cfg: DictConfig, device: str) -> list[str]:
@@ -24,20 +31,46 @@ def flags(cfg: DictConfig, device: str) -> list[str]:
     Raises:
         ValueError: if the run samples elsewhere.
     """
+    from transformers import AutoConfig
+
     from segrl.rollout.vllm_server import host_and_port, transfer_backend
+    from segrl.rollout.vllm_wire import WHOLE_PREFIXES, model_length
 
     if "servers" not in cfg.rollout:
-        raise ValueError("rollout: rollout=vllm_server is needed by segrl.serve")
+        raise ValueError(
+            f"rollout: rollout=vllm_server is needed by segrl.serve; got {cfg.rollout['_target_']}"
+        )
     asked = OmegaConf.to_container(cfg.rollout, resolve=True)
     assert isinstance(asked, dict)
     (_, port), *_ = host_and_port(asked["servers"])
+    config = AutoConfig.from_pretrained(cfg.policy.weights, local_files_only=True)
+    length = model_length(config, cfg.rollout.max_prefix, cfg.rollout.max_tokens)
     dtype = "bfloat16" if str(cfg.trainer.precision).startswith("bf16") else str(cfg.policy.dtype)
     return [
         "--model", str(cfg.policy.weights), "--dtype", dtype, "--host", "127.0.0.1", "--port", str(port), "--seed", "0",
-        "--max-model-len", str(cfg.rollout.max_prefix + cfg.rollout.max_tokens), "--limit-mm-per-prompt", '{"image": 1}',
+        "--max-model-len", str(length), "--limit-mm-per-prompt", '{"image": 1}',
         "--enable-mm-embeds", "--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--load-format", "dummy",
         "--weight-transfer-config", f'{{"backend": "{transfer_backend(device)}"}}',
-    ]  # fmt: skip
+    ] + ([] if device == "cuda" else [
+        "--gpu-memory-utilization", "0.3", "--no-enable-chunked-prefill",
+        "--max-num-batched-tokens", str(WHOLE_PREFIXES["max_num_batched_tokens"]),
+    ])  # fmt: skip
+
+
+def check_port(asked: list[str]) -> None:
+    """Raises ValueError if somebody listens where the server is to listen."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    place, _ = parser.parse_known_args(asked)
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((place.host, place.port))
+        except OSError as error:
+            raise ValueError(
+                f"rollout.servers: a free port is needed; {place.host}:{place.port}: {str(error.strerror).lower()}"
+            ) from None
 
 
 def become_server(cfg: DictConfig, theirs: list[str]) -> None:
@@ -49,10 +82,10 @@ def become_server(cfg: DictConfig, theirs: list[str]) -> None:
     import torch
 
     asked = flags(cfg, "cuda" if torch.cuda.is_available() else "cpu") + theirs
+    check_port(asked)
     print(f"python -m vllm.entrypoints.launchers.api_server.entry {' '.join(asked)}", flush=True)
-    os.environ.update(
-        {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    )  # weights come by calls of the first
+    # Weights come by vLLM's development calls.
+    os.environ.update({"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"})
     os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *asked])
 
 
@@ -62,6 +95,11 @@ def main() -> None:
     if "--" in sys.argv:
         split = sys.argv.index("--")
         theirs, sys.argv[split:] = sys.argv[split + 1 :], []
+    if astray := [
+        word for word in sys.argv[1:] if word.startswith("--") and word.split("=")[0] not in _HYDRAS
+    ]:
+        print(f"segrl: vLLM's flags stand behind --; got {astray[0]} in front of it", file=sys.stderr)
+        sys.exit(2)
 
     def job(cfg: DictConfig) -> None:
         """What hydra runs."""

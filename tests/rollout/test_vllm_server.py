@@ -123,17 +123,46 @@ def test_an_address_that_is_none_is_refused(pretended, servers):
         serve.flags(composed(servers), "cpu")
 
 
-def composed(servers):
-    rollout = {"servers": servers, "max_prefix": 300, "max_tokens": 100}
-    return OmegaConf.create({"rollout": rollout, "trainer": {"precision": "bf16-mixed"}, "policy": {"dtype": "float32", "weights": "W"}})  # fmt: skip
+def composed(servers, max_prefix=300):
+    rollout = {"_target_": "X", "servers": servers, "max_prefix": max_prefix, "max_tokens": 100}
+    return OmegaConf.create({"rollout": rollout, "trainer": {"precision": "bf16-mixed"}, "policy": {"dtype": "float32", "weights": asset("policy_nano")}})  # fmt: skip
 
 
 def test_a_server_gets_the_settings_of_the_run():
     flags = serve.flags(composed(["http://there:8123", "http://elsewhere:8000"]), "cuda")
     told = dict(zip(flags[::2], flags[1::2], strict=False))
-    assert (told["--model"], told["--port"], told["--host"]) == ("W", "8123", "127.0.0.1")
+    assert (told["--port"], told["--host"]) == ("8123", "127.0.0.1")
     assert " ".join(flags).count("--dtype bfloat16 ") == 1 and "--max-model-len 400 " in " ".join(flags)
     assert flags[-1] == '{"backend": "nccl"}'
+    long = serve.flags(composed(["http://there:8123"], 2048), "cpu")
+    assert "--max-model-len 2048 " in " ".join(long)  # the policy has no more positions
+    assert " ".join(long).endswith("--no-enable-chunked-prefill --max-num-batched-tokens 32768")
+
+
+def test_a_port_that_is_taken_is_refused():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        with pytest.raises(ValueError, match=f"rollout.servers: a free port is needed; 127.0.0.1:{port}: "):
+            serve.check_port(["--host", "127.0.0.1", "--port", "1", "--other", "--port", port])
+
+
+def test_vllms_flags_in_front_of_the_dashes_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["serve", "+experiment=demo", "--gpu-memory-utilization", "0.3"])
+    with pytest.raises(SystemExit, match="2"):
+        serve.main()
+    assert "vLLM's flags stand behind --; got --gpu-memory-utilization" in capsys.readouterr().err
+
+
+def test_a_server_that_another_run_took_is_not_taken_back(pretended):
+    engine = VLLMServer(8, 64, [pretended], 30)
+    engine.known = engine.pushed = "mine"
+    Pretended.held = "theirs"
+    with pytest.raises(
+        ValueError, match="one run per server is needed; another has written its weights to http"
+    ):
+        engine._follow(None, "new", time.monotonic() + 5)
 
 
 def test_a_fingerprint_is_of_the_weights(nano_policy, nano_weights):
@@ -166,7 +195,7 @@ def started(port, log):
     """`segrl.serve` in a process of its own, ready."""
     command = [
         sys.executable, "-m", "segrl.serve", "+experiment=demo", "rollout=vllm_server", f"rollout.servers=[http://127.0.0.1:{port}]",
-        f"rollout.max_tokens={LENGTH}", "rollout.max_prefix=400", "--", "--enforce-eager", "--gpu-memory-utilization", "0.2",
+        f"rollout.max_tokens={LENGTH}", "rollout.max_prefix=400", "--", "--enforce-eager",
     ]  # fmt: skip
     process = subprocess.Popen(
         command, env={**os.environ, **QUIET}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -236,7 +265,7 @@ def test_two_runs_with_one_server_do_not_learn_from_each_others_completions(serv
     engine = VLLMServer(LENGTH, 400, [server], 60)
     monkeypatch.setattr(engine, "_follow", lambda *_: None)  # as if the other wrote behind this one's look
     engine._server.post("update_weight_version", new_version="the other's")
-    with pytest.raises(ValueError, match="another run writes its weights to http"):
+    with pytest.raises(ValueError, match="one run per server is needed; another has written"):
         engine.greedy(policy, asks(policy, scenes))
     monkeypatch.undo()
     draws(engine, policy, asks(policy, scenes))  # with its own weights in it again

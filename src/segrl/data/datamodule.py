@@ -18,7 +18,11 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def _die_with_parent(worker: int) -> None:
-    """A loader process does not outlive a killed run (Linux; elsewhere it notices by itself, in time)."""
+    """A loader process does not outlive a killed run (Linux; elsewhere it notices by itself, in time), nor end before it.
+
+    SIGTERM is often sent to a whole group of processes; the run answers it for all.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

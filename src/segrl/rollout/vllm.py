@@ -7,6 +7,7 @@ prefix -- one request for a group, whose cached prefix it shares --> n completio
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from itertools import count
 from typing import Any
@@ -122,13 +123,15 @@ class VLLMEngine:
             raise ValueError(
                 f"trainer.devices: rollout=vllm takes the first GPUs; choose others by CUDA_VISIBLE_DEVICES; the policy is on GPU {place}"
             )
+        print("starting vLLM ...", file=sys.stderr, flush=True)
         threads = torch.get_num_threads()
         try:
             llm = LLM(
                 policy.weights, dtype=str(policy.pass_dtype).removeprefix("torch."), enforce_eager=self.eager,
-                max_model_len=self.max_prefix + self.max_tokens, gpu_memory_utilization=self.memory, limit_mm_per_prompt={"image": 1},
+                max_model_len=wire.model_length(policy.model.config, self.max_prefix, self.max_tokens), gpu_memory_utilization=self.memory, limit_mm_per_prompt={"image": 1},
                 enable_mm_embeds=True, distributed_executor_backend=alone, logprobs_mode="processed_logprobs", load_format="dummy",
                 enable_sleep_mode=self.sleep and policy.device.type == "cuda", seed=0, weight_transfer_config={"backend": HANDED_OVER},
+                **({} if policy.device.type == "cuda" else wire.WHOLE_PREFIXES),
             )  # fmt: skip
         except (ValueError, RuntimeError) as error:
             raise ValueError(

@@ -10,9 +10,11 @@ speaking to each other, and a server that was started anew, or that another run 
 from __future__ import annotations
 
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,6 +29,7 @@ from segrl.types import Completions, Prefix, PrefixState
 _PAUSE = 1.0  # seconds between two looks at a server that is not ready
 # What a server says it holds: nothing that anybody wrote; what is not whole yet, for good if that breaks off.
 _FRESH, _UNFINISHED = "default", "being written"
+_TAKEN = "rollout.servers: one run per server is needed; another has written its weights to {}"
 _GRACE, _ABANDONED = (
     10.0,
     60.0,
@@ -81,8 +84,10 @@ class _Server:
             raise ValueError(
                 f"rollout.timeout: {self.address}/{path} gave no answer in {self.timeout:g} s"
             ) from None
-        except requests.RequestException as error:  # it is not there, or breaks off
-            raise _Gone(str(error)) from None
+        except requests.ConnectionError:
+            raise _Gone("no connection") from None
+        except requests.RequestException as error:
+            raise _Gone(f"an answer that breaks off ({type(error).__name__})") from None
         if not answer.ok:
             raise ValueError(
                 f"rollout.servers: {self.address}/{path} answers {answer.status_code}: {answer.text[:300]}"
@@ -95,13 +100,7 @@ class _Server:
 
     def start_weight_update(self) -> None:
         """From here on it holds neither the old weights nor the new."""
-        try:
-            self.post("start_weight_update")
-        except ValueError as error:
-            if "already active" not in str(error):
-                raise
-            self.post("finish_weight_update")  # whoever began was killed
-            self.post("start_weight_update")
+        self.post("start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Its workers receive what `update_info` names; returns when they have it."""
@@ -141,6 +140,7 @@ class VLLMServer:
         self.max_tokens, self.max_prefix = max_tokens, max_prefix
         self.servers, self.timeout = [_Server(address, timeout) for address in servers], timeout
         self.link: Any = None
+        self.known: str | None = None
         self.pushed: str | None = None
 
     def sample(
@@ -163,7 +163,7 @@ class VLLMServer:
             _request(policy, prefix, wire.settings(policy, group_size, temperature, seed, self.max_tokens))
             for prefix, seed in zip(prefixes, seeds, strict=True)
         ]
-        weights, deadline = policy.fingerprint(), time.monotonic() + self.timeout
+        weights, deadline, told = policy.fingerprint(), time.monotonic() + self.timeout, ""
         while True:
             try:
                 self._follow(policy, weights, deadline)
@@ -171,10 +171,14 @@ class VLLMServer:
                     said = list(threads.map(partial(self._ask, weights), prefixes, asked))
                 return wire.completions(policy, [one for group in said for one in group])
             except _Gone as error:
+                if not told:
+                    told = f"waiting up to {self.timeout:g} s for {self._server.address}: {error}"
+                    print(told, file=sys.stderr, flush=True)
                 self._drop()
                 if time.monotonic() > deadline:
                     raise ValueError(
-                        f"rollout.servers: nobody answers at {self._server.address} for {self.timeout:g} s (python -m segrl.serve): {error}"
+                        f"rollout.servers: a server is needed at {self._server.address} (python -m segrl.serve); for {self.timeout:g} s "
+                        f"(rollout.timeout) there was {error}"
                     ) from None
                 time.sleep(_PAUSE)
 
@@ -186,7 +190,7 @@ class VLLMServer:
         if others := {span["version"] for one in group for span in one["weight_versions"]} - {weights}:
             if _FRESH in others:
                 raise _Gone(f"{self._server.address} was started anew")
-            raise ValueError(f"rollout.servers: another run writes its weights to {self._server.address}")
+            raise ValueError(_TAKEN.format(self._server.address))
         return [_said(one) for one in group]
 
     @property
@@ -207,6 +211,8 @@ class VLLMServer:
         if self.pushed is None and turn == 0:
             self._check(policy)
         while (held := self._server.get("weight_info")["weight_version"]) != weights:
+            if turn == 0 and self.known is not None and held not in (self.known, _FRESH, _UNFINISHED):
+                raise ValueError(_TAKEN.format(self._server.address))
             if held != seen:
                 seen, since = held, time.monotonic()
             if time.monotonic() - since >= (_ABANDONED if held == _UNFINISHED else turn * _GRACE):
@@ -217,11 +223,17 @@ class VLLMServer:
                 )
             else:
                 time.sleep(_PAUSE / 10)
+        self.known = weights
 
     def _fill(self, policy: HFPolicy, weights: str, held: str) -> None:
         """Send all weights."""
-        if held != self.pushed:  # a new server, or somebody else's: whatever was open leads nowhere
+        if (
+            held != self.pushed
+        ):  # a new server, or one that another run has left: whatever was open leads nowhere
             self._drop()
+        if held == _UNFINISHED:  # its writer was killed, before or after its workers noticed
+            with suppress(ValueError):
+                self._server.post("finish_weight_update")
         self._server.post("update_weight_version", new_version=_UNFINISHED)
         try:
             self.link = self.link or self._open(policy)
@@ -265,7 +277,7 @@ class VLLMServer:
         told = self._server.get("server_info?config_format=json")["vllm_config"]
         model, transfer = told["model_config"], told["weight_transfer_config"] or {}
         wanted = {
-            "dtype": (str(policy.pass_dtype), model["dtype"]),
+            "dtype (trainer.precision, policy.dtype)": (str(policy.pass_dtype), model["dtype"]),
             "logprobs-mode": ("processed_logprobs", model["logprobs_mode"]),
             "enable-mm-embeds": (True, (model["multimodal_config"] or {}).get("enable_mm_embeds")),
             "weight-transfer-config": (transfer_backend(policy.device.type), transfer.get("backend")),
@@ -276,10 +288,11 @@ class VLLMServer:
                     f"rollout.servers: {self._server.address} must be started by python -m segrl.serve with this run's overrides; its {setting} is "
                     f"{has}, {needed} is needed"
                 )
-        if model["max_model_len"] < self.max_prefix + self.max_tokens:
+        needed = wire.model_length(policy.model.config, self.max_prefix, self.max_tokens)
+        if model["max_model_len"] < needed:
             raise ValueError(
                 f"rollout.servers: {self._server.address} reads {model['max_model_len']} tokens; rollout.max_prefix + rollout.max_tokens are "
-                f"{self.max_prefix + self.max_tokens}"
+                f"{needed}"
             )
 
 

@@ -19,6 +19,9 @@ from segrl.models.hf_vlm import HFPolicy
 from segrl.models.shared_prefix import pad_right
 from segrl.types import Completions, Prefix
 
+# On a CPU vLLM cannot draw by seeds behind a prefix that it reads in pieces.
+WHOLE_PREFIXES = {"enable_chunked_prefill": False, "max_num_batched_tokens": 32768}
+
 
 class Picture(NamedTuple):
     """An image as vLLM takes it: features and grid, a name for its caches, the place of its tokens."""
@@ -43,6 +46,11 @@ def needs_vllm(rollout: str) -> None:
         raise ValueError(
             f"rollout: {rollout} needs vLLM, which is not installed: uv sync --no-dev --extra vllm (docs/speed.md)"
         )
+
+
+def model_length(config: Any, max_prefix: int, max_tokens: int) -> int:  # noqa: ANN401 - transformers' own
+    """Most tokens of a prefix and a completion; a policy has no positions behind its last."""
+    return min(max_prefix + max_tokens, int(config.text_config.max_position_embeddings))
 
 
 def check_lengths(prefixes: Sequence[Prefix], most: int) -> None:

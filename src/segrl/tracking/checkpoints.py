@@ -108,6 +108,13 @@ class EveryNSteps(lightning.Callback):
         """Save the last step."""
         self._save(trainer)
 
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Save what was learned where a server or a file is gone; of several ranks the others do not know of it."""
+        if isinstance(exception, ValueError) and trainer.training and trainer.world_size == 1:
+            self._save(trainer)
+
     def _save(self, trainer: lightning.Trainer) -> None:
         """On all ranks: a strategy may have shares to gather."""
         if self.saved_at != trainer.global_step:
