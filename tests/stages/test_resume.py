@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from segrl.rollout import vllm_wire
+from segrl.rollout.shared_prefix import SharedPrefixEngine
 from segrl.stages.policy_gradient import PolicyGradientStage
 
 RUN = (
@@ -58,16 +60,42 @@ def test_resume_equals_never_having_stopped(cli, tmp_path, monkeypatch, workers,
     monkeypatch.setattr(PolicyGradientStage, "update", update)
     cut = tmp_path / "cut"
     assert state(cut)["global_step"] == dies_at // every * every and not (cut / "metrics.json").exists()
-    code, out, err = cli(f"resume={cut}", runs=None)
+    goes_on(cli, cut, tmp_path / "whole")
+
+
+def goes_on(cli, cut, whole):
+    """Resumed, it ends as the whole run did."""
+    code, _, err = cli(f"resume={cut}", runs=None)
     assert code == 0, err
-    whole, resumed = state(tmp_path / "whole"), state(cut)
-    assert resumed["global_step"] == 6
-    assert same(whole["state_dict"], resumed["state_dict"])
-    assert same(whole["optimizer_states"], resumed["optimizer_states"])
-    histories = [(r / "history.jsonl").read_text() for r in (tmp_path / "whole", cut)]
+    assert state(cut)["global_step"] == 6
+    assert same(state(whole)["state_dict"], state(cut)["state_dict"])
+    assert same(state(whole)["optimizer_states"], state(cut)["optimizer_states"])
+    histories = [(run / "history.jsonl").read_text() for run in (whole, cut)]
     assert histories[0] == histories[1]
-    tables = [json.loads((r / "metrics.json").read_text())["test"] for r in (tmp_path / "whole", cut)]
+    tables = [json.loads((run / "metrics.json").read_text())["test"] for run in (whole, cut)]
     assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize("dies_at", [2, 4])
+def test_a_run_that_cannot_go_on_keeps_what_it_learned(cli, tmp_path, monkeypatch, dies_at):
+    """A server or a file is gone, in the middle of an epoch or at the beginning of one, long before a checkpoint is due."""
+    arguments = (*RUN, "data.workers=0", "callbacks.checkpoint.every_n_steps=100")
+    code, _, err = cli(*arguments, f"paths.run={tmp_path}/whole")
+    assert code == 0, err
+    sample, cut, rollouts = SharedPrefixEngine.sample, tmp_path / "cut", []
+
+    def gone(engine, policy, prefixes, *given):
+        rollouts.append(1)
+        if len(rollouts) > dies_at:
+            vllm_wire.check_lengths(prefixes, 0)  # any refusal of ours
+        return sample(engine, policy, prefixes, *given)
+
+    monkeypatch.setattr(SharedPrefixEngine, "sample", gone)
+    code, out, err = cli(*arguments, f"paths.run={cut}")
+    assert code == 2 and f"resume={cut}" in out and "rollout.max_prefix" in err
+    assert state(cut)["global_step"] == dies_at
+    monkeypatch.setattr(SharedPrefixEngine, "sample", sample)
+    goes_on(cli, cut, tmp_path / "whole")
 
 
 def test_ckpt_path_goes_on_in_a_new_folder(cli, tmp_path):
