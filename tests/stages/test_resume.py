@@ -149,6 +149,7 @@ def start(tmp_path, name):
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,  # a group of its own
     )
 
 
