@@ -109,15 +109,13 @@ def test_what_was_sampled_is_what_the_training_pass_finds_likely(policy, prefixe
     """Greedy takes what is most likely in the training pass."""
     completions = SharedPrefixEngine(8).greedy(policy, prefixes)
     hidden = policy.read(prefixes, completions)
-    best = (
-        policy.logits(hidden, policy.head_weight()).log_softmax(-1).amax(-1).masked_fill(~completions.mask, 0)
-    )
+    best = policy.logits(hidden, policy.head()).log_softmax(-1).amax(-1).masked_fill(~completions.mask, 0)
     assert torch.allclose(policy.logprobs(prefixes, completions), best, atol=1e-4)
 
 
 def test_placeholders_are_never_sampled_and_have_no_probability(policy, prefixes):
     config = policy.model.config
-    distribution = policy.logits(policy.prefill(prefixes).last_hidden, policy.head_weight()).log_softmax(-1)
+    distribution = policy.logits(policy.prefill(prefixes).last_hidden, policy.head()).log_softmax(-1)
     assert torch.isneginf(distribution[:, [config.image_token_id, config.video_token_id]]).all()
     assert torch.allclose(distribution.exp().sum(-1), torch.ones(3), atol=1e-5)
     tokens = sampled(policy, prefixes, tokens=40).tokens
@@ -125,9 +123,7 @@ def test_placeholders_are_never_sampled_and_have_no_probability(policy, prefixes
 
 
 def test_sampling_follows_the_distribution(policy, prefixes):
-    distribution = policy.logits(policy.prefill(prefixes[:1]).last_hidden, policy.head_weight())[0].softmax(
-        -1
-    )
+    distribution = policy.logits(policy.prefill(prefixes[:1]).last_hidden, policy.head())[0].softmax(-1)
     drawn = SharedPrefixEngine(1).sample(policy, prefixes[:1], 4000, range(4000)).tokens[:, 0]
     counts = torch.bincount(drawn, minlength=len(distribution)) / 4000
     assert (counts - distribution).abs().sum() < (counts - distribution.flip(0)).abs().sum()

@@ -24,7 +24,26 @@ from segrl.models.recorded import Recorder
 from segrl.types import PrefixState
 
 
-class _Product:
+class Product:
+    """A linear layer, laid out to be read fast for few rows: on a CPU that is oneDNN's own layout, or columns one behind the other."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.bias, self.packed = bias, None
+        on_cpu = weight.device.type == "cpu"
+        if on_cpu and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        else:
+            self.weight = weight.t().contiguous().t() if on_cpu else weight
+
+    def __call__(self, given: Tensor) -> Tensor:
+        """`[N, in]` to `[N, out]`."""
+        if self.packed is None:
+            return F.linear(given, self.weight, self.bias)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(given, self.packed, self.bias, "none", [], "")
+        return out
+
+
+class _Joined(Product):
     """Linear layers that read the same input, joined; adapters stay beside them.
 
     Merged into a bfloat16 weight, an adapter that is smaller than its last digit would be rounded away.
@@ -33,9 +52,8 @@ class _Product:
     def __init__(self, linears: Sequence[nn.Module], dtype: torch.dtype) -> None:
         weights = [cast("Tensor", _base(linear).weight) for linear in linears]
         biases = [_base(linear).bias for linear in linears]
-        joined = torch.cat(weights).to(dtype)
-        self.weight = joined.t().contiguous().t()  # lies as [in, out]: products with few rows read it faster
-        self.bias = None if biases[0] is None else torch.cat(cast("list[Tensor]", biases)).to(dtype)
+        bias = None if biases[0] is None else torch.cat(cast("list[Tensor]", biases)).to(dtype)
+        super().__init__(torch.cat(weights).to(dtype), bias)
         self.adapters = [
             (narrow.to(dtype), wide.to(dtype), slice(end - len(weight), end))
             for linear, weight, end in zip(linears, weights, accumulate(map(len, weights)), strict=True)
@@ -44,7 +62,7 @@ class _Product:
 
     def __call__(self, given: Tensor) -> Tensor:
         """`[N, in]` to `[N, out]`."""
-        out = F.linear(given, self.weight, self.bias)
+        out = super().__call__(given)
         for narrow, wide, columns in self.adapters:
             out[:, columns] += F.linear(F.linear(given, narrow), wide)
         return out
@@ -55,12 +73,12 @@ class _Layer:
     """Weights of a layer, and what it remembers."""
 
     norm_in: Tensor
-    qkv: _Product
+    qkv: _Joined
     norms: tuple[Tensor, Tensor] | None  # of queries and keys: Qwen3 has them, Qwen2.5 has a bias instead
-    out: _Product
+    out: _Joined
     norm_mlp: Tensor
-    gate_up: _Product
-    down: _Product
+    gate_up: _Joined
+    down: _Joined
     prefix_keys: Tensor  # [B, K, d, P]
     prefix_values: Tensor  # [B, K, P, d]
     keys: Tensor  # [B, K, G, T, d]
@@ -116,12 +134,12 @@ class Decoder:
         )
         return _Layer(
             norm_in=layer.input_layernorm.weight,
-            qkv=_Product([attention.q_proj, attention.k_proj, attention.v_proj], dtype),
+            qkv=_Joined([attention.q_proj, attention.k_proj, attention.v_proj], dtype),
             norms=(inner["q_norm.weight"], inner["k_norm.weight"]) if "q_norm.weight" in inner else None,
-            out=_Product([attention.o_proj], dtype),
+            out=_Joined([attention.o_proj], dtype),
             norm_mlp=layer.post_attention_layernorm.weight,
-            gate_up=_Product([mlp.gate_proj, mlp.up_proj], dtype),
-            down=_Product([mlp.down_proj], dtype),
+            gate_up=_Joined([mlp.gate_proj, mlp.up_proj], dtype),
+            down=_Joined([mlp.down_proj], dtype),
             prefix_keys=prefix_keys.to(dtype).transpose(-1, -2).contiguous(),
             prefix_values=prefix_values.to(dtype).contiguous(),
             keys=buffer,

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from segrl.models.decoder import Decoder, linear_weight
+from segrl.models.decoder import Decoder, Product, linear_weight
 from segrl.models.shared_prefix import grouped_attention, read_prefixes, read_suffixes
 from segrl.models.token_logprobs import token_logprobs
 from segrl.prompts.frames import absolute_pixels, permille
@@ -216,17 +216,21 @@ class HFPolicy(nn.Module):
         weight: Tensor = self.model.lm_head.weight
         return weight.float()
 
-    def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
+    def head(self) -> Product:
+        """The product that ends in logits, in float32, for sampling."""
+        return Product(self.head_weight().detach(), None)
+
+    def logits(self, hidden: Tensor, head: Product) -> Tensor:
         """Hidden states `[N, D]` to float32 logits `[N, V]` at the temperature; minus infinity where nothing may be sampled.
 
         Args:
             hidden: of the places in front of tokens to be sampled.
-            head: `head_weight()`, made once for all steps.
+            head: `head()`, made once for all steps.
         """
         with torch.autocast(
             hidden.device.type, enabled=False
         ):  # bfloat16 logits are wrong in the third digit
-            logits = nn.functional.linear(hidden.float() / self.temperature, head)
+            logits = head(hidden.float() / self.temperature)
         return logits.index_fill(-1, self.never_sampled, float("-inf"))
 
     def read(

@@ -58,7 +58,7 @@ class SharedPrefixEngine:
         state = state or policy.prefill(prefixes)
         stride = _STRIDE if self.graphs and policy.device.type == "cuda" else None
         decoder = policy.decoder(state, group_size, self.max_tokens, stride)
-        head = policy.head_weight()
+        head = policy.head()
         hidden = state.last_hidden.repeat_interleave(group_size, 0)
         which = torch.arange(len(hidden), device=hidden.device)
         written = torch.full((len(hidden), self.max_tokens), policy.pad_id, device=hidden.device)

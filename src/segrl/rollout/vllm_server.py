@@ -4,7 +4,7 @@
     rank s -- weights, an adapter merged, when they are new --> server s                       (s < number of servers)
 
 A server says which weights it holds, by a name that is a function of the weights themselves; so ranks agree on it without
-speaking to each other, and a server that was started anew, or that another run has written to, is noticed and filled again.
+speaking to each other, and a server that was started anew, or that another run has taken, is noticed.
 """
 
 from __future__ import annotations
@@ -30,10 +30,8 @@ _PAUSE = 1.0  # seconds between two looks at a server that is not ready
 # What a server says it holds: nothing that anybody wrote; what is not whole yet, for good if that breaks off.
 _FRESH, _UNFINISHED = "default", "being written"
 _TAKEN = "rollout.servers: one run per server is needed; another has written its weights to {}"
-_GRACE, _ABANDONED = (
-    10.0,
-    60.0,
-)  # seconds that a rank waits for the one before it, and for a writer who seems to be at work
+# Seconds that a rank waits for the one before it, and for a writer who seems to be at work.
+_GRACE, _ABANDONED = 10.0, 60.0
 
 
 class _Gone(Exception):
@@ -227,9 +225,7 @@ class VLLMServer:
 
     def _fill(self, policy: HFPolicy, weights: str, held: str) -> None:
         """Send all weights."""
-        if (
-            held != self.pushed
-        ):  # a new server, or one that another run has left: whatever was open leads nowhere
+        if held != self.pushed:  # a new server, or another run has left it: what was open leads nowhere
             self._drop()
         if held == _UNFINISHED:  # its writer was killed, before or after its workers noticed
             with suppress(ValueError):
