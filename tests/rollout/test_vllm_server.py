@@ -278,7 +278,10 @@ def test_a_server_with_other_settings_is_refused(server, policy, scenes):
     ):
         VLLMServer(LENGTH, 500, [server], 60).greedy(policy, asks(policy, scenes))
     policy.model.bfloat16()
-    with pytest.raises(ValueError, match="its dtype is torch.float32, torch.bfloat16 is needed"):
+    with pytest.raises(
+        ValueError,
+        match=r"its dtype \(trainer.precision, policy.dtype\) is torch.float32, torch.bfloat16 is needed",
+    ):
         VLLMServer(LENGTH, 400, [server], 60).greedy(policy, asks(policy, scenes))
 
 
