@@ -32,11 +32,11 @@ test: setup ## unit, contract, config, stage and house tests (under 10 minutes o
 	@$(PYTHON) -m pytest -q
 
 test-slow: setup ## learning and kill tests (minutes each)
-	@$(PYTHON) -m pytest -q -m "slow and not vllm"
+	@$(PYTHON) -m pytest -q -m "slow and not vllm and not zero"
 
-test-zero: setup ## DeepSpeed's ZeRO against DDP on two CPU processes, in an environment of its own (.venv-zero)
+test-zero: setup ## DeepSpeed's ZeRO against DDP on two CPU processes, in an environment of its own (.venv-zero); SLOW=1 changes strategy between checkpoints, too
 	@UV_PROJECT_ENVIRONMENT=.venv-zero $(UV) sync --frozen --extra deepspeed
-	@.venv-zero/bin/python -m pytest -q -m zero tests/stages/test_zero.py
+	@.venv-zero/bin/python -m pytest -q -m "zero$(if $(SLOW),, and not slow)" tests/stages/test_zero.py
 
 test-vllm: setup ## rollout=vllm, rollout=vllm_server and exports in vLLM's CPU build, in an environment of its own (.venv-vllm); SLOW=1 kills a server, too
 	@UV_PROJECT_ENVIRONMENT=.venv-vllm $(UV) sync --frozen --inexact

@@ -82,6 +82,7 @@ def test_imitation_under_the_highest_level_ends_where_ddp_does(tmp_path):
     assert apart(ddp, zero) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_any_strategy(tmp_path):
     case, start = (*RUN, *ADAMW, "stage.group_size=3"), []
     whole = run(tmp_path / "whole", *case, "trainer.max_steps=4", "trainer=ddp")
