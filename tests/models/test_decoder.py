@@ -189,6 +189,16 @@ def test_what_is_recorded_samples_the_same(policy, prefixes, monkeypatch):
     assert PretendedRecorder.recorded > 3 and PretendedRecorder.launched > 8
 
 
+def test_a_step_that_cannot_be_recorded_names_the_key(policy, prefixes, monkeypatch):
+    def failing(recorder, work):
+        raise RuntimeError("operation not permitted when stream is capturing\nand so on")
+
+    monkeypatch.setattr(PretendedRecorder, "_recorded", failing)
+    recording(monkeypatch, policy, PretendedRecorder)
+    with pytest.raises(ValueError, match="rollout.graphs: .*cannot be recorded.*capturing$"):
+        SharedPrefixEngine(24).sample(policy, prefixes, 8, range(16))
+
+
 def test_a_graph_that_does_not_repeat_the_step_is_not_believed(policy, prefixes, monkeypatch):
     monkeypatch.setattr(PretendedRecorder, "spoilt", 0.5)
     recording(monkeypatch, policy, PretendedRecorder)

@@ -51,14 +51,19 @@ class Recorder:
             size: decides shapes.
 
         Raises:
-            ValueError: if what was recorded does not repeat the result.
+            ValueError: if the function cannot be recorded, or what was recorded does not repeat the result.
         """
         if self.shape == (len(tokens), size):
             self.tokens.copy_(tokens)
             self.graph.replay()
             return self.result
         computed, self.tokens = function(tokens, size), tokens.clone()
-        self.graph, self.result = self._recorded(lambda: function(self.tokens, size))
+        try:
+            self.graph, self.result = self._recorded(lambda: function(self.tokens, size))
+        except RuntimeError as error:  # CUDA's word for what cannot be recorded
+            raise ValueError(
+                f"rollout.graphs: a step cannot be recorded on this GPU; false samples without: {str(error).splitlines()[0]}"
+            ) from error
         self.graph.replay()
         off = (self.result - computed).norm(dim=-1) > _CLOSE * computed.norm(dim=-1)
         if bool((off & computed.isfinite().all(-1)).any()):

@@ -16,7 +16,7 @@ import torch
 
 from segrl.models.hf_vlm import HFPolicy
 from segrl.rollout import vllm_wire as wire
-from segrl.types import Completions, Prefix, PrefixState
+from segrl.types import Completions, Prefix
 
 _HERE = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # weights are handed over, not sent
@@ -27,7 +27,7 @@ _HERE = {
 }
 
 
-class VLLMEngine:
+class VLLMEngine(wire.Engine):
     """Samples in a vLLM engine of this process.
 
     Args:
@@ -48,17 +48,6 @@ class VLLMEngine:
         self.llm: Any = None
         self.numbers = count()
         self.pushed: int | None = None
-
-    def sample(
-        self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, seeds: Sequence[int],
-        state: PrefixState | None = None,
-    ) -> Completions:  # fmt: skip
-        """`group_size` completions of each prefix, groups contiguous; with the log-probabilities they were drawn with."""
-        return self._generate(policy, prefixes, group_size, policy.temperature, seeds[::group_size])
-
-    def greedy(self, policy: HFPolicy, prefixes: Sequence[Prefix]) -> Completions:
-        """The most likely token at each place, one completion per prefix."""
-        return self._generate(policy, prefixes, 1, 0.0, [0] * len(prefixes))
 
     @torch.no_grad()
     def _generate(

@@ -24,7 +24,7 @@ import torch
 
 from segrl.models.hf_vlm import HFPolicy
 from segrl.rollout import vllm_wire as wire
-from segrl.types import Completions, Prefix, PrefixState
+from segrl.types import Completions, Prefix
 
 _PAUSE = 1.0  # seconds between two looks at a server that is not ready
 # What a server says it holds: nothing that anybody wrote; what is not whole yet, for good if that breaks off.
@@ -119,7 +119,7 @@ class _Server:
         return address
 
 
-class VLLMServer:
+class VLLMServer(wire.Engine):
     """Samples in vLLM servers.
 
     Args:
@@ -140,17 +140,6 @@ class VLLMServer:
         self.link: Any = None
         self.known: str | None = None
         self.pushed: str | None = None
-
-    def sample(
-        self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, seeds: Sequence[int],
-        state: PrefixState | None = None,
-    ) -> Completions:  # fmt: skip
-        """`group_size` completions of each prefix, groups contiguous; with the log-probabilities they were drawn with."""
-        return self._generate(policy, prefixes, group_size, policy.temperature, seeds[::group_size])
-
-    def greedy(self, policy: HFPolicy, prefixes: Sequence[Prefix]) -> Completions:
-        """The most likely token at each place, one completion per prefix."""
-        return self._generate(policy, prefixes, 1, 0.0, [0] * len(prefixes))
 
     @torch.no_grad()
     def _generate(

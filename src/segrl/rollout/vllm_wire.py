@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from segrl.models.hf_vlm import HFPolicy
 from segrl.models.shared_prefix import pad_right
-from segrl.types import Completions, Prefix
+from segrl.types import Completions, Prefix, PrefixState
 
 # On a CPU vLLM cannot draw by seeds behind a prefix that it reads in pieces.
 WHOLE_PREFIXES = {"enable_chunked_prefill": False, "max_num_batched_tokens": 32768}
@@ -38,6 +39,27 @@ class Said(NamedTuple):
     tokens: list[int]
     logprobs: list[float]
     finished: bool
+
+
+class Engine(ABC):
+    """Samples by vLLM, wherever it runs."""
+
+    def sample(
+        self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, seeds: Sequence[int],
+        state: PrefixState | None = None,
+    ) -> Completions:  # fmt: skip
+        """`group_size` completions of each prefix, groups contiguous; with the log-probabilities they were drawn with."""
+        return self._generate(policy, prefixes, group_size, policy.temperature, seeds[::group_size])
+
+    def greedy(self, policy: HFPolicy, prefixes: Sequence[Prefix]) -> Completions:
+        """The most likely token at each place, one completion per prefix."""
+        return self._generate(policy, prefixes, 1, 0.0, [0] * len(prefixes))
+
+    @abstractmethod
+    def _generate(
+        self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, temperature: float, seeds: Sequence[int]
+    ) -> Completions:  # fmt: skip
+        """One seed per group; at temperature 0 what is most likely."""
 
 
 def needs_vllm(rollout: str) -> None:
