@@ -16,11 +16,6 @@ from segrl.types import Completions
 GROUP = 3
 
 
-@pytest.fixture(params=["qwen3_vl", "qwen2_5_vl"])
-def policy(request, nano_policy):
-    return nano_policy(request.param)
-
-
 @pytest.fixture
 def prefixes(policy):
     """Three prefixes of unequal length: two grammars, and a query of its own."""

@@ -4,10 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from segrl.data.synthetic import SyntheticScenes
 from segrl.models import shared_prefix, suffixes
 from segrl.models.suffixes import Segments, SideBySide
-from segrl.prompts.tags import SegR1Points, SegR1Tags
 from segrl.types import Completions
 
 GROUP, LENGTHS = 3, [5, 1, 7, 2, 7, 3]  # one has no token to be read: its only one is predicted by the prefix
@@ -25,18 +23,6 @@ def plain_varlen(query, key, value, query_ends, key_ends, most_queries, most_key
         said = F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)
         out.append(said[0].transpose(0, 1))
     return torch.cat(out)
-
-
-@pytest.fixture(params=["qwen3_vl", "qwen2_5_vl"])
-def policy(request, nano_policy):
-    return nano_policy(request.param)
-
-
-@pytest.fixture
-def prefixes(policy):
-    scenes = SyntheticScenes("test", 2, 0, 128, (0.5, 1.0), (1, 1))
-    chats = SegR1Tags(4, 8).messages(None), SegR1Points(8).messages("the left fish")
-    return [policy.encoder.encode(chat, scenes[i].image) for i, chat in enumerate(chats)]
 
 
 def said():
