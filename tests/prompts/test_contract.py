@@ -217,14 +217,18 @@ def spoken(case: Case) -> MaskPrompt:
 
 
 def check(grammar: Grammar, text: str, frame: Frame) -> ParseFault | None:
-    """Read a text twice at most; every clause of the contract about what comes out. Returns the fault."""
-    for attempt in range(2):
+    """Read a text; every clause of the contract about what comes out. Returns the fault.
+
+    It may take 10 ms for each 100,000 characters: the best of five readings, so that a busy machine does not count.
+    """
+    allowed = 0.010 * max(1, len(text) / 100_000)
+    for attempt in range(5):
         start = time.thread_time()
         parsed = grammar.parse(text, frame)
         spent = time.thread_time() - start
-        if spent < 0.010:
+        if spent < allowed:
             break
-        assert attempt == 0, f"{spent:.3f} s for {len(text)} characters, {text[:200]!r}"
+        assert attempt < 4, f"{spent:.3f} s for {len(text)} characters, {text[:200]!r}"
     shown = f"{text[:1000]!r} with {parsed.fault}"
     if isinstance(grammar, Unfolding):
         check_unfolding(grammar, text, frame)
@@ -246,9 +250,12 @@ def check(grammar: Grammar, text: str, frame: Frame) -> ParseFault | None:
 
 def check_unfolding(grammar: Unfolding, text: str, frame: Frame) -> None:
     """Every step hangs on the text up to its end alone."""
-    start = time.thread_time()
-    steps = grammar.unfold(text, frame)
-    assert time.thread_time() - start < 0.05, text[:200]
+    for attempt in range(5):
+        start = time.thread_time()
+        steps = grammar.unfold(text, frame)
+        if time.thread_time() - start < 0.05 * max(1, len(text) / 100_000):
+            break
+        assert attempt < 4, text[:200]
     shown = f"{text[:1000]!r} with {steps}"
     ends = [end for end, _ in steps]
     assert ends == sorted(ends), shown

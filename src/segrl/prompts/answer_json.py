@@ -44,11 +44,11 @@ def _load(payload: str) -> object:
 
 def _split(text: str) -> tuple[str, str, str]:
     """Thought, payload, and what follows the answer."""
-    thoughts = fields(text, "think")
+    thoughts = fields(text, "think", 2)
     if not thoughts:
         raise Fault(ParseFault.NO_THOUGHT)
     behind = text.find("</think>", text.find("<think>")) + len("</think>")
-    answers = fields(text[behind:], "answer")
+    answers = fields(text[behind:], "answer", 2)
     if not answers:
         raise Fault(ParseFault.NO_ANSWER)
     if len(thoughts) > 1 or len(answers) > 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -31,18 +32,17 @@ def unfolded(said: Sequence[Said]) -> list[tuple[int, MaskPrompt]]:
     return steps
 
 
-def spans(text: str, tag: str, at: int = 0) -> list[tuple[int, int]]:
+def spans(text: str, tag: str, at: int = 0) -> Iterator[tuple[int, int]]:
     """Where the content of every closed `<tag>...</tag>` behind `at` begins and ends, in order."""
-    opening, closing, found = f"<{tag}>", f"</{tag}>", []
+    opening, closing = f"<{tag}>", f"</{tag}>"
     while (start := text.find(opening, at)) >= 0 and (end := text.find(closing, start)) >= 0:
-        found.append((start + len(opening), end))
+        yield start + len(opening), end
         at = end + len(closing)
-    return found
 
 
-def fields(text: str, tag: str) -> list[str]:
-    """Those contents."""
-    return [text[start:end] for start, end in spans(text, tag)]
+def fields(text: str, tag: str, most: int) -> list[str]:
+    """The first `most` of those contents: whoever allows n asks for n + 1, and reads no further."""
+    return [text[start:end] for start, end in islice(spans(text, tag), most)]
 
 
 def opened(box: np.ndarray, frame: Frame) -> list[int]:

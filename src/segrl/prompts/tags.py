@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
+from itertools import islice
 
 import numpy as np
 
@@ -33,7 +34,7 @@ def _rest(text: str) -> str:
 
 def _only(text: str, tag: str, missing: ParseFault) -> str:
     """The content of the one `<tag>`."""
-    match fields(text, tag):
+    match fields(text, tag, 2):
         case []:
             raise Fault(missing)
         case [content]:
@@ -140,7 +141,7 @@ class SegR1Tags:
 
     def parse(self, text: str, frame: Frame) -> Parsed:
         """Read thought, boxes, points and labels; all four are needed."""
-        thoughts = fields(text, "think")
+        thoughts = fields(text, "think", 2)
         try:
             if not thoughts:
                 raise Fault(ParseFault.NO_THOUGHT)
@@ -148,7 +149,7 @@ class SegR1Tags:
                 raise Fault(ParseFault.DUPLICATE_FIELD)
             behind = text.find("</think>", text.find("<think>"))
             answer = text[behind:]
-            boxes = fields(answer, "bbox")
+            boxes = fields(answer, "bbox", self.max_boxes + 1)
             if not boxes:
                 raise Fault(ParseFault.NO_BOX)
             if len(boxes) > self.max_boxes:
@@ -166,10 +167,10 @@ class SegR1Tags:
         if begin < 0:
             return []
         said: list[Said] = []
-        for start, end in spans(text, "bbox", begin)[: self.max_boxes]:
+        for start, end in islice(spans(text, "bbox", begin), self.max_boxes):
             with suppress(Fault):
                 said.append((end + len("</bbox>"), _read_box(text[start:end], frame), None))
-        for start, end in spans(text, "points", begin)[:1]:
+        for start, end in islice(spans(text, "points", begin), 1):
             pairs = [[float(v) for v in pair] for pair in _POINT.findall(_squeeze(text[start:end]))]
             opening = text.find("<labels>", end)
             listed = _LABELS.match(text, opening + len("<labels>")) if opening >= 0 else None
