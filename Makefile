@@ -10,6 +10,7 @@ MODEL ?=
 SUITE ?=
 SCALE ?= nano
 SLOW ?=
+JOBS ?= 2
 
 .PHONY: help setup demo seg-r1 test test-slow test-zero test-vllm lint types bench bench-gpu bench-metrics train eval sweep mlflow docker assets clean
 
@@ -28,8 +29,8 @@ demo: setup ## GRPO on the embedded default, then the table before / after (abou
 seg-r1: setup ## SFT, pre-RL, GRPO, SOD in a row, relatives beside them, one table (SCALE=nano, about an hour; SCALE=paper)
 	@$(PYTHON) -m segrl.recipe recipes/seg_r1_$(SCALE).yaml --runs $(RUNS)/seg_r1_$(SCALE) --at-once $(if $(filter nano,$(SCALE)),2,1)
 
-test: setup ## unit, contract, config, stage and house tests (under 10 minutes on 2 cores)
-	@$(PYTHON) -m pytest -q
+test: setup ## unit, contract, config, stage and house tests (under 10 minutes on 2 cores; JOBS=2 at once)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(JOBS) --dist worksteal
 
 test-slow: setup ## learning and kill tests (minutes each)
 	@$(PYTHON) -m pytest -q -m "slow and not vllm and not zero"
