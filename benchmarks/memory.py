@@ -1,13 +1,31 @@
-"""What a GPU has to hold, term by term: the arithmetic, for the papers' policies on images of 768x768, bfloat16 passes.
+"""What a GPU has to hold: sampling and one update of policies of real size, gone through without contents.
 
-`python benchmarks/memory.py` prints one JSON line per case, in GB (1e9 bytes). Parameters are counted on transformers' own classes
-without memory; activations are those of the formulas below. Nothing here is measured on a GPU.
+`python benchmarks/memory.py` prints one JSON line per case, in GB (1e9 bytes): images of 768x768, 8 completions of 400 tokens, bfloat16
+passes. The product's own code runs on tensors that have shapes and no contents (torch's FakeTensor), forward, backward and AdamW, and the
+bytes of every tensor are counted as it comes and goes: no GPU is needed, and nothing is computed. Counted by hand are only CUDA's own
+gigabyte, and what ZeRO shares out. Fragments of the allocator and working memory of libraries are not in it. `--check` goes through one
+update of a tiny policy twice, with contents and without: the peaks are the same.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import tiny_vlm
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 VISION = {
     "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2,
@@ -23,10 +41,10 @@ SIZES: dict[str, dict[str, Any]] = {
         "vocab_size": 152064, "tie_word_embeddings": False,
     },
 }  # fmt: skip
-PREFIX, COMPLETION = 729 + 300, 400  # 27x27 image tokens and Seg-R1's instruction; --max_completion_length
-SAM2_LARGE = 224.4e6 * 4 + 1.5e9 + 64 * 8.4e6  # weights in float32, one 1024x1024 image in its encoder, 64 embeddings kept
-CONTEXT = 1.0e9  # CUDA's own, and fragments
-LOGITS = 2 * 2**26 * 4  # one chunk and its gradient
+INSTRUCTION, GROUP, COMPLETION = 280, 8, 400  # Seg-R1's tokens beside the image's 729; --max_completion_length
+LORA = {"rank": 64, "alpha": 64, "dropout": 0.0}
+CONTEXT = 1.0e9  # CUDA's own
+_INDEXED = {torch.ops.aten.index.Tensor, torch.ops.aten._index_put_impl_.default, torch.ops.aten.index_put.default}
 
 
 def config(size: dict[str, Any]) -> Any:
@@ -40,75 +58,166 @@ def config(size: dict[str, Any]) -> Any:
     )
 
 
-def parameters(size: dict[str, Any]) -> dict[str, float]:
-    """Numbers in the vision tower, in the language model's layers, and in embedding and head."""
-    import torch
-    from transformers import Qwen2_5_VLForConditionalGeneration
+class Ledger(TorchDispatchMode):
+    """Bytes of the tensors that live, and the most there were: of those without contents, or of all."""
 
-    tied = size["tie_word_embeddings"]
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config(size))
-    vision = sum(p.numel() for p in model.model.visual.parameters())
-    words = size["vocab_size"] * size["hidden_size"] * (1 if tied else 2)
-    every = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-    return {"vision": vision, "layers": every - vision - words, "words": words}
+    def __init__(self, kind: type[Tensor] = FakeTensor) -> None:
+        super().__init__()
+        self.kind, self.live = kind, dict[int, int]()
+        self.now = self.peak = 0
 
+    def note(self, tensor: Tensor) -> None:
+        """Count its storage, once."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.live:
+            self.live[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, key)
 
-def adapter(size: dict[str, Any], rank: int) -> float:
-    """Numbers in a low-rank adapter on all linear layers of the language model."""
-    wide, inner, head = size["hidden_size"], size["intermediate_size"], size["hidden_size"] // size["num_attention_heads"]
-    keys = head * size["num_key_value_heads"]
-    return rank * size["num_hidden_layers"] * (2 * (wide + wide) + 2 * (wide + keys) + 3 * (wide + inner))
+    def forget(self, key: int) -> None:
+        """Its storage is gone."""
+        self.now -= self.live.pop(key)
 
-
-def activations(size: dict[str, Any], tokens: int, checkpointed: bool, stream: int) -> float:
-    """Bytes kept for the backward pass of the language model.
-
-    The residual stream of every layer, and inside of layers what products,
-    norms, the activation and attention need (bfloat16); with gradient checkpointing the inside of one layer at a time.
-    """
-    wide, inner = size["hidden_size"], size["intermediate_size"]
-    keys = wide // size["num_attention_heads"] * size["num_key_value_heads"]
-    inside = tokens * 2 * (4 * wide + 2 * (wide + 2 * keys) + 4 * inner) + tokens * stream * 2 * wide
-    kept = tokens * stream * wide * size["num_hidden_layers"]
-    return kept + (inside if checkpointed else inside * size["num_hidden_layers"])
-
-
-def case(name: str, size: dict[str, Any], group: int, lora: int | None, ranks: int, checkpointed: bool, reference: bool) -> None:
-    """One JSON line: a prompt and its group in one pass."""
-    of, tokens = parameters(size), PREFIX + group * COMPLETION
-    every = sum(of.values())
-    numbers = every if lora is None else adapter(size, lora)
-    weights = every * (4 if lora is None else 2) + (0 if lora is None else numbers * 4)
-    kv = 2 * 2 * size["num_hidden_layers"] * size["hidden_size"] // size["num_attention_heads"] * size["num_key_value_heads"]
-    always = {
-        "weights": weights, "gradients, shared out": numbers * 4 / ranks, "AdamW, shared out": numbers * 8 / ranks, "SAM2-L": SAM2_LARGE,
-        "context": CONTEXT, "reference": every * 4.0 if reference and lora is None else 0.0,
-    }  # fmt: skip
-    head = of["words"] * 4 if lora is not None else 0.0  # the frozen head in float32
-    sampling = {"decoder's copy": of["layers"] * 2.0, "keys and values": kv * (PREFIX + group * COMPLETION), "head in float32": head}
-    update = {
-        "activations": activations(size, tokens, checkpointed, 2 if lora else 4),
-        "activations of the tower": 0.0 if lora else 2916 * 2 * VISION["depth"] * (8 * 1280 + 3 * 3420),
-        "logits": LOGITS, "head in float32": head, "a bucket of gradients": 0.0 if lora else 1e9,
-    }  # fmt: skip
-    gb = {key: round(value / 1e9, 2) for key, value in {**always, **sampling, **update}.items()}
-    print(json.dumps({
-        "case": name, "group": group, "prefix": PREFIX, "completion": COMPLETION, "ranks": ranks, "gradient_checkpointing": checkpointed,
-        "gb": gb, "sampling_gb": round(sum((always | sampling).values()) / 1e9, 1), "update_gb": round(sum((always | update).values()) / 1e9, 1),
-    }))  # fmt: skip
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run it, and count what comes out."""
+        if function in _INDEXED:  # shapes may not hang on contents, and masks have theirs
+            given = args[1]
+            places = [i for at in given for i in (at.nonzero(as_tuple=True) if at is not None and at.dtype == torch.bool else (at,))]
+            args = (args[0], places, *args[2:])
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, self.kind):
+                self.note(tensor)
+        return out
 
 
-def main() -> None:
-    """The cases that the documents speak of."""
-    small, large = SIZES.values()
-    case("3B, LoRA of rank 64, one GPU", small, 8, 64, 1, True, True)
-    case("3B, LoRA of rank 64, one GPU, activations kept", small, 8, 64, 1, False, True)
-    case("3B, all weights, ZeRO-2 on 8 GPUs, a frozen copy", small, 8, None, 8, False, True)
-    case("3B, all weights, ZeRO-2 on 8 GPUs, no reference", small, 8, None, 8, False, False)
-    case("7B, all weights, ZeRO-2 on 8 GPUs, a frozen copy", large, 8, None, 8, True, True)
-    case("7B, all weights, ZeRO-2 on 8 GPUs, no reference", large, 8, None, 8, True, False)
+def emptied(module: nn.Module) -> None:
+    """Parameters and buffers on `meta` become tensors of a CPU without contents; what is shared stays shared."""
+    mode, made = FakeTensorMode(allow_non_fake_inputs=True), dict[int, Any]()
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            for name, value in held.items():
+                if value is not None and value.is_meta and id(value) not in made:
+                    with mode:
+                        empty = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+                    made[id(value)] = nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
+                if value is not None and value.is_meta:
+                    held[name] = made[id(value)]
+
+
+def policy(folder: Path, size: dict[str, Any], lora: dict[str, Any] | None, recompute: bool) -> Any:
+    """A policy without contents, with the processor in `folder`."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, Qwen2_5_VLForConditionalGeneration
+
+    from segrl.models.hf_vlm import HFPolicy
+
+    def build(*_: object, dtype: torch.dtype, attn_implementation: str, **__: object) -> Any:
+        real, own = config(size), AutoConfig.from_pretrained(folder)
+        for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+            setattr(real, name, getattr(own, name))
+        real._attn_implementation = attn_implementation
+        with torch.device("meta"):
+            model = Qwen2_5_VLForConditionalGeneration(real).to(dtype)
+        model.generation_config = GenerationConfig(eos_token_id=own.text_config.eos_token_id)
+        return model
+
+    with mock.patch.object(AutoModelForImageTextToText, "from_pretrained", build):
+        made = HFPolicy(str(folder), 768, None, 1.0, "bfloat16" if lora else "float32", "sdpa", lora, lora is None, recompute)
+    emptied(made)
+    return made
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Bfloat16 passes without a cache of casts, as Lightning has them; layouts as on a GPU."""
+    from segrl.models import decoder, shared_prefix, suffixes
+
+    def plain(self: Any, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias, self.packed = weight, bias, None
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(shared_prefix, "laid_out", suffixes.Segments))
+        stack.enter_context(mock.patch.object(decoder.Product, "__init__", plain))
+        stack.enter_context(torch.autocast("cpu", torch.bfloat16, cache_enabled=False))
+        yield
+
+
+def prompt(policy: Any, side: int) -> Any:
+    """A prefix."""
+    content = [{"type": "image"}, {"type": "text", "text": "x" * INSTRUCTION}]
+    return policy.encoder.encode([{"role": "user", "content": content}], tiny_vlm.image(0, side))
+
+
+def sampling(ledger: Ledger, policy: Any, prefix: Any) -> float:
+    """Most bytes while a group is sampled, beyond those that stay."""
+    before = ledger.peak = ledger.now
+    with ledger, as_on_a_gpu(), torch.no_grad():
+        state = policy.prefill([prefix])
+        decoder, head = policy.decoder(state, GROUP, COMPLETION, stride=128), policy.head()
+        decoder.place = COMPLETION - 1
+        hidden = decoder.step(torch.zeros(GROUP, dtype=torch.long))
+        policy.logits(hidden, head).softmax(-1).cumsum(-1, dtype=torch.float64)
+    return ledger.peak - before
+
+
+def learning(ledger: Ledger, policy: Any, prefix: Any, shared_out: bool) -> float:
+    """Most bytes while a group is learned from, beyond those that stay; a gradient that is shared out is gone when it is done."""
+    from segrl.types import Completions
+
+    def gone(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    learns = [p for p in policy.parameters() if p.requires_grad]
+    handles = [p.register_post_accumulate_grad_hook(gone) for p in learns if shared_out]
+    tokens = torch.full((GROUP, COMPLETION), 100)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    completions = Completions(tokens=tokens, mask=mask, texts=[""] * GROUP, finished=mask[:, 0])
+    before = ledger.peak = ledger.now
+    with ledger, as_on_a_gpu():
+        policy.logprobs([prefix], completions).sum().backward()
+    if not shared_out:
+        with ledger:
+            torch.optim.AdamW(learns, foreach=True).step()
+    for handle in handles:
+        handle.remove()
+    for parameter in learns:
+        parameter.grad = None
+    return ledger.peak - before
+
+
+def mask_head() -> tuple[float, float]:
+    """Bytes of SAM 2.1 Large in float32 with the embeddings of 64 images, and of one image in its encoder."""
+    from segrl.models.sam2_head import _build
+
+    model = _build("configs/sam2.1/sam2.1_hiera_l.yaml").eval().to("meta")
+    emptied(model)
+    ledger = Ledger()
+    for weight in model.parameters():
+        ledger.note(weight)
+    before = ledger.now
+    with FakeTensorMode(allow_non_fake_inputs=True), ledger, torch.no_grad():
+        out = model.forward_image(torch.zeros(1, 3, 1024, 1024))
+    embeddings = sum(level.untyped_storage().nbytes() for level in out["backbone_fpn"])
+    return before + 64 * embeddings, ledger.peak - before
+
+
+def check(folder: Path) -> None:
+    """One update of a tiny policy, with contents and without."""
+    raise NotImplementedError
 
 
 if __name__ == "__main__":
-    main()
+    import time
+    logging.disable()
+    folder = tiny_vlm.write(Path(tempfile.mkdtemp()) / "p", side=768)
+    print(mask_head())
+    for size in SIZES.values():
+      for lora, rec in ((LORA, True), (LORA, False), (None, False), (None, True)):
+        t = time.time()
+        p = policy(folder, size, lora, rec); ledger = Ledger()
+        for w in [*p.parameters(), *p.buffers()]:
+            if isinstance(w, FakeTensor): ledger.note(w)
+        pre = prompt(p, 768)
+        print(lora, rec, ledger.now/1e9, sampling(ledger, p, pre)/1e9, learning(ledger, p, pre, lora is None)/1e9, len(pre.token_ids), time.time()-t, flush=True)

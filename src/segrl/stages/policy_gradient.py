@@ -14,6 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from segrl.models.hf_vlm import HFPolicy
+from segrl.models.pretrained import PASSES
 from segrl.models.reference import AdapterOff, Reference
 from segrl.objectives.masked import weighted_sum
 from segrl.objectives.mismatch import truncated_importance
@@ -93,6 +94,11 @@ class PolicyGradientStage(SegStage):
         self.surrogate, self.token_weights, self.divergence = surrogate, token_weights, divergence
         self.kl_weight, self.kl_reward, self.mismatch_cap = kl_weight, kl_reward, mismatch_cap
         self.last_rollout: Rollout | None = None
+
+    def setup(self, stage: str) -> None:
+        """The precision of the passes is known now, and no strategy has laid hands on the weights yet."""
+        if self.reference is not None and (passes := PASSES[str(self.trainer.precision)]) is not None:
+            self.reference.made_for(passes)
 
     @property
     def updates_per_batch(self) -> int:
