@@ -8,7 +8,9 @@ from segrl.types import Completions
 
 def held(module):
     """Bytes of its weights."""
-    return sum({p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in module.parameters()}.values())
+    return sum(
+        {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in module.parameters()}.values()
+    )
 
 
 @torch.no_grad()

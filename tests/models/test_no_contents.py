@@ -1,0 +1,145 @@
+"""What can be seen of a GPU without one: shapes, devices and bytes, on tensors that have no contents (torch's FakeTensor)."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensorDeviceMismatchError,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from segrl.models.decoder import Decoder, Product
+from segrl.models.hf_vlm import HFPolicy
+from segrl.rollout.shared_prefix import SharedPrefixEngine
+
+GROUP, LENGTH = 3, 20
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def moved(thing):
+    """The same on a pretended GPU: nothing that lies elsewhere may be mixed with it, and there are no contents to wait for."""
+    if isinstance(thing, Tensor):
+        return torch.empty_strided(thing.shape, thing.stride(), dtype=thing.dtype, device="cuda")
+    if isinstance(thing, (tuple, list)):
+        return type(thing)(map(moved, thing))
+    if dataclasses.is_dataclass(thing):
+        names = [field.name for field in dataclasses.fields(thing)]
+    else:
+        names = list(vars(thing)) if isinstance(thing, (Decoder, Product)) else []
+    for name in names:
+        setattr(thing, name, moved(getattr(thing, name)))
+    return thing
+
+
+class Written(TorchDispatchMode):
+    """The operations, with shapes and numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        told = tree_map_only(Tensor, lambda t: (tuple(t.shape), t.dtype), (args, kwargs))
+        self.down.append(f"{function}{told}")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def step(policy, prefixes):
+    """What is recorded, in half precision, at a place in the completions of a decoder on a pretended GPU."""
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        decoder = policy.decoder(policy.prefill(prefixes), GROUP, LENGTH, stride=LENGTH)
+    with FakeTensorMode(), torch.no_grad():
+        moved(decoder)
+        tokens = torch.empty(len(prefixes) * GROUP, dtype=torch.long, device="cuda")
+
+        def at(place):
+            decoder.place = place
+            return decoder._read(tokens, LENGTH)
+
+        yield decoder, at
+
+
+def test_a_step_touches_its_device_alone_and_waits_for_nothing(step):
+    """Either would spoil a CUDA graph."""
+    decoder, at = step
+    hidden = at(2)
+    assert hidden.device.type == "cuda"
+    assert hidden.shape == (decoder.groups * GROUP, decoder.embedding.shape[1])
+
+
+def test_a_step_is_the_same_at_every_place(step):
+    """What is recorded at one is launched at others: nothing but contents may differ."""
+    decoder, at = step
+    written = []
+    for place in (2, 3, 17):
+        with Written() as operations:
+            at(place)
+        written.append(operations.down)
+    assert len(written[0]) > 20 * len(decoder.layers)
+    assert written[0] == written[1] == written[2]
+
+
+def test_a_step_that_is_not_made_for_recording_differs_from_place_to_place(step):
+    decoder, at = step
+    decoder.stride = None
+    written = []
+    for place in (2, 3):
+        with Written() as operations:
+            at(place)
+        written.append(operations.down)
+    assert written[0] != written[1]
+
+
+@pytest.mark.parametrize(
+    ("fault", "seen"),
+    [
+        (lambda at: int(at), DataDependentOutputException),
+        (lambda at: at + torch.ones(3, device="cpu"), FakeTensorDeviceMismatchError),
+    ],
+)
+def test_waiting_and_another_device_would_be_seen(step, monkeypatch, fault, seen):
+    decoder, at = step
+    normed = Decoder._normed
+    monkeypatch.setattr(
+        Decoder, "_normed", lambda self, *given: fault(self.at) is None or normed(self, *given)
+    )
+    with pytest.raises(seen):
+        at(2)
+
+
+def test_sampling_waits_for_its_device_at_every_eighth_token_alone(step, policy, monkeypatch):
+    """To see who has ended it has to wait, and here there is nothing to be seen: at the first look the sampling ends."""
+    decoder, _ = step
+    width, vocabulary = decoder.embedding.shape[1], len(decoder.embedding)
+    decoder.place = 0
+    taken = []
+    monkeypatch.setattr(Decoder, "step", lambda self, tokens: taken.append(1) or self._read(tokens, LENGTH))
+    hidden = torch.empty(decoder.groups, width, device="cuda")
+    head = Product(torch.empty(vocabulary, width, device="cuda"), None)
+    pretended = SimpleNamespace(
+        device=hidden.device, pad_id=0, temperature=1.0, stop_ids=moved(policy.stop_ids), never_sampled=moved(policy.never_sampled),
+        decoder=lambda *_: decoder, head=lambda: head, logits=lambda *given: HFPolicy.logits(pretended, *given),
+    )  # fmt: skip
+    prefixes = [SimpleNamespace(token_ids=hidden)] * decoder.groups
+    state = SimpleNamespace(last_hidden=hidden)
+    with pytest.raises(DataDependentOutputException):
+        SharedPrefixEngine(LENGTH).sample(pretended, prefixes, GROUP, range(GROUP * decoder.groups), state)
+    assert len(taken) == 7
+
+
+def test_bytes_without_contents_are_those_with_them():
+    """`benchmarks/memory.py` counts what policies of real size hold; of a tiny one it can be seen that it counts right."""
+    done = subprocess.run(
+        [sys.executable, "memory.py", "--check"], cwd=BENCHMARKS, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
