@@ -1,16 +1,18 @@
-"""What a GPU has to hold: sampling and one update of policies of real size, gone through without contents.
+"""What a GPU has to hold: the runs of the papers, sampling and one update, gone through without contents.
 
-`python benchmarks/memory.py` prints one JSON line per case, in GB (1e9 bytes): images of 768x768, 8 completions of 400 tokens, bfloat16
-passes. The product's own code runs on tensors that have shapes and no contents (torch's FakeTensor), forward, backward and AdamW, and the
+`python benchmarks/memory.py` prints one JSON line per run, in GB (1e9 bytes); `... "+experiment=grpo_cod10k_lora stage.group_size=16"` of one of your
+own. The product's own code runs on tensors that have shapes and no contents (torch's FakeTensor), forward, backward and AdamW, and the
 bytes of every tensor are counted as it comes and goes: no GPU is needed, and nothing is computed. Counted by hand are only CUDA's own
-gigabyte, and what ZeRO shares out. Fragments of the allocator and working memory of libraries are not in it. `--check` goes through one
-update of a tiny policy twice, with contents and without: the peaks are the same.
+gigabyte, and what ZeRO shares out over 8 ranks. Every completion has its full length. Fragments of the allocator and working memory of libraries
+are not in it, nor the drawing of masks, for which the sampler's memory is free again. `--check` goes through two updates of a tiny policy twice, with
+contents and without: the peaks are the same to the byte.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
 import tempfile
 import weakref
@@ -22,6 +24,7 @@ from unittest import mock
 
 import tiny_vlm
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,12 +44,18 @@ SIZES: dict[str, dict[str, Any]] = {
         "vocab_size": 152064, "tie_word_embeddings": False,
     },
 }  # fmt: skip
-INSTRUCTION, GROUP, COMPLETION = (
-    280,
-    8,
-    400,
-)  # Seg-R1's tokens beside the image's 729; --max_completion_length
-LORA = {"rank": 64, "alpha": 64, "dropout": 0.0}
+CASES = (
+    "+experiment=grpo_cod10k_lora",
+    "+experiment=grpo_cod10k_lora stage.group_size=8",
+    "+experiment=sam_r1_refcocog_lora",
+    "+experiment=grpo_cod10k trainer=deepspeed_zero2 data.batch_size=3",
+    "+experiment=grpo_cod10k trainer=deepspeed_zero2 data.batch_size=3 stage.group_size=8",
+    "+experiment=grpo_cod10k trainer=deepspeed_zero2 data.batch_size=3 stage.group_size=8 policy.gradient_checkpointing=true",
+    "+experiment=sam_r1_refcocog trainer=deepspeed_zero2 data.batch_size=4 policy.gradient_checkpointing=true",
+    "+experiment=sam_r1_refcocog trainer=deepspeed_zero3 data.batch_size=4 policy.gradient_checkpointing=true",
+    "+experiment=sam_r1_refcocog trainer=deepspeed_zero3 data.batch_size=4 policy.gradient_checkpointing=true stage.kl_weight=0",
+)
+INSTRUCTION = 280  # tokens beside the image's
 CONTEXT = 1.0e9  # CUDA's own
 BUCKET, GATHERED = (
     5e8 * 4,
@@ -190,32 +199,38 @@ def held(module: nn.Module) -> Ledger:
     return ledger
 
 
-def prompt(policy: Any, side: int) -> Any:
-    """A prefix."""
+def prompts(policy: Any, side: int, count: int) -> list[Any]:
+    """Prefixes."""
     content = [{"type": "image"}, {"type": "text", "text": "x" * INSTRUCTION}]
-    return policy.encoder.encode([{"role": "user", "content": content}], tiny_vlm.image(0, side))
+    return [
+        policy.encoder.encode([{"role": "user", "content": content}], tiny_vlm.image(i, side))
+        for i in range(count)
+    ]
 
 
-def sampling(ledger: Ledger, policy: Any, prefix: Any) -> int:
-    """Most bytes while a group is sampled, beyond those that stay."""
+def sampling(ledger: Ledger, policy: Any, prefixes: list[Any], group: int, length: int) -> int:
+    """Most bytes while groups are sampled, beyond those that stay."""
     before = ledger.peak = ledger.now
     with ledger, as_on_a_gpu(), torch.no_grad():
-        state = policy.prefill([prefix])
-        decoder, head = policy.decoder(state, GROUP, COMPLETION, stride=128), policy.head()
-        decoder.place = COMPLETION - 1
-        hidden = decoder.step(torch.zeros(GROUP, dtype=torch.long))
+        state = policy.prefill(prefixes)
+        decoder, head = policy.decoder(state, group, length, stride=128), policy.head()
+        del state
+        decoder.place = length - 1
+        hidden = decoder.step(torch.zeros(len(prefixes) * group, dtype=torch.long))
         policy.logits(hidden, head).softmax(-1).cumsum(-1, dtype=torch.float64)
     return ledger.peak - before
 
 
-def learning(ledger: Ledger, policy: Any, prefix: Any, shared_out: bool) -> int:
-    """Most bytes in an update, beyond the weights: activations, gradients and AdamW's moments; what is shared out over ranks is not in it."""
+def learning(
+    ledger: Ledger, policy: Any, prefixes: list[Any], group: int, length: int, shared_out: bool
+) -> int:
+    """Most bytes in a pass and its update, beyond the weights: activations, gradients and AdamW's moments; what is shared out is not in it."""
     from segrl.types import Completions
 
     learns = [p for p in policy.parameters() if p.requires_grad]
-    tokens = torch.full((GROUP, COMPLETION), 100)
+    tokens = torch.full((len(prefixes) * group, length), 100)
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    completions = Completions(tokens=tokens, mask=mask, texts=[""] * GROUP, finished=mask[:, 0])
+    completions = Completions(tokens=tokens, mask=mask, texts=[""] * len(tokens), finished=mask[:, 0])
     before, optimizer = ledger.now, torch.optim.AdamW(learns, foreach=True)
     if shared_out:  # a gradient goes as soon as it is whole
         for parameter in learns:
@@ -224,20 +239,20 @@ def learning(ledger: Ledger, policy: Any, prefix: Any, shared_out: bool) -> int:
         optimizer.zero_grad()
         ledger.peak = ledger.now
         with ledger:
-            policy.logprobs([prefix], completions).sum().backward()
+            policy.logprobs(prefixes, completions).sum().backward()
             if not shared_out:
                 optimizer.step()
     return ledger.peak - before
 
 
 def check(folder: Path) -> None:
-    """One JSON line: most bytes in an update of the tiny policy, with contents and without; they have to be equal."""
+    """One JSON line per case: most bytes in an update of the tiny policy, with contents and without; they have to be equal."""
     from transformers import AutoConfig
 
     from segrl.models.hf_vlm import HFPolicy
 
     peaks = {}
-    for lora in (None, LORA):
+    for lora in (None, {"rank": 64, "alpha": 64, "dropout": 0.0}):
         real = HFPolicy(
             str(folder), None, None, 1.0, "bfloat16" if lora else "float32", "sdpa", lora, lora is None, False
         )
@@ -246,7 +261,7 @@ def check(folder: Path) -> None:
             "without": emptied(policy(folder, AutoConfig.from_pretrained(folder), lora, False)),
         }.items():
             with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-                peaks[name] = learning(held(model), model, prompt(model, tiny_vlm.SIDE), False)
+                peaks[name] = learning(held(model), model, prompts(model, tiny_vlm.SIDE, 1), 8, 400, False)
         print(
             json.dumps({"lora": lora is not None, "contents": peaks["with"], "no_contents": peaks["without"]})
         )
@@ -254,18 +269,20 @@ def check(folder: Path) -> None:
             sys.exit(1)
 
 
-def mask_head() -> tuple[int, int]:
-    """Bytes of SAM 2.1 Large in float32 with the embeddings of 64 images, and of one image in its encoder."""
-    from segrl.models.sam2_head import _build
+def mask_head(images: int, kept: int) -> tuple[int, int]:
+    """Bytes of SAM 2.1 Large in float32 with the embeddings that it keeps, and of its encoder at work on so many images."""
+    from segrl.models.sam2_head import _ENCODED, _build
 
     model = emptied(_build("configs/sam2.1/sam2.1_hiera_l.yaml").eval().to("meta"))
-    ledger = held(model)
+    ledger, at_once = held(model), min(images, _ENCODED // 1024**2)
     weights = ledger.now
     with FakeTensorMode(allow_non_fake_inputs=True), ledger, torch.no_grad():
-        out = model.forward_image(torch.zeros(1, 3, 1024, 1024))
-    return weights + 64 * sum(
-        level.untyped_storage().nbytes() for level in out["backbone_fpn"]
-    ), ledger.peak - weights
+        out = model.forward_image(torch.zeros(at_once, 3, 1024, 1024))
+    embedding = sum(level.untyped_storage().nbytes() for level in out["backbone_fpn"]) // at_once
+    return (
+        weights + kept * embedding,
+        ledger.peak - weights + images * embedding,
+    )  # those of a batch are stacked once more
 
 
 def reference(folder: Path, size: dict[str, Any]) -> int:
@@ -279,57 +296,56 @@ def reference(folder: Path, size: dict[str, Any]) -> int:
     return held(frozen).now
 
 
-def case(
-    folder: Path,
-    name: str,
-    lora: dict[str, Any] | None,
-    zero: int | None,
-    recompute: bool,
-    frozen: bool,
-    head: tuple[int, int],
-) -> None:
-    """One JSON line: a prompt and its group in one pass, on one GPU or on eight that share out."""
-    size = SIZES[name]
-    model = emptied(policy(folder, config(size), lora, recompute))
+def case(folder: Path, overrides: str) -> None:
+    """One JSON line: what a command line of `python -m segrl.train` takes of each GPU."""
+    command = [sys.executable, "-m", "segrl.train", *overrides.split(), "--cfg", "job", "--resolve"]
+    cfg = OmegaConf.create(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    (size,) = (size for name, size in SIZES.items() if name in cfg.policy.weights)
+    batch, group, length, zero = cfg.data.batch_size, cfg.stage.group_size, cfg.rollout.max_tokens, None
+    if "strategy" in cfg.trainer and "zero_stage" in cfg.trainer.strategy:
+        zero = cfg.trainer.strategy.zero_stage
+    lora = cfg.policy.lora and OmegaConf.to_container(cfg.policy.lora)
+    model = emptied(policy(folder, config(size), lora, cfg.policy.gradient_checkpointing))
     numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    prefix, ledger = prompt(model, 768), held(model)
+    frozen = lora is None and cfg.reference is not None and cfg.stage.kl_weight + cfg.stage.kl_reward > 0
+    prefixes, ledger, head = (
+        prompts(model, cfg.policy.image_side, batch),
+        held(model),
+        mask_head(batch, cfg.head.embeddings_kept),
+    )
     weights = ledger.now
-    always = {"SAM 2": head[0], "context": CONTEXT, "reference": reference(folder, size) if frozen else 0}
+    stays = {
+        "SAM 2": head[0], "context": CONTEXT, "reference": reference(folder, size) if frozen else 0,
+        "pixels": sum(p.pixels.nbytes for p in prefixes),
+    }  # fmt: skip
     if (
         zero
     ):  # of each rank its share of gradients, main weights and two moments; one GPU has them in `learning`
-        always |= {"shares of 8": numbers * 16 / 8, "bucket": BUCKET}
-    sampled = weights + sampling(ledger, model, prefix) + head[1]
+        stays |= {"shares of 8": numbers * 16 / 8, "bucket": BUCKET}
+    sampled = (
+        weights + head[1] + sampling(ledger, model, prefixes[: cfg.rollout.prompts_at_once], group, length)
+    )
     with as_on_a_gpu():
-        learned = learning(ledger, model, prefix, shared_out=zero is not None)
+        learned = learning(
+            ledger, model, prefixes[: cfg.stage.micro_batch_size], group, length, shared_out=zero is not None
+        )
     learned += GATHERED if zero == 3 else weights
-    gb = {
-        key: round(value / 1e9, 2)
-        for key, value in {"weights": weights, **always, "sampling": sampled, "learning": learned}.items()
-    }
-    stays = sum(always.values())
+    total = sum(stays.values())
     print(json.dumps({
-        "policy": name, "lora": lora and lora["rank"], "zero": zero, "gradient_checkpointing": recompute, "frozen_copy": frozen,
-        "prefix": len(prefix.token_ids), "group": GROUP, "completion": COMPLETION, "gb": gb,
-        "while_sampling_gb": round((stays + sampled) / 1e9, 1), "while_learning_gb": round((stays + learned) / 1e9, 1),
+        "run": overrides, "prefix": len(prefixes[0].token_ids), "prompts": batch, "group": group, "completion": length,
+        "gb": {name: round(value / 1e9, 2) for name, value in {"weights": weights, **stays, "sampling": sampled, "learning": learned}.items()},
+        "while_sampling_gb": round((total + sampled) / 1e9, 1), "while_learning_gb": round((total + learned) / 1e9, 1),
     }), flush=True)  # fmt: skip
 
 
 def main() -> None:
     """The cases that the documents speak of."""
     logging.disable()
-    folder = tiny_vlm.write(Path(tempfile.mkdtemp()) / "policy", side=768)
+    folder = tiny_vlm.write(Path(tempfile.mkdtemp()) / "policy", side=840)
     if sys.argv[1:] == ["--check"]:
         return check(folder)
-    small, large, head = *SIZES, mask_head()
-    for recompute in (True, False):
-        case(folder, small, LORA, None, recompute, False, head)
-    for recompute in (True, False):
-        for frozen in (True, False):
-            case(folder, small, None, 2, recompute, frozen, head)
-    case(folder, large, LORA, None, True, False, head)
-    for zero in (2, 3):
-        case(folder, large, None, zero, True, False, head)
+    for overrides in sys.argv[1:] or CASES:
+        case(folder, overrides)
     return None
 
 

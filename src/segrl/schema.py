@@ -82,6 +82,7 @@ class Rollout(_Node):
     max_tokens: Count
     max_prefix: Count = 1
     graphs: bool = Field(True, strict=True)
+    prompts_at_once: Count | None = None
 
 
 class Term(_Node):

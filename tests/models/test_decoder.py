@@ -86,6 +86,21 @@ def test_completions_do_not_depend_on_who_else_is_sampled(policy, prefixes, monk
         assert torch.equal(together.tokens[n, :length], alone.tokens[0])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_completions_do_not_depend_on_how_many_prompts_advance_together(policy, prefixes, group_size):
+    given = [*prefixes, prefixes[0]]
+    seeds = range(3 * group_size)
+    at_once = SharedPrefixEngine(24).sample(policy, given, group_size, seeds)
+    for parts in (1, 2):
+        engine = SharedPrefixEngine(24, prompts_at_once=parts)
+        sampled = engine.sample(policy, given, group_size, seeds)
+        assert torch.equal(sampled.mask, at_once.mask) and sampled.texts == at_once.texts
+        assert torch.equal(sampled.tokens[sampled.mask], at_once.tokens[at_once.mask])
+        assert torch.equal(sampled.finished, at_once.finished)
+    assert engine.greedy(policy, given).texts == SharedPrefixEngine(24).greedy(policy, given).texts
+
+
 def adapted(weights, dtype, size):
     """A policy whose adapter says something, and one prefix."""
     from segrl.models.hf_vlm import HFPolicy

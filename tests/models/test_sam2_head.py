@@ -86,6 +86,22 @@ def test_each_image_is_encoded_once_whatever_its_prompts(head, monkeypatch):
     assert seen == [2]
 
 
+def test_no_more_images_are_encoded_at_once_than_have_room(head, monkeypatch):
+    images = [SCENES[i].image for i in range(5)]
+    prompts = [[MaskPrompt.of([tight_box(SCENES[i].mask)])] for i in range(5)]
+    calls, embed = [], Sam2Head.embed
+    monkeypatch.setattr(
+        Sam2Head, "embed", lambda self, pixels: calls.append(len(pixels)) or embed(self, pixels)
+    )
+    head.embeddings.forget()
+    at_once = head.segment(images, prompts)
+    monkeypatch.setattr("segrl.models.sam2_head._ENCODED", 2 * head.size**2 + 1)
+    head.embeddings.forget()
+    in_calls = head.segment(images, prompts)
+    assert calls == [5, 2, 2, 1]
+    assert min(iou(a[0], b[0]) for a, b in zip(at_once, in_calls, strict=True)) > 0.99
+
+
 def test_several_boxes_are_united_and_points_stay_with_their_box(head):
     two = SyntheticScenes("test", 40, 1, 128, (0.8, 1.0), (2, 2))
     from segrl.metrics.functional.shape import components

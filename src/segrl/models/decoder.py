@@ -53,7 +53,7 @@ class _Joined(Product):
         weights = [cast("Tensor", _base(linear).weight) for linear in linears]
         biases = [_base(linear).bias for linear in linears]
         bias = None if biases[0] is None else torch.cat(cast("list[Tensor]", biases)).to(dtype)
-        super().__init__(torch.cat(weights).to(dtype), bias)
+        super().__init__((weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype).detach(), bias)
         self.adapters = [
             (narrow.to(dtype), wide.to(dtype), slice(end - len(weight), end))
             for linear, weight, end in zip(linears, weights, accumulate(map(len, weights)), strict=True)

@@ -28,6 +28,9 @@ _POSTPROCESSING = {
     "dynamic_multimask_stability_delta": 0.05,
     "dynamic_multimask_stability_thresh": 0.98,
 }
+_ENCODED = (
+    4 * 1024**2
+)  # pixels in one call of the encoder: a GPU has enough to do, and each million takes 0.4 GB
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -210,8 +213,17 @@ class Sam2Head(nn.Module):
         self.embeddings.device = str(self.mean.device)
         return self.embeddings.of(
             images,
-            lambda places: self.embed(self.preprocess([images[i] for i in places]).to(self.mean.dtype)),
+            lambda places: self._encoded([images[i] for i in places]),
         )
+
+    def _encoded(self, images: Sequence[np.ndarray]) -> list[Tensor]:
+        """As many images in a call as have room."""
+        size = max(1, _ENCODED // self.size**2)
+        calls = [
+            self.embed(self.preprocess(images[first : first + size]).to(self.mean.dtype))
+            for first in range(0, len(images), size)
+        ]
+        return calls[0] if len(calls) == 1 else [torch.cat(levels) for levels in zip(*calls, strict=True)]
 
     def _prepared(self) -> None:
         """Wait for what `prepare` began."""

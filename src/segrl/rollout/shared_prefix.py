@@ -22,10 +22,11 @@ class SharedPrefixEngine:
     Args:
         max_tokens: a completion is cut off after this many.
         graphs: record a step as a CUDA graph; elsewhere than on a GPU there is none to record.
+        prompts_at_once: those whose completions advance together; fewer take less memory and more time, none takes all.
     """
 
-    def __init__(self, max_tokens: int, graphs: bool = True) -> None:
-        self.max_tokens, self.graphs = max_tokens, graphs
+    def __init__(self, max_tokens: int, graphs: bool = True, prompts_at_once: int | None = None) -> None:
+        self.max_tokens, self.graphs, self.prompts_at_once = max_tokens, graphs, prompts_at_once
 
     def sample(
         self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, seeds: Sequence[int],
@@ -45,11 +46,26 @@ class SharedPrefixEngine:
             wanted = noise[which, place, None] * cumulative[:, -1:]
             return torch.searchsorted(cumulative, wanted, right=True)[:, 0]
 
-        return self._decode(policy, prefixes, group_size, choose, state)
+        return self._in_parts(policy, prefixes, group_size, choose, state)
 
     def greedy(self, policy: HFPolicy, prefixes: Sequence[Prefix]) -> Completions:
         """The most likely token at each place, one completion per prefix."""
-        return self._decode(policy, prefixes, 1, lambda logits, *_: logits.argmax(-1), None)
+        return self._in_parts(policy, prefixes, 1, lambda logits, *_: logits.argmax(-1), None)
+
+    def _in_parts(
+        self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, choose: _Choose, state: PrefixState | None
+    ) -> Completions:  # fmt: skip
+        """So many prompts at once; all of them, where they have been read already."""
+        size = len(prefixes) if state is not None else self.prompts_at_once or len(prefixes)
+
+        def part(first: int) -> Completions:
+            def chosen(logits: Tensor, place: int, which: Tensor) -> Tensor:
+                return choose(logits, place, which + first * group_size)
+
+            return self._decode(policy, prefixes[first : first + size], group_size, chosen, state)
+
+        parts = [part(first) for first in range(0, len(prefixes), size)]
+        return parts[0] if len(parts) == 1 else Completions.joined(parts)
 
     @torch.no_grad()
     def _decode(
@@ -60,6 +76,7 @@ class SharedPrefixEngine:
         decoder = policy.decoder(state, group_size, self.max_tokens, stride)
         head = policy.head()
         hidden = state.last_hidden.repeat_interleave(group_size, 0)
+        del state  # the decoder has its own
         which = torch.arange(len(hidden), device=hidden.device)
         written = torch.full((len(hidden), self.max_tokens), policy.pad_id, device=hidden.device)
         running = torch.ones_like(which, dtype=torch.bool)
