@@ -35,7 +35,7 @@ def _resumed(folder: Path) -> DictConfig:
     for override in HydraConfig.get().overrides.task:
         if not override.startswith("resume="):
             raise ValueError(
-                f"resume: the evaluation goes on with its own configuration; {override} cannot be changed"
+                f"resume: the evaluation goes on with its own configuration; {override.removeprefix('++')} cannot be changed"
             )
     saved = folder / "config.yaml"
     before = OmegaConf.load(saved) if saved.is_file() else None

@@ -60,6 +60,7 @@ def enter(config_name: str, job: Callable[[DictConfig], object]) -> None:
     from hydra.errors import HydraException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through, so that they are told in one line here
+    sys.argv[1:] = _held_against_the_run(sys.argv[1:])
     register_resolvers()
     known = (HydraException, OmegaConfBaseException, ValueError, OSError)
 
@@ -80,6 +81,13 @@ def enter(config_name: str, job: Callable[[DictConfig], object]) -> None:
     except known as error:
         _tell(error, config_name)
         raise
+
+
+def _held_against_the_run(arguments: list[str]) -> list[str]:
+    """Where a run goes on, `a.b=c` may name a key that the defaults lack: `resumed` says whether the run has it."""
+    if not any(argument.startswith("resume=") for argument in arguments):
+        return arguments
+    return [f"++{a}" if re.match(r"[\w-]+\.[^=]*=", a) else a for a in arguments]
 
 
 def _composed(config_name: str, overrides: list[str]) -> DictConfig:
@@ -250,7 +258,7 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
         )
     before = OmegaConf.load(saved)
     assert isinstance(before, DictConfig)
-    for override in overrides:
+    for override in (o.removeprefix("++") for o in overrides):
         key, _, value = override.partition("=")
         if key == "resume":
             continue
