@@ -57,20 +57,19 @@ class SharedPrefixEngine:
     ) -> Completions:  # fmt: skip
         """So many prompts at once; all of them, where they have been read already."""
         size = len(prefixes) if state is not None else self.prompts_at_once or len(prefixes)
-
-        def part(first: int) -> Completions:
-            def chosen(logits: Tensor, place: int, which: Tensor) -> Tensor:
-                return choose(logits, place, which + first * group_size)
-
-            return self._decode(policy, prefixes[first : first + size], group_size, chosen, state)
-
-        parts = [part(first) for first in range(0, len(prefixes), size)]
+        parts = [
+            self._decode(
+                policy, prefixes[first : first + size], group_size, choose, state, first * group_size
+            )
+            for first in range(0, len(prefixes), size)
+        ]
         return parts[0] if len(parts) == 1 else Completions.joined(parts)
 
     @torch.no_grad()
     def _decode(
-        self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, choose: _Choose, state: PrefixState | None
+        self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, choose: _Choose, state: PrefixState | None, first: int
     ) -> Completions:  # fmt: skip
+        """`first` is the place of the first completion among all of the call."""
         state = state or policy.prefill(prefixes)
         stride = _STRIDE if self.graphs and policy.device.type == "cuda" else None
         decoder = policy.decoder(state, group_size, self.max_tokens, stride)
@@ -82,7 +81,9 @@ class SharedPrefixEngine:
         running = torch.ones_like(which, dtype=torch.bool)
         look = 1 if hidden.device.type == "cpu" else 8  # looking waits for the device
         for place in range(self.max_tokens):
-            token = choose(policy.logits(hidden, head), place, which).masked_fill(~running, policy.pad_id)
+            token = choose(policy.logits(hidden, head), place, which + first).masked_fill(
+                ~running, policy.pad_id
+            )
             written[which, place] = token
             running = running & ~torch.isin(token, policy.stop_ids)
             if place + 1 == self.max_tokens:
