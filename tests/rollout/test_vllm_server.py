@@ -191,6 +191,12 @@ def test_a_run_that_samples_elsewhere_needs_no_server():
     assert "rollout=vllm_server is needed" in done.stderr or "--extra vllm" in done.stderr
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def started(port, log):
     """`segrl.serve` in a process of its own, ready."""
     command = [
@@ -218,9 +224,7 @@ def end(process):
 @pytest.fixture(scope="module")
 def process(tmp_path_factory):
     """The server's process, its port, and what starts another in its place."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with (tmp_path_factory.mktemp("vllm") / "log").open("w") as log:
         held = {"start": lambda: held.update(now=started(port, log)), "port": port}
         held["start"]()
@@ -289,6 +293,22 @@ def test_a_server_with_other_settings_is_refused(server, policy, scenes):
 def test_two_ranks_learn_from_what_one_server_sampled(server, tmp_path):
     run([*GRPO, "rollout=vllm_server", f"rollout.servers=[{server}]", f"paths.run={tmp_path}/run"], tmp_path)
     assert 0 < max(mismatches(tmp_path / "run")) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_two_ranks_fill_and_ask_a_server_each(server, tmp_path):
+    port = free_port()
+    with (tmp_path / "log").open("w") as log:
+        other = started(port, log)
+        try:
+            servers = f"rollout.servers=[{server},http://127.0.0.1:{port}]"
+            run([*GRPO, "rollout=vllm_server", servers, f"paths.run={tmp_path}/run"], tmp_path)
+        finally:
+            end(other)
+    assert 0 < max(mismatches(tmp_path / "run")) < 1e-3
+    said = (tmp_path / "log").read_text()
+    assert said.count("POST /inference/v1/generate") > 3 and said.count("POST /finish_weight_update") > 1
 
 
 @pytest.mark.slow
