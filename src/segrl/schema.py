@@ -82,7 +82,7 @@ class Rollout(_Node):
     max_tokens: Count
     max_prefix: Count = 1
     graphs: bool = Field(True, strict=True)
-    prompts_at_once: Count | None = None
+    prefixes_at_once: Count | None = None
 
 
 class Term(_Node):
@@ -116,8 +116,8 @@ class Trainer(_Node):
 
     @model_validator(mode="after")
     def _some(self) -> Trainer:
-        """A run makes at least one update, and float16, whose gradients are scaled, is not clipped and gathered right."""
-        if str(self.precision).startswith("16"):
+        """A run makes at least one update, and float16, whose gradients are scaled, is not clipped and gathered right: precisions are two."""
+        if self.precision not in ("bf16-mixed", "32-true", "32", 32):
             raise ValueError(f"trainer.precision: bf16-mixed or 32-true is needed; got {self.precision}")
         if self.max_steps == 0 or self.max_epochs == 0:
             raise ValueError("trainer.max_steps and max_epochs: -1 (no end) or at least 1 is needed; got 0")

@@ -71,6 +71,13 @@ def test_every_option_of_every_group_composes_and_binds(file: Path):
             bind(path, node)
 
 
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("rollout", sorted(p.stem for p in (conf_folder() / "rollout").glob("*.yaml")))
+def test_every_experiment_takes_every_rollout(experiment: str, rollout: str):
+    cfg = composed(f"+experiment={experiment}", f"rollout={rollout}")
+    bind("rollout", OmegaConf.to_container(cfg.rollout, resolve=False))
+
+
 def test_binding_would_notice_a_key_that_no_constructor_takes():
     with pytest.raises(AssertionError, match="temprature"):
         bind("policy", {"_target_": "segrl.prompts.tags.SegR1Points", "max_points": 3, "temprature": 1})

@@ -93,7 +93,7 @@ def test_completions_do_not_depend_on_how_many_prompts_advance_together(policy, 
     seeds = range(3 * group_size)
     at_once = SharedPrefixEngine(24).sample(policy, given, group_size, seeds)
     for parts in (1, 2):
-        engine = SharedPrefixEngine(24, prompts_at_once=parts)
+        engine = SharedPrefixEngine(24, prefixes_at_once=parts)
         sampled = engine.sample(policy, given, group_size, seeds)
         assert torch.equal(sampled.mask, at_once.mask) and sampled.texts == at_once.texts
         assert torch.equal(sampled.tokens[sampled.mask], at_once.tokens[at_once.mask])

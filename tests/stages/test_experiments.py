@@ -243,6 +243,30 @@ def test_no_pass_is_spent_on_a_reference_of_weight_zero_nor_on_old_logprobs(cli,
     assert len(passes) == 2  # one per update
 
 
+def test_a_reference_in_half_precision_is_the_policy_that_it_was(cli, tmp_path, monkeypatch):
+    """It is laid out for its passes, and its divergence is exactly zero before the policy moves."""
+    import torch
+
+    from segrl.models.reference import FrozenCopy
+
+    dtypes, original = [], FrozenCopy.logprobs
+
+    def logprobs(self, *given):
+        layer = self.policy.model.model.language_model.layers[0].mlp.down_proj
+        dtypes.append((layer.weight.dtype, self.policy.model.lm_head.weight.dtype))
+        return original(self, *given)
+
+    monkeypatch.setattr(FrozenCopy, "logprobs", logprobs)
+    code, _, err = cli(
+        "+experiment=demo", *SYNTHETIC["demo"], *SMALL, "reference=frozen_copy", "stage.kl_weight=0.1", "test_before=false",
+        "trainer.precision=bf16-mixed", f"paths.run={tmp_path}/run",
+    )  # fmt: skip
+    assert code == 0, err
+    assert set(dtypes) == {(torch.bfloat16, torch.float32)}
+    first, second = map(json.loads, (tmp_path / "run" / "history.jsonl").read_text().splitlines())
+    assert first["policy/kl"] == 0 < second["policy/kl"]
+
+
 def test_a_later_stage_starts_from_an_earlier_one(cli, tmp_path):
     import torch
 

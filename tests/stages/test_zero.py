@@ -3,6 +3,7 @@
 Needs the extra `deepspeed`; `make test-zero` runs it in an environment of its own. On CPUs DeepSpeed takes the same code paths over gloo.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -80,6 +81,23 @@ def test_imitation_under_the_highest_level_ends_where_ddp_does(tmp_path):
     )
     ddp, zero = (run(tmp_path / name, *case, f"trainer={name}") for name in ("ddp", "deepspeed_zero3"))
     assert apart(ddp, zero) < 1e-6
+
+
+def test_a_reference_in_half_precision_is_the_policy_that_it_was(tmp_path):
+    """Its weights are cast before the engine takes them: the divergence is exactly zero before the policy moves."""
+    case = (
+        *RUN,
+        *SGD,
+        "stage.group_size=3",
+        "reference=frozen_copy",
+        "stage.kl_weight=0.1",
+        "trainer.precision=bf16-mixed",
+    )
+    for level in (2, 3):
+        run(tmp_path / str(level), *case, "trainer.max_steps=2", f"trainer=deepspeed_zero{level}")
+        lines = (tmp_path / str(level) / "history.jsonl").read_text().splitlines()
+        first, second = (json.loads(line)["policy/kl"] for line in lines)
+        assert first == 0 < second
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """One token per completion and step: the language model's weights, laid out for sampling.
 
-Made anew for every rollout, from the weights of that moment: projections that read the same input are joined, all in
+Made anew for every rollout, or part of one, from the weights of that moment: projections that read the same input are joined, all in
 the precision of the passes. A prefix's keys and values are stored once, the group's queries are rows of one product
 with them; completions have buffers of fixed size:
 

@@ -40,7 +40,7 @@ class FrozenCopy(Reference):
         head = self.policy.model.lm_head  # in float32 in every pass
         for layer in self.policy.model.modules():
             if isinstance(layer, nn.Linear) and layer is not head:
-                layer.to(passes)
+                layer.weight = nn.Parameter(layer.weight.to(passes), requires_grad=False)
 
     @torch.no_grad()
     def logprobs(self, prefixes: Sequence[Prefix], completions: Completions) -> Tensor:

@@ -22,11 +22,12 @@ class SharedPrefixEngine:
     Args:
         max_tokens: a completion is cut off after this many.
         graphs: record a step as a CUDA graph; elsewhere than on a GPU there is none to record.
-        prompts_at_once: those whose completions advance together; fewer take less memory and more time, none takes all.
+        prefixes_at_once: those whose completions advance together; fewer take less memory and more time, none takes all, and so does a
+            `state` in which they have been read.
     """
 
-    def __init__(self, max_tokens: int, graphs: bool = True, prompts_at_once: int | None = None) -> None:
-        self.max_tokens, self.graphs, self.prompts_at_once = max_tokens, graphs, prompts_at_once
+    def __init__(self, max_tokens: int, graphs: bool = True, prefixes_at_once: int | None = None) -> None:
+        self.max_tokens, self.graphs, self.prefixes_at_once = max_tokens, graphs, prefixes_at_once
 
     def sample(
         self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, seeds: Sequence[int],
@@ -55,8 +56,8 @@ class SharedPrefixEngine:
     def _in_parts(
         self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, choose: _Choose, state: PrefixState | None
     ) -> Completions:  # fmt: skip
-        """So many prompts at once; all of them, where they have been read already."""
-        size = len(prefixes) if state is not None else self.prompts_at_once or len(prefixes)
+        """So many prefixes at once; all of them, where they have been read already."""
+        size = len(prefixes) if state is not None else self.prefixes_at_once or len(prefixes)
         parts = [
             self._decode(
                 policy, prefixes[first : first + size], group_size, choose, state, first * group_size

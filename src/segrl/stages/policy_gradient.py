@@ -133,9 +133,10 @@ class PolicyGradientStage(SegStage):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One rollout and its updates."""
+        self.last_rollout = None  # its pixels leave before others come
         with self.whole_weights():
             state = self.read_once(batch)
-            batch, completions, answers, scores = self.last_rollout = self.rollout(batch, state=state)
+            batch, completions, answers, scores = rollout = self.rollout(batch, state=state)
             old_logprobs, values = self.as_sampled(batch, completions)
             experience = Experience(
                 prefixes=batch.prefixes,
@@ -147,7 +148,8 @@ class PolicyGradientStage(SegStage):
                 values=values,
                 state=state,
             )
-            experience = self.credit(experience, self.last_rollout)
+            experience = self.credit(experience, rollout)
+        self.last_rollout = rollout
         stats = [self.update(minibatch) for minibatch in self.minibatches(experience)]
         self.remember(
             {**self.rollout_stats(answers, scores), **self.credit_stats(experience), **_means(stats)}
@@ -275,7 +277,6 @@ class PolicyGradientStage(SegStage):
         tokens = self.over_ranks(minibatch.counts.sum())
         weights = self.token_weights(minibatch.counts, self.group_size, float(tokens))
         stats: dict[str, Tensor] = {}
-        optimizer.zero_grad()
         parts = list(minibatch.split(self.micro_batch_size))
         for i, (part, rows) in enumerate(parts):
             for name, value in self.learn(part, weights[rows], last=i == len(parts) - 1).items():
@@ -286,6 +287,7 @@ class PolicyGradientStage(SegStage):
         stats |= self.tame_gradients()
         self.refuse_nonfinite(stats)
         optimizer.step()
+        optimizer.zero_grad()  # nothing of it is there while the next rollout is sampled
         self.after_step()
         return stats
 
