@@ -1,8 +1,10 @@
 """What can be seen of a GPU without one: shapes, devices and bytes, on tensors that have no contents (torch's FakeTensor)."""
 
+import copy
 import dataclasses
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +16,14 @@ from torch._subclasses.fake_tensor import (
     FakeTensorDeviceMismatchError,
     FakeTensorMode,
 )
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from segrl.models.decoder import Decoder, Product
 from segrl.models.hf_vlm import HFPolicy
+from segrl.models.shared_prefix import read_suffixes
+from segrl.models.suffixes import Segments
 from segrl.rollout.shared_prefix import SharedPrefixEngine
 
 GROUP, LENGTH = 3, 20
@@ -33,10 +38,9 @@ def moved(thing):
         return type(thing)(map(moved, thing))
     if dataclasses.is_dataclass(thing):
         names = [field.name for field in dataclasses.fields(thing)]
-    else:
-        names = list(vars(thing)) if isinstance(thing, (Decoder, Product)) else []
-    for name in names:
-        setattr(thing, name, moved(getattr(thing, name)))
+        return dataclasses.replace(thing, **{name: moved(getattr(thing, name)) for name in names})
+    if isinstance(thing, (Decoder, Product, Segments)):
+        vars(thing).update({name: moved(value) for name, value in vars(thing).items()})
     return thing
 
 
@@ -135,6 +139,58 @@ def test_sampling_waits_for_its_device_at_every_eighth_token_alone(step, policy,
     with pytest.raises(DataDependentOutputException):
         SharedPrefixEngine(LENGTH).sample(pretended, prefixes, GROUP, range(GROUP * decoder.groups), state)
     assert len(taken) == 7
+
+
+@contextmanager
+def half_precision_on_a_gpu():
+    """`torch.autocast` itself looks for a real one."""
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
+def test_completions_are_learned_from_in_one_call_of_the_kernel_per_layer(policy, prefixes, monkeypatch):
+    """On a pretended GPU, as far as its backward pass; what the kernel asks of its arguments is held against each call."""
+    real = torch.arange(9) < torch.tensor([9, 4, 1, 0, 6, 9])[:, None]
+    with torch.no_grad():
+        state = policy.prefill(prefixes)
+    count, rows = int(real.sum()), int(real.any(1).sum())
+    layout, calls = Segments(state.seen, real, torch.bfloat16), []
+
+    def kernel(query, key, value, query_ends, key_ends, most_queries, most_keys, **settings):
+        for part in (query, key, value):
+            assert part.dtype == torch.bfloat16 and part.device.type == "cuda" and part.stride(-1) == 1
+        assert key.shape == value.shape and query.shape[::2] == (count, key.shape[2])
+        assert (
+            query.shape[1] % key.shape[1] == 0
+            and settings["enable_gqa"]
+            and settings["window_size"] == (-1, 0)
+        )
+        for ends in (query_ends, key_ends):
+            assert ends.dtype == torch.int32 and ends.device.type == "cuda" and ends.is_contiguous()
+            assert ends.shape == (rows + 1,)
+        assert (most_queries, type(most_keys)) == (9, int)
+        calls.append(1)
+        return varlen_attn(query, key, value, query_ends, key_ends, most_queries, most_keys, **settings)
+
+    monkeypatch.setattr("segrl.models.suffixes.varlen_attn", kernel)
+    monkeypatch.setattr("segrl.models.shared_prefix.laid_out", lambda *_: layout)
+    vlm = copy.deepcopy(policy.model.model)
+    with FakeTensorMode(), half_precision_on_a_gpu():
+        for module in vlm.modules():
+            for held in (module._parameters, module._buffers):
+                held.update({name: moved(value) for name, value in held.items()})
+        moved(layout)
+        tokens = torch.empty(real.shape, dtype=torch.long, device="cuda")
+        for weight in vlm.language_model.layers[0].mlp.parameters():
+            weight.requires_grad_()
+        hidden = read_suffixes(vlm, moved(state), tokens, moved(real), recompute=False)
+        assert hidden.shape == (*real.shape, vlm.config.text_config.hidden_size)
+        assert hidden.device.type == "cuda" and hidden.dtype == torch.float32 and hidden.requires_grad
+    assert len(calls) == len(vlm.language_model.layers)
 
 
 def test_the_ledger_counts_what_lives(monkeypatch):
