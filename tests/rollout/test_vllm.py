@@ -1,6 +1,8 @@
 """vLLM for real in the trainer's process, on a CPU: `make test-vllm` has an environment for it."""
 
 import json
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ from engines import GRPO, asks, follows, mismatches, run
 
 from segrl.front_door import asset
 from segrl.prompts.tags import SegR1Tags
+from segrl.rollout import vllm_wire as wire
 from segrl.rollout.shared_prefix import SharedPrefixEngine
+from segrl.rollout.vllm import VLLMEngine
 
 LENGTH = 80
 PLAIN = """
@@ -27,11 +31,34 @@ if __name__ == "__main__":
 def test_without_vllm_one_line_says_what_to_install(monkeypatch):
     import importlib.util
 
-    from segrl.rollout.vllm import VLLMEngine
-
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="rollout: .*--extra vllm"):
         VLLMEngine(8, 64, 0.3, True, True)
+
+
+@pytest.mark.parametrize("sleep", [True, False])
+def test_what_slept_is_filled_anew_before_it_takes_its_cache_back(sleep, monkeypatch):
+    """Sleep of level 2 forgets the weights; the engine of a pretended GPU says what it was asked."""
+    monkeypatch.setattr(wire, "needs_vllm", lambda extra: None)
+    engine, llm = VLLMEngine(8, 100, 0.3, sleep=sleep, eager=True), mock.MagicMock()
+    monkeypatch.setattr(engine, "_start", lambda policy: llm)
+    policy = SimpleNamespace(device=torch.device("cuda"), moves=0, merged=lambda: "weights")
+    update = [
+        "start_weight_update",
+        "update_weights",
+        "finish_weight_update",
+        "reset_prefix_cache",
+        "llm_engine.reset_encoder_cache",
+    ]
+    asked = []
+    for moves in (0, 0, 1):
+        policy.moves = moves
+        llm.reset_mock()
+        engine._wake(policy)
+        asked.append([(name, given.get("tags")) for name, _, given in llm.mock_calls])
+    filled = [(name, None) for name in update]
+    woken = [("wake_up", ["weights"]), *filled, ("wake_up", ["kv_cache"])]
+    assert asked == ([filled, woken, woken] if sleep else [filled, [], filled])
 
 
 def test_merged_weights_are_those_of_an_export(nano_weights, tmp_path):
@@ -55,7 +82,6 @@ def test_merged_weights_are_those_of_an_export(nano_weights, tmp_path):
 @pytest.mark.parametrize("family", ["trained qwen3_vl", "qwen2_5_vl"])
 def test_an_engine_follows_its_policy(family, scenes, nano_weights):
     from segrl.models.hf_vlm import HFPolicy
-    from segrl.rollout.vllm import VLLMEngine
 
     weights, side = (asset("policy_nano"), 128) if "trained" in family else (nano_weights(family), 112)
     policy = HFPolicy(str(weights), side, None, 1.0, "float32", "sdpa", None, True, False).eval()
