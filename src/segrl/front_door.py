@@ -262,6 +262,10 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
         key, _, value = override.partition("=")
         if key == "resume":
             continue
+        if re.match(r"stage\.(optimizer|schedule)\b", key):
+            raise ValueError(
+                f"resume: optimizer and schedule go on as they were saved; {override} cannot be changed"
+            )
         parent, _, last = key.rpartition(".")
         if not parent or last not in (OmegaConf.select(before, parent) or {}):
             raise ValueError(

@@ -76,6 +76,7 @@ class Run:
     data: SegDataModule
     trainer: lightning.Trainer
     logger: Logger | None
+    before: str | None  # the configuration of a run that is gone on with
     began: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -102,9 +103,13 @@ class Run:
             cfg.trainer, logger=False, callbacks=[instantiate(c) for c in cfg.callbacks.values()],
             plugins=[AtomicCheckpointIO()], default_root_dir=str(folder),
         )  # fmt: skip
+        saved = folder / "config.yaml"
+        before = saved.read_text() if saved.is_file() else None
         logger = cls._open(cfg, folder)
         trainer.logger = logger
-        return cls(cfg=cfg, folder=folder, stage=stage, data=data, trainer=trainer, logger=logger)
+        return cls(
+            cfg=cfg, folder=folder, stage=stage, data=data, trainer=trainer, logger=logger, before=before
+        )
 
     @staticmethod
     def _open(cfg: DictConfig, folder: Path) -> Logger | None:
@@ -233,7 +238,10 @@ class Run:
         except SIGTERMException:
             return False
         except ValueError:
-            if (self.folder / "checkpoints" / "last.ckpt").is_file():
+            if self.before is not None and not self.stage.latest:  # refused: the run stays as it was
+                if self.trainer.is_global_zero:
+                    (self.folder / "config.yaml").write_text(self.before)
+            elif (self.folder / "checkpoints" / "last.ckpt").is_file():
                 say(f"go on, when it is mended, with: python -m segrl.train resume={self.folder}")
             raise
         return True

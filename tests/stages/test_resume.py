@@ -115,7 +115,12 @@ def test_resume_takes_the_runs_own_configuration(cli, tmp_path):
     assert code == 2 and "policy=nano" in err
     code, _, err = cli(f"resume={tmp_path}/half", "trainer.max_steps=4", "data.test_length=3", runs=None)
     assert code == 2 and "ids differ" in err  # the override reached the datasets that refer to it
-    for wrong in ("stage.schedule.pct_strat=0.2", "rollout.timeout=3"):
+    for wrong in (
+        "policy.temprature=0.2",
+        "rollout.timeout=3",
+        "stage.optimizer.lr=1",
+        "stage.schedule=null",
+    ):
         code, _, err = cli(f"resume={tmp_path}/half", wrong, runs=None)
         assert code == 2 and f"; {wrong} cannot be changed" in err
     code, _, err = cli(f"resume={tmp_path}/half", "trainer.max_steps=4", runs=None)
@@ -124,11 +129,23 @@ def test_resume_takes_the_runs_own_configuration(cli, tmp_path):
 
 
 def test_a_key_that_the_defaults_lack_is_changed_where_the_run_has_it(cli, tmp_path):
+    code, _, err = cli(*RUN, "stage=ppo", "trainer.max_steps=2", f"paths.run={tmp_path}/run")
+    assert code == 0, err
+    code, _, err = cli(f"resume={tmp_path}/run", "trainer.max_steps=4", "stage.discount=0.5", runs=None)
+    assert code == 0, err
+    assert "discount: 0.5" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_resume_that_is_refused_leaves_the_run_as_it_was(cli, tmp_path):
+    """Its schedule was made for one update: that shows when the checkpoint is loaded."""
     code, _, err = cli(*RUN[:-1], "trainer.max_steps=1", f"paths.run={tmp_path}/run")
     assert code == 0, err
-    code, _, err = cli(f"resume={tmp_path}/run", "stage.schedule.pct_start=0.4", runs=None)
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    code, out, err = cli(f"resume={tmp_path}/run", "trainer.max_steps=3", runs=None)
+    assert code == 2 and "it was made for 1 updates" in err and "go on" not in out
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    code, _, err = cli(f"resume={tmp_path}/run", runs=None)
     assert code == 0, err
-    assert "pct_start: 0.4" in (tmp_path / "run" / "config.yaml").read_text()
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_intact(cli, tmp_path, monkeypatch):
