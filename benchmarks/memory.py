@@ -4,7 +4,7 @@
 own. The product's own code runs on tensors that have shapes and no contents (torch's FakeTensor), forward, backward and AdamW, and the
 bytes of every tensor are counted as it comes and goes: no GPU is needed, and nothing is computed. Counted by hand are only CUDA's own
 gigabyte, and what ZeRO shares out over 8 ranks (ZeRO-3 with torch's own linear layers). Every completion has its full length. Fragments of the allocator and working memory of libraries
-are not in it, nor the drawing of masks, for which the sampler's memory is free again. `--check` goes through two updates of a tiny policy twice, with
+are not in it, nor pieces of groups (`stage.completions_per_pass`), nor the drawing of masks, for which the sampler's memory is free again. `--check` goes through two updates of a tiny policy twice, with
 contents and without: the peaks are the same to one part in 100,000.
 """
 
@@ -24,6 +24,7 @@ from unittest import mock
 
 import tiny_vlm
 import torch
+import transformers
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -291,17 +292,29 @@ def reference(folder: Path, size: dict[str, Any], settings: dict[str, Any]) -> i
 
 def composed(overrides: str) -> tuple[Any, dict[str, Any], int | None]:
     """The configuration of a command line, the shape of its policy, and its level of ZeRO; exits with 2 for what is not counted here."""
+    from pydantic import ValidationError
+
+    from segrl.schema import TrainConfig, first_fault
+
     command = [sys.executable, "-m", "segrl.train", *overrides.split(), "--cfg", "job", "--resolve"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     cfg: Any = OmegaConf.create(done.stdout if done.returncode == 0 else {})
+    wrong = done.stderr.strip()
+    if done.returncode == 0:
+        try:
+            TrainConfig.model_validate(OmegaConf.to_container(cfg))
+        except ValidationError as error:
+            wrong = first_fault(error)
     strategy, size = OmegaConf.select(cfg, "trainer.strategy"), None
     if done.returncode == 0:
         size = next((size for name, size in SIZES.items() if name in cfg.policy.weights), None)
     zero = strategy.zero_stage if OmegaConf.is_dict(strategy) and "zero_stage" in strategy else None
     refusals = {
-        done.stderr.strip(): done.returncode != 0,
-        f"policy: one of {', '.join(SIZES)} is needed": size is None,
-        "stage.completions_per_pass: null is needed": OmegaConf.select(cfg, "stage.completions_per_pass")
+        wrong: bool(wrong),
+        f"policy: one of {', '.join(SIZES)} is needed: others have not been given a shape here": size is None,
+        "stage.completions_per_pass: null is needed: groups are counted whole": OmegaConf.select(
+            cfg, "stage.completions_per_pass"
+        )
         is not None,
         "stage: one without a critic is needed": OmegaConf.select(cfg, "stage.critic") is not None,
         "trainer: one GPU or ZeRO-2 or 3 is needed": zero not in (2, 3) and strategy not in (None, "auto"),
@@ -347,10 +360,10 @@ def case(folder: Path, overrides: str) -> None:
         "moments": moments,
         "frozen copy": copy,
         "SAM 2": head[0],
-        "stays, all in all": stays,
+        "what else stays": stays - head[0],
     }
     print(json.dumps({
-        "run": overrides, "prefix": len(prefixes[0].token_ids), "prefixes": batch, "group": group, "completion": length,
+        "run": overrides, "prefix": len(prefixes[0].token_ids), "prefixes": batch, "sampled_at_once": sampled_at_once, "group": group, "completion": length,
         "gb": {name: round(value / 1e9, 2) for name, value in parts.items()},
         "while_sampling_gb": round((stays + sampled) / 1e9, 1), "while_learning_gb": round((stays + learned) / 1e9, 1),
     }), flush=True)  # fmt: skip
@@ -358,7 +371,10 @@ def case(folder: Path, overrides: str) -> None:
 
 def main() -> None:
     """The cases that the documents speak of, or those of the command line."""
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        return print(__doc__)
     logging.disable()
+    transformers.utils.logging.disable_progress_bar()
     folder = tiny_vlm.write(Path(tempfile.mkdtemp()) / "policy", side=840)
     if sys.argv[1:] == ["--check"]:
         return check(folder)
