@@ -73,6 +73,8 @@ class Policy(_Node):
     image_side: Count | None
     temperature: float = Field(gt=0, le=10)
     dtype: str = Field(pattern="^(float32|bfloat16|float16)$")
+    train_vision: bool = Field(True, strict=True)
+    gradient_checkpointing: bool = Field(False, strict=True)
 
 
 class Rollout(_Node):
@@ -82,6 +84,8 @@ class Rollout(_Node):
     max_tokens: Count
     max_prefix: Count = 1
     graphs: bool = Field(True, strict=True)
+    sleep: bool = Field(True, strict=True)
+    eager: bool = Field(False, strict=True)
     prefixes_at_once: Count | None = None
 
 
