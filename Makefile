@@ -23,7 +23,7 @@ help: ## list the targets
 setup: $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv) ## get uv if missing and make .venv from uv.lock
 	@$(UV) sync --frozen
 
-demo: setup ## GRPO on the embedded default, then the table before / after (about 6 minutes on 2 cores)
+demo: setup ## GRPO on the embedded default, then the table before / after (about 5 minutes on 2 cores)
 	@$(PYTHON) -m segrl.train +experiment=demo paths.runs=$(RUNS) $(ARGS)
 
 seg-r1: setup ## SFT, pre-RL, GRPO, SOD in a row, relatives beside them, one table (SCALE=nano, about an hour; SCALE=paper)
