@@ -107,7 +107,7 @@ def ours(
 
     random.seed(0)
     ends: list[float] = []
-    policy = HFPolicy(str(folder), None, (28 * 28, side * side), 1.0, "float32", "sdpa", None, True, gpu)
+    policy = HFPolicy(str(folder), None, (28 * 28, side * side), 1.0, "float32", None, True, gpu)
     policy.stop_ids = torch.tensor([-1])  # completions of fixed length, as on the other side
     stage = GRPOStage(
         policy, SegR1Points(64), NoHead(), Engine(length),

@@ -165,7 +165,7 @@ def policy(folder: Path, shape: Any, settings: dict[str, Any]) -> Any:
         return model
 
     with mock.patch.object(AutoModelForImageTextToText, "from_pretrained", build):
-        return HFPolicy(str(folder), None, None, 1.0, attention="sdpa", **settings)
+        return HFPolicy(str(folder), None, None, 1.0, **settings)
 
 
 @contextmanager
@@ -252,7 +252,7 @@ def check(folder: Path) -> None:
         }
         peaks = []
         for learner in (
-            HFPolicy(str(folder), None, None, 1.0, attention="sdpa", **settings),
+            HFPolicy(str(folder), None, None, 1.0, **settings),
             emptied(policy(folder, AutoConfig.from_pretrained(folder), settings)),
         ):
             ledger, prefixes = held(learner), prefixes_of(learner, tiny_vlm.SIDE, 2)

@@ -35,7 +35,7 @@ def update(policy: HFPolicy, prefixes: list, group: int, repeats: int) -> tuple[
 def main() -> None:
     """Measure and print."""
     torch.set_num_threads(1)
-    policy = HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", "sdpa", None, True, False)
+    policy = HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", None, True, False)
     policy.stop_ids = torch.tensor([-1])  # fixed length on both sides
     scenes, grammar = SyntheticScenes("bench", SAMPLES, 0, 128, (0.3, 1.0), (1, 1)), SegR1Tags(16, 64)
     prefixes = [policy.encoder.encode(grammar.messages(None), scenes[i].image) for i in range(SAMPLES)]

@@ -57,9 +57,7 @@ def nano_policy(nano_weights):
     def policy(family: str) -> HFPolicy:
         if family not in made:
             side = {"qwen3_vl": 128, "qwen2_5_vl": 112}[family]
-            made[family] = HFPolicy(
-                str(nano_weights(family)), side, None, 1.0, "float32", "sdpa", None, True, False
-            )
+            made[family] = HFPolicy(str(nano_weights(family)), side, None, 1.0, "float32", None, True, False)
         return made[family]
 
     return policy

@@ -45,7 +45,7 @@ def test_weights_are_small_and_have_cards():
 
 def test_cold_start_parses_and_beats_every_constant_box():
     policy, grammar = (
-        HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", "sdpa", None, True, False),
+        HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", None, True, False),
         SegR1Tags(16, 64),
     )
     scenes = SyntheticScenes("test", 192, 0, 128, (0.3, 1.0), (1, 1))

@@ -301,7 +301,7 @@ def test_a_checkpoint_is_a_policys_of_this_architecture(refused, evaluate, tmp_p
         return f"init_from={tmp_path / name}"
 
     def state(weights: str) -> dict:
-        policy = HFPolicy(weights, 128, None, 1.0, "float32", "sdpa", None, True, False)
+        policy = HFPolicy(weights, 128, None, 1.0, "float32", None, True, False)
         return {f"policy.{name}": value for name, value in policy.state_dict().items()}
 
     ours = state(asset("policy_nano"))

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from segrl.data.synthetic import SyntheticScenes
+from segrl.models.decoder import Decoder
 from segrl.models.recorded import Recorder
 from segrl.prompts.tags import SegR1Tags
 from segrl.rollout.shared_prefix import SharedPrefixEngine
@@ -106,7 +109,7 @@ def adapted(weights, dtype, size):
     from segrl.models.hf_vlm import HFPolicy
 
     lora = {"rank": 4, "alpha": 8, "dropout": 0.0}
-    policy = HFPolicy(str(weights), 128, None, 1.0, dtype, "sdpa", lora, False, False)
+    policy = HFPolicy(str(weights), 128, None, 1.0, dtype, lora, False, False)
     torch.manual_seed(0)
     for name, parameter in policy.model.named_parameters():
         if "lora_B" in name:
@@ -144,14 +147,26 @@ def test_a_small_adapter_stays_beside_half_precision_weights(nano_weights):
     assert merged.float().mean() < 0.5  # what merging would have lost
 
 
-class Pretended:
-    """A graph of a CPU: launched, it computes again and leaves the result where it was."""
+class Pretended(TorchDispatchMode):
+    """A CUDA graph on a CPU: what was done, and the tensors it was done with. Launched, no line of Python is run again."""
 
     def __init__(self, work, spoilt):
-        self.work, self.result, self.spoilt = work, work(), spoilt
+        super().__init__()
+        self.done, self.spoilt = [], spoilt
+        with self:
+            self.result = work()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        left = function(*args, **(kwargs or {}))
+        self.done.append((function, args, kwargs or {}, left))
+        return left
 
     def replay(self):
-        self.result.copy_(self.work() + self.spoilt)
+        for function, args, kwargs, left in self.done:
+            for place, result in zip(tree_leaves(left), tree_leaves(function(*args, **kwargs)), strict=True):
+                if place.data_ptr() != result.data_ptr():  # neither a view nor written in place
+                    place.copy_(result)
+        self.result += self.spoilt
 
 
 class PretendedRecorder(Recorder):
@@ -190,6 +205,22 @@ def test_what_is_recorded_samples_the_same(policy, prefixes, monkeypatch):
     recording(monkeypatch, policy, PretendedRecorder)
     assert torch.equal(SharedPrefixEngine(24).sample(policy, prefixes, 8, range(16)).tokens, plain.tokens)
     assert PretendedRecorder.recorded > 3 and PretendedRecorder.launched > 8
+
+
+def test_what_is_recorded_would_not_follow_a_tensor_to_another_place(policy, prefixes, monkeypatch):
+    """The control: a step whose place is a new tensor each time samples the same when computed and something else when launched."""
+    made = Decoder.step
+
+    def step(self, tokens):
+        hidden, self.at = made(self, tokens), self.at.clone()
+        return hidden
+
+    monkeypatch.setattr(Decoder, "step", step)
+    computed = SharedPrefixEngine(24).sample(policy, prefixes, 8, range(16))
+    recording(monkeypatch, policy, PretendedRecorder)
+    launched = SharedPrefixEngine(24).sample(policy, prefixes, 8, range(16))
+    assert torch.equal(launched.tokens[:, :2], computed.tokens[:, :2])
+    assert launched.texts != computed.texts
 
 
 def test_a_step_that_cannot_be_recorded_names_the_key(policy, prefixes, monkeypatch):

@@ -34,7 +34,19 @@ def sampled(policy, prefixes, tokens=9, seed=0):
 
 
 def naive(policy, prefixes, completions):
-    """One unpadded forward pass per completion, positions left to transformers."""
+    """One unpadded forward pass per completion, positions and attention left to transformers."""
+    parts = [part.config for part in (policy.model.model.visual, policy.model.model.language_model)]
+    ours = [config._attn_implementation for config in parts]
+    for config in parts:
+        config._attn_implementation = "sdpa"
+    try:
+        return _one_by_one(policy, prefixes, completions)
+    finally:
+        for config, name in zip(parts, ours, strict=True):
+            config._attn_implementation = name
+
+
+def _one_by_one(policy, prefixes, completions):
     rows = []
     for n, (tokens, mask) in enumerate(zip(completions.tokens, completions.mask, strict=True)):
         prefix, tokens = prefixes[n // GROUP], tokens[mask]
@@ -150,7 +162,7 @@ def test_every_declared_stop_token_ends_a_completion(nano_weights):
     folder = nano_weights("qwen2_5_vl").with_name("two_stops")
     shutil.copytree(nano_weights("qwen2_5_vl"), folder, dirs_exist_ok=True)
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
-    policy = HFPolicy(str(folder), 112, None, 1.0, "float32", "sdpa", None, True, False)
+    policy = HFPolicy(str(folder), 112, None, 1.0, "float32", None, True, False)
     tokenizer = policy.encoder.processor.tokenizer
     assert set(policy.stop_ids.tolist()) == {5, 7, tokenizer.eos_token_id}
 
@@ -172,7 +184,7 @@ def test_a_folder_without_a_model_is_refused_by_its_key(tmp_path, nano_policy):
     from segrl.models.hf_vlm import HFPolicy
 
     with pytest.raises(ValueError, match=r"policy\.weights: .*config\.json"):
-        HFPolicy(str(tmp_path), None, None, 1.0, "float32", "sdpa", None, True, False)
+        HFPolicy(str(tmp_path), None, None, 1.0, "float32", None, True, False)
 
 
 def test_padding_right_marks_what_is_real():
@@ -208,7 +220,7 @@ def test_activations_computed_again_give_the_same_gradients(policy, prefixes, na
     from segrl.models.hf_vlm import HFPolicy
 
     folder = nano_weights(policy.model.config.model_type)
-    thrifty = HFPolicy(str(folder), policy.encoder.image_side, None, 1.0, "float32", "sdpa", None, True, True)
+    thrifty = HFPolicy(str(folder), policy.encoder.image_side, None, 1.0, "float32", None, True, True)
     completions = sampled(policy, prefixes)
 
     def kept(of):

@@ -28,7 +28,6 @@ def policy_of(weights, family, lora=LORA, train_vision=False):
         None,
         1.0,
         "float32",
-        "sdpa",
         lora,
         train_vision,
         False,
@@ -86,9 +85,7 @@ def test_a_merged_policy_says_the_same(nano_weights, family, tmp_path):
     prefixes, said = spoken(policy)
     before = policy.logprobs(prefixes, said).detach()
     policy.save(tmp_path, 40)
-    merged = HFPolicy(
-        str(tmp_path), policy.encoder.image_side, None, 1.0, "float32", "sdpa", None, True, False
-    )
+    merged = HFPolicy(str(tmp_path), policy.encoder.image_side, None, 1.0, "float32", None, True, False)
     torch.testing.assert_close(merged.logprobs(prefixes, said), before, rtol=0, atol=1e-5)
     assert not [name for name in merged.state_dict() if "lora" in name]
 

@@ -20,7 +20,7 @@ from segrl.segmenter import Segmenter
 CARD = {
     "policy": {
         "_target_": "segrl.models.hf_vlm.HFPolicy", "image_side": 128, "pixel_budget": None, "temperature": 1.0,
-        "dtype": "float32", "attention": "sdpa", "lora": None, "train_vision": True, "gradient_checkpointing": False,
+        "dtype": "float32", "lora": None, "train_vision": True, "gradient_checkpointing": False,
     },
     "grammar": {"_target_": "segrl.prompts.tags.SegR1Tags", "max_boxes": 16, "max_points": 64},
     "head": {
@@ -171,7 +171,6 @@ BAD = {
     "an architecture outside": (
         changed("head", "architecture", value="configs/sam2/../../x.yaml"), ["head.architecture"],
     ),
-    "code of the hub": (changed("policy", "attention", value="somebody/kernel"), ["policy.attention", "somebody/kernel"]),
     "another type": (changed("policy", "dtype", value="load"), ["policy.dtype", "load"]),
 }  # fmt: skip
 
@@ -215,7 +214,7 @@ def test_what_is_written_is_read(tmp_path):
 def test_files_are_named_by_where_they_belong():
     assert pretrained.located("asset:sam2_nano.yaml", "w") == asset("sam2_nano.yaml")
     assert pretrained.located("weights:a.pt", Path("w")) == "w/a.pt"
-    assert pretrained.located(None, "w") is None and pretrained.located("sdpa", "w") == "sdpa"
+    assert pretrained.located(None, "w") is None and pretrained.located("float32", "w") == "float32"
 
 
 def test_a_yaml_that_lies_about_is_not_taken_for_one_of_sam2s(model, tmp_path, monkeypatch):

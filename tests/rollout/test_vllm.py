@@ -65,15 +65,13 @@ def test_merged_weights_are_those_of_an_export(nano_weights, tmp_path):
     from segrl.models.hf_vlm import HFPolicy
 
     lora = {"rank": 4, "alpha": 8, "dropout": 0.0}
-    policy = HFPolicy(str(nano_weights("qwen2_5_vl")), 112, None, 1.0, "float32", "sdpa", lora, False, False)
+    policy = HFPolicy(str(nano_weights("qwen2_5_vl")), 112, None, 1.0, "float32", lora, False, False)
     for name, parameter in policy.model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.1)
     merged = {name: value.clone() for name, value in policy.merged()}
     policy.save(tmp_path, 8)
-    exported = HFPolicy(
-        str(tmp_path), 112, None, 1.0, "float32", "sdpa", None, False, False
-    ).model.state_dict()
+    exported = HFPolicy(str(tmp_path), 112, None, 1.0, "float32", None, False, False).model.state_dict()
     assert exported.keys() == merged.keys()
     assert all(torch.allclose(merged[name], value, atol=1e-6) for name, value in exported.items())
 
@@ -84,7 +82,7 @@ def test_an_engine_follows_its_policy(family, scenes, nano_weights):
     from segrl.models.hf_vlm import HFPolicy
 
     weights, side = (asset("policy_nano"), 128) if "trained" in family else (nano_weights(family), 112)
-    policy = HFPolicy(str(weights), side, None, 1.0, "float32", "sdpa", None, True, False).eval()
+    policy = HFPolicy(str(weights), side, None, 1.0, "float32", None, True, False).eval()
     prefixes = asks(policy, scenes)
     drawn = follows(VLLMEngine(LENGTH, 1024, 0.2, True, True), policy, prefixes, LENGTH)
     assert bool(drawn.finished.any()) == ("trained" in family)  # who was never taught does not stop
@@ -96,7 +94,7 @@ def test_plain_vllm_loads_what_we_export_and_says_the_same(scenes, tmp_path):
 
     from segrl.models.hf_vlm import HFPolicy
 
-    policy = HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", "sdpa", None, True, False).eval()
+    policy = HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", None, True, False).eval()
     prefixes = asks(policy, scenes)
     expected = SharedPrefixEngine(LENGTH).greedy(policy, prefixes).texts
     policy.save(tmp_path / "exported", LENGTH)

@@ -37,7 +37,7 @@ class Dying(PolicyWeights):
                 os._exit(9)
 
 if __name__ == "__main__":
-    policy = HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", "sdpa", None, True, False)
+    policy = HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", None, True, False)
     engine = VLLMServer(80, 400, [sys.argv[1]], 60)
     engine.link, engine.pushed = engine._open(policy), "known"
     engine.link.source = Dying(policy, policy.pass_dtype)
@@ -170,7 +170,7 @@ def test_a_fingerprint_is_of_the_weights(nano_policy, nano_weights):
 
     first = nano_policy("qwen2_5_vl").fingerprint()
     weights = str(nano_weights("qwen2_5_vl"))
-    again = HFPolicy(weights, 112, None, 1.0, "float32", "sdpa", None, False, False)
+    again = HFPolicy(weights, 112, None, 1.0, "float32", None, False, False)
     assert again.fingerprint() == first
     for parameter in again.parameters():  # as an optimizer's step would
         parameter.data.add_(1e-5)
@@ -178,7 +178,7 @@ def test_a_fingerprint_is_of_the_weights(nano_policy, nano_weights):
         assert moved != first
         first = moved
     ranks = [
-        HFPolicy(weights, 112, None, 1.0, "float32", "sdpa", {"rank": 4, "alpha": alpha, "dropout": 0.0}, False, False) for alpha in (8, 16)
+        HFPolicy(weights, 112, None, 1.0, "float32", {"rank": 4, "alpha": alpha, "dropout": 0.0}, False, False) for alpha in (8, 16)
     ]  # fmt: skip
     assert ranks[0].fingerprint() != ranks[1].fingerprint()
 
@@ -241,7 +241,7 @@ def server(process):
 def policy():
     from segrl.models.hf_vlm import HFPolicy
 
-    return HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", "sdpa", None, True, False).eval()
+    return HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", None, True, False).eval()
 
 
 @pytest.mark.vllm

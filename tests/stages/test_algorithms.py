@@ -68,7 +68,7 @@ def test_the_warm_up_moves_the_critic_alone(cli, tmp_path):
     from segrl.front_door import asset
     from segrl.models.hf_vlm import HFPolicy
 
-    start = HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", "sdpa", None, True, False).state_dict()
+    start = HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", None, True, False).state_dict()
     assert all(torch.equal(warm[f"policy.{name}"], value) for name, value in start.items())
     assert any(not torch.equal(later[f"policy.{name}"], value) for name, value in start.items())
 

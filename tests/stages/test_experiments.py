@@ -336,7 +336,7 @@ def test_what_saves_memory_does_not_change_the_update(cli, tmp_path, stage):
     from segrl.front_door import asset
     from segrl.models.hf_vlm import HFPolicy
 
-    start = HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", "sdpa", None, True, False).state_dict()
+    start = HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", None, True, False).state_dict()
     one = states["one_pass"]
     moved = max(
         (value - start[n.removeprefix("policy.")]).abs().max()

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from segrl.models import vision_attention
 from segrl.models.decoder import Decoder, Product, linear_weight
 from segrl.models.shared_prefix import grouped_attention, read_prefixes, read_suffixes
 from segrl.models.token_logprobs import token_logprobs
@@ -103,7 +104,6 @@ class HFPolicy(nn.Module):
         image_side, pixel_budget: see `HFEncoder`.
         temperature: divides the logits, in sampling and in every log-probability.
         dtype: of the weights, a torch name such as "bfloat16".
-        attention: transformers' name of the vision tower's attention implementation.
         lora: an adapter on the language model learns instead of the weights; none trains the weights.
         train_vision: whether the vision tower's weights learn, where weights learn.
         gradient_checkpointing: keep no activations inside of layers; the backward pass computes them again.
@@ -116,7 +116,6 @@ class HFPolicy(nn.Module):
         pixel_budget: tuple[int, int] | None,
         temperature: float,
         dtype: str,
-        attention: str,
         lora: Lora | None,
         train_vision: bool,
         gradient_checkpointing: bool,
@@ -131,8 +130,10 @@ class HFPolicy(nn.Module):
             weights, image_side, None if pixel_budget is None else (pixel_budget[0], pixel_budget[1])
         )
         self.model: Any = AutoModelForImageTextToText.from_pretrained(
-            weights, dtype=getattr(torch, dtype), attn_implementation=attention, local_files_only=True
+            weights, dtype=getattr(torch, dtype), attn_implementation="sdpa", local_files_only=True
         ).train()  # as it comes it is in evaluation mode, in which nothing is checkpointed
+        AttentionInterface.register(vision_attention.NAME, vision_attention.window_attention)
+        self.model.model.visual.config._attn_implementation = vision_attention.NAME
         AttentionInterface.register("segrl_grouped", grouped_attention)
         AttentionMaskInterface.register("segrl_grouped", sdpa_mask)
         self.model.model.language_model.config._attn_implementation = "segrl_grouped"

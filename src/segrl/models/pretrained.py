@@ -24,7 +24,6 @@ PARTS = {
 }
 _ARCHITECTURE = re.compile(r"asset:[\w.]+|configs/sam2(?:\.1)?/[\w.+]+\.yaml")
 _CHECKPOINT = re.compile(r"(?:asset|weights):[\w.-]+")
-_ATTENTION = re.compile(r"[\w|]+")  # with a slash, transformers would fetch code of that name
 _DTYPE = re.compile("float32|bfloat16|float16")
 
 PASSES = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -112,7 +111,7 @@ def checked(card: object, path: Path) -> Card:
             raise ValueError(f"{path}: {part}: plain values are needed; got {values!r:.200}")
     for part, key, allowed in (
         ("head", "architecture", _ARCHITECTURE), ("head", "checkpoint", _CHECKPOINT),
-        ("policy", "attention", _ATTENTION), ("policy", "dtype", _DTYPE),
+        ("policy", "dtype", _DTYPE),
     ):  # fmt: skip
         value = str(card[part].get(key))
         if not allowed.fullmatch(value):

@@ -181,9 +181,10 @@ def grouped_product(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
 
 def laid_out(seen: Tensor, real: Tensor, dtype: torch.dtype) -> Suffixes:
     """The layout for where the tensors are, and the precision of their passes."""
-    kernel = (
-        seen.device.type == "cuda"
-        and dtype in (torch.bfloat16, torch.float16)
-        and torch.cuda.get_device_capability(seen.device) >= (8, 0)  # what the kernel is made for
-    )
-    return Segments(seen, real, dtype) if kernel else SideBySide(seen, real)
+    return Segments(seen, real, dtype) if has_kernel(seen.device, dtype) else SideBySide(seen, real)
+
+
+def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's kernel for unequal lengths is made for passes of this precision there."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,0 +1,98 @@
+"""Windows of a vision tower in few calls: the values and gradients of transformers, which calls once per window."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from segrl.models import vision_attention
+
+SIDES = [(8, 12), (10, 4), (2, 2)]  # patches of three images; windows are cut where they end
+
+
+def plain_kernel(query, key, value, ends, key_ends, longest, most_keys, scale):
+    """What torch documents of its kernel: one attention per segment."""
+    assert ends is key_ends and longest == most_keys == ends.diff().max() and ends.dtype == torch.int32
+    parts = zip(*(part.tensor_split(ends[1:-1].tolist()) for part in (query, key, value)), strict=True)
+    said = [F.scaled_dot_product_attention(*(p.transpose(0, 1) for p in qkv), scale=scale) for qkv in parts]
+    return torch.cat([part.transpose(0, 1) for part in said])
+
+
+def seen(policy, attention):
+    """What the tower makes of three images, and the gradients of a sum of it."""
+    tower, config = policy.model.model.visual, policy.model.config.vision_config
+    generator = torch.Generator().manual_seed(0)
+    count = sum(height * width for height, width in SIDES)
+    wide = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    pixels = torch.randn(count, wide, generator=generator)
+    assert tower.config._attn_implementation == vision_attention.NAME
+    tower.config._attn_implementation = attention
+    tower.zero_grad()
+    try:
+        out = tower(pixels, torch.tensor([[1, *side] for side in SIDES])).pooler_output
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    finally:
+        tower.config._attn_implementation = vision_attention.NAME
+    return out.detach(), {n: p.grad.clone() for n, p in tower.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_windows_in_few_calls_are_windows_one_by_one(policy, monkeypatch, kernel):
+    calls = []
+
+    def counted(*given, **settings):
+        calls.append(1)
+        return plain_kernel(*given, **settings)
+
+    monkeypatch.setattr(vision_attention, "varlen_attn", counted)
+    monkeypatch.setattr(vision_attention, "has_kernel", lambda device, dtype: kernel)
+    expected, of_expected = seen(policy, "sdpa")
+    found, of_found = seen(policy, vision_attention.NAME)
+    assert len(calls) == kernel * len(policy.model.model.visual.blocks)
+    assert (found - expected).abs().max() < 1e-5
+    assert of_found.keys() == of_expected.keys() and len(of_found) > 20
+    for name, gradient in of_found.items():
+        assert (gradient - of_expected[name]).norm() <= 1e-4 * of_expected[name].norm() + 1e-6, name
+
+
+def test_a_patch_that_saw_another_window_would_be_noticed(policy, monkeypatch):
+    """The control: every patch sees all."""
+
+    def everything(query, key, value, ends, key_ends, longest, most_keys, scale):
+        whole = torch.tensor([0, len(query)], dtype=torch.int32)
+        return plain_kernel(query, key, value, whole, whole, len(query), len(query), scale)
+
+    monkeypatch.setattr(vision_attention, "has_kernel", lambda device, dtype: True)
+    monkeypatch.setattr(vision_attention, "varlen_attn", everything)
+    assert (seen(policy, vision_attention.NAME)[0] - seen(policy, "sdpa")[0]).abs().max() > 1e-3
+
+
+def test_in_half_precision_the_kernel_gets_half_precision(policy, monkeypatch):
+    kinds = []
+
+    def kernel(query, key, value, *given, **settings):
+        kinds.extend((query.dtype, key.dtype, value.dtype))
+        return plain_kernel(query, key, value, *given, **settings)
+
+    expected, _ = seen(policy, "sdpa")
+    monkeypatch.setattr(vision_attention, "has_kernel", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(vision_attention, "varlen_attn", kernel)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        half, _ = seen(policy, vision_attention.NAME)
+    assert kinds and set(kinds) == {torch.bfloat16}
+    assert torch.cosine_similarity(half.float().flatten(), expected.flatten(), 0) > 0.99
+
+
+@pytest.mark.gpu
+def test_the_kernel_says_what_windows_one_by_one_say(policy):
+    tower = policy.model.model.visual.cuda()
+    try:
+        patches = sum(height * width for height, width in SIDES)
+        pixels = torch.randn(patches, tower.patch_embed.proj.weight[0].numel(), device="cuda")
+        said = []
+        for attention in ("sdpa", vision_attention.NAME):
+            tower.config._attn_implementation = attention
+            with torch.autocast("cuda", torch.bfloat16):
+                said.append(tower(pixels, torch.tensor([[1, *side] for side in SIDES]).cuda()).pooler_output)
+        torch.testing.assert_close(*said, rtol=0.05, atol=0.05)
+    finally:
+        tower.cpu()
