@@ -141,6 +141,16 @@ class Prefix:
             grid=self.grid.to(device, non_blocking=True),
         )
 
+    def pin_memory(self) -> Prefix:
+        """The same in memory that a GPU copies from while the host goes on."""
+        return replace(
+            self,
+            token_ids=self.token_ids.pin_memory(),
+            token_types=self.token_types.pin_memory(),
+            pixels=self.pixels.pin_memory(),
+            grid=self.grid.pin_memory(),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixState:
@@ -200,6 +210,11 @@ class Batch:
             prefixes=[self.prefixes[b] for b in places],
             answers=None if self.answers is None else [self.answers[b] for b in places],
         )
+
+    def pin_memory(self) -> Batch:
+        """See `Prefix.pin_memory`; a loader's thread asks for it."""
+        answers = None if self.answers is None else [a.pin_memory() for a in self.answers]
+        return replace(self, prefixes=[p.pin_memory() for p in self.prefixes], answers=answers)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """Move what the policy reads; pixels of the samples stay on the host until the mask head wants them."""

@@ -224,3 +224,23 @@ def test_wherever_it_stands_what_follows_is_what_would_have_followed(batch_size:
         rest = list(sampler(done))
         assert rest == whole[done * batch_size : (done // per_epoch + 1) * per_epoch * batch_size]
     assert len(sampler(0)) % batch_size == 0
+
+
+def test_all_that_a_device_is_sent_is_pinned_by_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's loaders ask a batch for it; what is not pinned is copied while the host waits."""
+    pinned: list[int] = []
+
+    def pin(tensor: Tensor) -> Tensor:
+        pinned.append(id(tensor))
+        return tensor
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    batch = Collate(Letters(), GRAMMAR, Annotator(0.0, 1000, 4))([sample("a"), sample("b")])
+    same = batch.pin_memory()
+    assert batch.answers is not None and same.answers is not None
+    sent = [
+        tensor
+        for prefix in batch.prefixes
+        for tensor in (prefix.token_ids, prefix.token_types, prefix.pixels, prefix.grid)
+    ] + batch.answers
+    assert sorted(pinned) == sorted(map(id, sent)) and same.samples == batch.samples

@@ -4,10 +4,11 @@ import copy
 import dataclasses
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from segrl.models import sam2_head, token_logprobs
 from segrl.models.decoder import Decoder, Product
 from segrl.models.hf_vlm import HFPolicy
 from segrl.models.shared_prefix import read_suffixes
@@ -57,6 +59,20 @@ class Written(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class Launched(TorchDispatchMode):
+    """Operations that do something: views are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.namespace == "aten" and not function.is_view and "_unsafe_view" not in str(function):
+            self.down.append(str(function))
+        return result
+
+
 @pytest.fixture
 def step(policy, prefixes):
     """What is recorded, in half precision, at a place in the completions of a decoder on a pretended GPU."""
@@ -68,7 +84,8 @@ def step(policy, prefixes):
 
         def at(place):
             decoder.place = place
-            return decoder._read(tokens, LENGTH)
+            with half_precision_on_a_gpu():
+                return decoder.step(tokens)
 
         yield decoder, at
 
@@ -91,6 +108,16 @@ def test_a_step_is_the_same_at_every_place(step):
         written.append(operations.down)
     assert len(written[0]) > 20 * len(decoder.layers)
     assert written[0] == written[1] == written[2]
+
+
+def test_a_step_launches_few_kernels(step):
+    """At a few microseconds each they are what a token waits for, beside the weights. Of them, `masked_fill` hides padding and what lies ahead at once."""
+    decoder, at = step
+    with Launched() as launched:
+        at(2)
+    layers = len(decoder.layers)
+    norms = 3 * (decoder.layers[0].norms is not None)  # of queries, of keys, and to put them together
+    assert len(launched.down) <= (26 + norms) * layers + 16
 
 
 def test_a_step_that_is_not_made_for_recording_differs_from_place_to_place(step):
@@ -141,6 +168,43 @@ def test_sampling_waits_for_its_device_at_every_eighth_token_alone(step, policy,
     assert len(taken) == 7
 
 
+class Waiting(TorchDispatchMode):
+    """Copies from memory that the device has to be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.copies = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and {args[0].device.type, result.device.type} == {
+            "cpu",
+            "cuda",
+        }:
+            self.copies.append(bool((kwargs or {}).get("non_blocking")))
+        return result
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_images_are_given_to_the_encoder_without_waiting_for_the_device(nano_head, monkeypatch, pinned):
+    """So that the device encodes while the host goes on to sample; a copy out of other memory waits for all before it."""
+    given = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: given.append(1) or self)
+    if not pinned:
+        monkeypatch.setattr(sam2_head, "_sent", lambda image, device: torch.tensor(image).to(device))
+    head = copy.deepcopy(nano_head)
+    images = [np.zeros((128, 128, 3), np.uint8), np.zeros((90, 60, 3), np.uint8)]
+    monkeypatch.setattr(sam2_head, "_ENCODED", 1)
+    with FakeTensorMode(), torch.no_grad():
+        for module in head.modules():
+            for held in (module._parameters, module._buffers):
+                held.update({name: moved(value) for name, value in held.items()})
+        with Waiting() as seen:
+            features = head._encoded(images)
+    assert [level.device.type for level in features] == ["cuda"] * 3 and len(features[0]) == 2
+    assert seen.copies == [pinned] * 2 and len(given) == 2 * pinned
+
+
 @contextmanager
 def half_precision_on_a_gpu():
     """`torch.autocast` itself looks for a real one."""
@@ -150,6 +214,32 @@ def half_precision_on_a_gpu():
         yield
     finally:
         torch.set_autocast_enabled("cuda", False)
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_the_head_may_round_to_tf32_beside_half_precision_alone(half, monkeypatch):
+    """Logits and log-probabilities; outside everything is as it was."""
+    seen, plain = [], token_logprobs._logits
+    monkeypatch.setattr(
+        token_logprobs,
+        "_logits",
+        lambda *given: seen.append(torch.get_float32_matmul_precision()) or plain(*given),
+    )
+
+    def head(given):
+        assert given.dtype == torch.float32 and not torch.is_autocast_enabled("cuda")
+        seen.append(torch.get_float32_matmul_precision())
+        return given @ weight.t()
+
+    with FakeTensorMode(), half_precision_on_a_gpu() if half else nullcontext():
+        weight, hidden = torch.empty(40, 6, device="cuda"), torch.empty(9, 6, device="cuda")
+        never, tokens = (torch.empty(size, dtype=torch.long, device="cuda") for size in (2, 9))
+        pretended = SimpleNamespace(temperature=1.0, never_sampled=never)
+        HFPolicy.logits(pretended, hidden, head)
+        with token_logprobs.float32_products(hidden.device):
+            token_logprobs.token_logprobs(hidden, weight, tokens, never, most=40 * 5)
+    assert seen == ["high" if half else "highest"] * (1 + 2)
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_completions_are_learned_from_in_one_call_of_the_kernel_per_layer(policy, prefixes, monkeypatch):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from segrl.models.token_logprobs import token_logprobs
+from segrl.models import token_logprobs as module
+from segrl.models.token_logprobs import float32_products, token_logprobs
 
 NEVER = torch.tensor([3, 7])
 
@@ -41,11 +42,24 @@ def test_a_frozen_head_gets_no_gradient():
 
 
 def test_no_more_logits_exist_at_once_than_allowed(monkeypatch):
-    from segrl.models import token_logprobs as module
-
     seen = []
     plain = module._logits
     monkeypatch.setattr(module, "_logits", lambda *given: seen.append(plain(*given)) or seen[-1])
     hidden, weight, tokens = inputs()
     token_logprobs(hidden, weight, tokens, NEVER, 60).sum().backward()
     assert {len(logits) for logits in seen} == {3, 2} and len(seen) == 8  # four chunks, forward and backward
+
+
+def test_what_is_computed_again_is_as_precise_as_it_was(monkeypatch):
+    """In the backward pass, which runs when the settings of the forward pass are gone."""
+    seen, plain = [], module._logits
+    monkeypatch.setattr(
+        module, "_logits", lambda *given: seen.append(torch.get_float32_matmul_precision()) or plain(*given)
+    )
+    for precision in ("high", None):
+        hidden, weight, tokens = inputs()
+        with float32_products(hidden.device, precision):
+            out = token_logprobs(hidden, weight, tokens, NEVER, most=20 * 6)
+        out.sum().backward()
+    assert seen == ["high"] * 4 + ["highest"] * 4
+    assert torch.get_float32_matmul_precision() == "highest"

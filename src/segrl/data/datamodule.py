@@ -8,6 +8,7 @@ import sys
 from typing import cast
 
 import lightning
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from segrl.data.batching import Collate, Share, Shuffled
@@ -97,6 +98,7 @@ class SegDataModule(lightning.LightningDataModule):
             num_workers=self.workers,
             collate_fn=self.collate,
             drop_last=True,
+            pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,
             worker_init_fn=_die_with_parent,
         )
@@ -109,6 +111,7 @@ class SegDataModule(lightning.LightningDataModule):
                 sampler=Share(len(dataset), *self._ranks()),
                 num_workers=self.workers,
                 collate_fn=self.eval_collate,
+                pin_memory=torch.cuda.is_available(),
                 worker_init_fn=_die_with_parent,
             )
             for dataset in datasets.values()

@@ -74,15 +74,14 @@ class _Layer:
 
     norm_in: Tensor
     qkv: _Joined
-    norms: tuple[Tensor, Tensor] | None  # of queries and keys: Qwen3 has them, Qwen2.5 has a bias instead
+    norms: tuple[Tensor, ...] | None  # of queries and keys: Qwen3 has them, Qwen2.5 has a bias instead
     out: _Joined
     norm_mlp: Tensor
     gate_up: _Joined
     down: _Joined
     prefix_keys: Tensor  # [B, K, d, P]
     prefix_values: Tensor  # [B, K, P, d]
-    keys: Tensor  # [B, K, G, T, d]
-    values: Tensor
+    own: Tensor  # [2, B, K, G, T, d], keys and values
 
 
 class Decoder:
@@ -121,36 +120,42 @@ class Decoder:
         cos, sin = language.rotary_emb(self.embedding, (state.following[:, None] + steps).expand(3, -1, -1))
         half = self.width // 2
         self.cos, self.sin = cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        # Heads of a projection are queries, keys and values: what turns them, which is nothing for values, scales queries as well.
+        kinds = torch.tensor([self.heads, self.kv_heads, self.kv_heads], device=cos.device)
+        turns = torch.tensor([[self.scale, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=cos.dtype, device=cos.device)
+        self.turned, self.kept = turns.repeat_interleave(kinds, 0)[..., None].unbind(1)
         unseen = state.seen.logical_not()
-        self.hidden_prefix = None
-        if bool(unseen.any()):
-            self.hidden_prefix = unseen[:, None, None, None]
+        self.unseen = unseen if bool(unseen.any()) else None
 
     def _layer(self, layer: Any, prefix_keys: Tensor, prefix_values: Tensor, length: int) -> _Layer:
         attention, mlp, dtype = layer.self_attn, layer.mlp, self.dtype
         inner = dict(attention.named_parameters())
-        buffer = prefix_keys.new_zeros(
-            self.groups, self.kv_heads, self.group, length, self.width, dtype=dtype
-        )
+        shape = 2, self.groups, self.kv_heads, self.group, length, self.width
         return _Layer(
             norm_in=layer.input_layernorm.weight,
             qkv=_Joined([attention.q_proj, attention.k_proj, attention.v_proj], dtype),
-            norms=(inner["q_norm.weight"], inner["k_norm.weight"]) if "q_norm.weight" in inner else None,
+            norms=tuple(inner[f"{x}_norm.weight"].to(dtype) for x in "qk")
+            if "q_norm.weight" in inner
+            else None,
             out=_Joined([attention.o_proj], dtype),
             norm_mlp=layer.post_attention_layernorm.weight,
             gate_up=_Joined([mlp.gate_proj, mlp.up_proj], dtype),
             down=_Joined([mlp.down_proj], dtype),
             prefix_keys=prefix_keys.to(dtype).transpose(-1, -2).contiguous(),
             prefix_values=prefix_values.to(dtype).contiguous(),
-            keys=buffer,
-            values=torch.zeros_like(buffer),
+            own=prefix_keys.new_zeros(shape, dtype=dtype),
         )
 
     def step(self, tokens: Tensor) -> Tensor:
         """Read one more token of every completion, `[B*G]`; hidden states `[B*G, D]`, good until the next step."""
         stride = self.stride or 1
         upto = min(self.length, -(-(self.place + 1) // stride) * stride)
-        hidden = self.recorder.call(self._read, tokens, upto) if self.recorder else self._read(tokens, upto)
+        with torch.autocast(
+            tokens.device.type, enabled=False
+        ):  # precisions are said here, each where it changes
+            hidden = (
+                self.recorder.call(self._read, tokens, upto) if self.recorder else self._read(tokens, upto)
+            )
         self.place += 1
         self.at += 1
         return hidden
@@ -158,14 +163,14 @@ class Decoder:
     def _read(self, tokens: Tensor, upto: int) -> Tensor:
         """A step that attends to own keys before `upto`."""
         if self.stride is None:
-            turn, ahead = (self.cos[:, self.place], self.sin[:, self.place]), None
+            cos, sin = self.cos[:, self.place], self.sin[:, self.place]
         else:
-            turn = self.cos.index_select(1, self.at)[:, 0], self.sin.index_select(1, self.at)[:, 0]
-            ahead = torch.arange(upto, device=tokens.device) > self.at
-        hidden = F.embedding(tokens, self.embedding)
+            cos, sin = self.cos.index_select(1, self.at)[:, 0], self.sin.index_select(1, self.at)[:, 0]
+        cos, sin = cos[:, None, None], sin[:, None, None]
+        turn = torch.addcmul(self.kept, cos, self.turned), sin * self.turned
+        hidden, hides = F.embedding(tokens, self.embedding), self._hides(upto)
         for layer in self.layers:
-            normed = self._normed(hidden, layer.norm_in)
-            hidden = hidden + self._attend(layer, normed, turn, upto, ahead)
+            hidden = hidden + self._attend(layer, self._normed(hidden, layer.norm_in), turn, upto, hides)
             gate, up = layer.gate_up(self._normed(hidden, layer.norm_mlp)).chunk(2, -1)
             hidden = hidden + layer.down(F.silu(gate) * up)
         return F.rms_norm(hidden, hidden.shape[-1:], self.norm.to(hidden.dtype), self.eps)
@@ -173,49 +178,47 @@ class Decoder:
     def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(hidden, hidden.shape[-1:], weight.to(hidden.dtype), self.eps).to(self.dtype)
 
+    def _hides(self, upto: int) -> Tensor | None:
+        """What no completion sees, bool `[1 or B, 1, 1, 1, P + upto]`: a prefix's padding, and what lies ahead; none where all is seen."""
+        if self.unseen is None and self.stride is None:
+            return None
+        length = self.layers[0].prefix_values.shape[2]
+        unseen = self.at.new_zeros(1, length, dtype=torch.bool) if self.unseen is None else self.unseen
+        ahead = torch.arange(upto, device=self.at.device) > self.at
+        return torch.cat([unseen, ahead.expand(len(unseen), -1)], 1)[:, None, None, None]
+
     def _attend(
-        self, layer: _Layer, normed: Tensor, turn: tuple[Tensor, Tensor], upto: int, ahead: Tensor | None
+        self, layer: _Layer, normed: Tensor, turn: tuple[Tensor, Tensor], upto: int, hides: Tensor | None
     ) -> Tensor:
         """The attention's output `[B*G, D]`."""
         kv, per_kv = self.kv_heads, self.heads // self.kv_heads
-        shape = (self.groups, self.group, self.heads + 2 * kv, self.width)
-        q, k, v = layer.qkv(normed).view(shape).split([self.heads, kv, kv], 2)
+        qkv = layer.qkv(normed).view(self.groups, self.group, self.heads + 2 * kv, self.width)
         if layer.norms is not None:
+            q, k, v = qkv.split([self.heads, kv, kv], 2)
             q, k = (
-                F.rms_norm(x, (self.width,), w.to(x.dtype), self.eps)
-                for x, w in zip((q, k), layer.norms, strict=True)
+                F.rms_norm(x, (self.width,), w, self.eps) for x, w in zip((q, k), layer.norms, strict=True)
             )
-        self._remember(layer.keys, self._rotated(k, turn))
-        self._remember(layer.values, v)
-        q = (
-            (self._rotated(q, turn) * self.scale)
-            .view(self.groups, self.group, kv, per_kv, self.width)
-            .transpose(1, 2)
-        )
-        to_prefix = q.reshape(self.groups, kv, -1, self.width) @ layer.prefix_keys
-        to_prefix = to_prefix.view(self.groups, kv, self.group, per_kv, -1)
-        if self.hidden_prefix is not None:
-            to_prefix = to_prefix.masked_fill(self.hidden_prefix, float("-inf"))
-        to_own = q @ layer.keys[:, :, :, :upto].transpose(-1, -2)
-        if ahead is not None:
-            to_own = to_own.masked_fill(ahead, float("-inf"))
-        weights = torch.cat([to_prefix, to_own], -1).softmax(-1)
+            qkv = torch.cat([q, k, v], 2)
+        turned = torch.addcmul(qkv * turn[0], qkv.roll(self.width // 2, -1), turn[1]).to(self.dtype)
+        self._remember(layer.own, turned[:, :, self.heads :])
+        q = turned[:, :, : self.heads].unflatten(2, (kv, per_kv)).transpose(1, 2).contiguous()
+        to_prefix = q.flatten(2, 3) @ layer.prefix_keys
+        to_own = q @ layer.own[0, :, :, :, :upto].transpose(-1, -2)
+        scores = torch.cat([to_prefix.view(*q.shape[:-1], -1), to_own], -1)
+        weights = (scores if hides is None else scores.masked_fill(hides, float("-inf"))).softmax(-1)
         of_prefix, of_own = weights.split([to_prefix.shape[-1], upto], -1)
-        seen = of_prefix.reshape(self.groups, kv, self.group * per_kv, -1) @ layer.prefix_values
-        seen = seen.view(q.shape) + of_own @ layer.values[:, :, :, :upto]
+        seen = of_prefix.flatten(2, 3) @ layer.prefix_values
+        own = of_own.flatten(0, 2), layer.own[1, :, :, :, :upto].flatten(0, 2)
+        seen = seen.view(-1, per_kv, self.width).baddbmm_(*own).view(self.groups, kv, self.group, -1)
         return layer.out(seen.transpose(1, 2).reshape(len(normed), -1))
 
-    def _remember(self, buffer: Tensor, new: Tensor) -> None:
-        """Write `[B, G, K, d]` to the place of this step."""
+    def _remember(self, own: Tensor, new: Tensor) -> None:
+        """Write keys and values `[B, G, 2 * K, d]` to the place of this step."""
+        new = new.unflatten(2, (2, -1)).permute(2, 0, 3, 1, 4)
         if self.stride is None:
-            buffer[:, :, :, self.place] = new.transpose(1, 2)
+            own[..., self.place, :] = new
         else:
-            buffer.index_copy_(3, self.at, new.transpose(1, 2)[:, :, :, None])
-
-    def _rotated(self, heads: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-        """`[B, G, heads, d]` to the position of this step."""
-        cos, sin = (part[:, None, None] for part in turn)
-        return torch.addcmul(heads * cos, heads.roll(self.width // 2, -1), sin).to(self.dtype)
+            own.index_copy_(4, self.at, new[..., None, :])
 
     def keep(self, groups: Tensor, rows: Tensor) -> None:
         """Go on with some completions alone.
@@ -228,11 +231,9 @@ class Decoder:
         heads = torch.arange(self.kv_heads, device=rows.device)[None, :, None]
         for layer in self.layers:
             layer.prefix_keys, layer.prefix_values = layer.prefix_keys[groups], layer.prefix_values[groups]
-            layer.keys = layer.keys[groups[:, None, None], heads, everywhere]
-            layer.values = layer.values[groups[:, None, None], heads, everywhere]
+            layer.own = layer.own[:, groups[:, None, None], heads, everywhere]
         self.cos, self.sin = self.cos[groups], self.sin[groups]
-        if self.hidden_prefix is not None:
-            self.hidden_prefix = self.hidden_prefix[groups]
+        self.unseen = None if self.unseen is None else self.unseen[groups]
         self.groups, self.group = rows.shape
         if self.recorder is not None:
             self.recorder.forget()  # it knows the buffers by their addresses

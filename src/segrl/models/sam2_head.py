@@ -150,7 +150,7 @@ class Sam2Head(nn.Module):
         """uint8 RGB `[H, W, 3]` each to normalised float `[B, 3, S, S]`."""
         squares = []
         for image in images:
-            pixels = torch.tensor(image, device=self.mean.device).permute(2, 0, 1).float() / 255
+            pixels = _sent(image, self.mean.device).permute(2, 0, 1).float() / 255
             if pixels.shape[1:] != (self.size, self.size):
                 pixels = F.interpolate(
                     pixels[None], (self.size, self.size), mode="bilinear", antialias=True, align_corners=False
@@ -313,6 +313,12 @@ class Sam2Head(nn.Module):
                     for m, mask in zip(places, _upscaled(logits[places].float(), size), strict=True):
                         masks[chunk[m][0]][chunk[m][1]] |= mask
         return masks
+
+
+def _sent(image: np.ndarray, device: torch.device) -> Tensor:
+    """To a device, on its stream: a copy out of memory that is not pinned would wait for all that the stream was given before."""
+    pixels = torch.tensor(image)
+    return (pixels.pin_memory() if device.type == "cuda" else pixels).to(device, non_blocking=True)
 
 
 def _upscaled(logits: Tensor, size: tuple[int, ...]) -> np.ndarray:

@@ -40,17 +40,18 @@ def window_attention(
     """
     device = query.device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else query.dtype
-    rows = [part[0].transpose(0, 1) for part in (query, key, value)]
+    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+    ends, most = cu_seq_lens_q, max_length_q
     if has_kernel(device, dtype):
-        out: Any = varlen_attn(
-            *(part.to(dtype) for part in rows), cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling
-        )  # fmt: skip
+        out: Any = varlen_attn(q.to(dtype), k.to(dtype), v.to(dtype), ends, ends, most, most, scale=scaling)
         return out[None], None
-    sizes = cu_seq_lens_q.diff()
-    done, places = [], []
+    sizes, done, places = ends.diff(), list[Tensor](), list[Tensor]()
     for size in sizes.unique().tolist():
-        starts = cu_seq_lens_q[:-1][sizes == size, None]
-        places.append((starts + torch.arange(size, device=device)).flatten())
-        windows = [part.index_select(0, places[-1]).unflatten(0, (-1, size)).transpose(1, 2) for part in rows]
-        done.append(F.scaled_dot_product_attention(*windows, scale=scaling).transpose(1, 2).flatten(0, 1))
+        here = (ends[:-1][sizes == size, None] + torch.arange(size, device=device)).flatten()
+        one, two, three = (
+            part.index_select(0, here).unflatten(0, (-1, size)).transpose(1, 2) for part in (q, k, v)
+        )
+        said = F.scaled_dot_product_attention(one, two, three, scale=scaling)
+        done.append(said.transpose(1, 2).flatten(0, 1))
+        places.append(here)
     return torch.cat(done).index_select(0, torch.cat(places).argsort())[None], None

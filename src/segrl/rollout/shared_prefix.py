@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from segrl.models.hf_vlm import HFPolicy
 from segrl.types import Completions, Prefix, PrefixState
 
 _STRIDE = 128  # tokens for which a recorded step is good; what lies ahead of them is read in vain
+_BLOCK = 128  # tokens; divides the vocabularies of Qwen's policies
 _Choose = Callable[[Tensor, int, Tensor], Tensor]
 """Logits `[R, V]`, the place in the completions, which completions `[R]`; tokens `[R]`."""
 
@@ -42,10 +44,8 @@ class SharedPrefixEngine:
         noise = torch.from_numpy(np.stack(rows)).to(prefixes[0].token_ids.device).double()
 
         def choose(logits: Tensor, place: int, which: Tensor) -> Tensor:
-            """Where the cumulative distribution passes the noise; what has no probability is never there."""
-            cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-            wanted = noise[which, place, None] * cumulative[:, -1:]
-            return torch.searchsorted(cumulative, wanted, right=True)[:, 0]
+            """By the noise of the place."""
+            return drawn(logits.softmax(-1), noise[which, place])
 
         return self._in_parts(policy, prefixes, group_size, choose, state)
 
@@ -100,6 +100,27 @@ class SharedPrefixEngine:
                     token, running, which = token[rows], running[rows], which[rows]
             hidden = decoder.step(token)
         return _until_stop(policy, written)
+
+
+def drawn(probabilities: Tensor, noise: Tensor) -> Tensor:
+    """Tokens `[R]`: where the cumulative distribution `[R, V]` passes the noise; what has no probability is never there.
+
+    Looked for among blocks and then within one: a GPU sums up rows of a whole vocabulary slowly.
+
+    Args:
+        probabilities: float32 `[R, V]`.
+        noise: float64 `[R]`, from 0 on and below 1.
+    """
+    short = -probabilities.shape[-1] % _BLOCK
+    blocks = (F.pad(probabilities, (0, short)) if short else probabilities).unflatten(-1, (-1, _BLOCK))
+    until = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    wanted = noise[:, None] * until[:, -1:]
+    block = torch.searchsorted(until, wanted, right=True)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
+    total = inside[:, -1:]
+    wanted = wanted - until.gather(1, block) + total
+    wanted = wanted.clamp_min(0).minimum(total * (1 - 2**-52))  # inside it is, despite rounding
+    return block[:, 0] * _BLOCK + torch.searchsorted(inside, wanted, right=True)[:, 0]
 
 
 def _staying(running: Tensor, share: float) -> tuple[Tensor, Tensor] | None:

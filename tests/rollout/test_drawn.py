@@ -1,0 +1,48 @@
+"""A token is where the cumulative distribution passes the noise, wherever the blocks end."""
+
+import pytest
+import torch
+
+from segrl.rollout.shared_prefix import drawn
+
+MOST = 1 - 2**-24  # what a float32 generator can give
+
+
+def at_once(probabilities, noise):
+    cumulative = probabilities.double().cumsum(-1)
+    return torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)[:, 0]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 127, 128, 129, 1000, 4096])
+def test_blocks_are_the_whole(vocabulary):
+    generator = torch.Generator().manual_seed(vocabulary)
+    probabilities = (3 * torch.randn(400, vocabulary, generator=generator)).softmax(-1)
+    noise = torch.rand(400, generator=generator).double()
+    assert torch.equal(drawn(probabilities, noise), at_once(probabilities, noise))
+
+
+def test_frequencies_are_the_probabilities():
+    generator = torch.Generator().manual_seed(0)
+    probabilities = (2 * torch.randn(300, generator=generator)).softmax(-1)
+    noise = (torch.arange(100_000) / 100_000).double()
+    counts = torch.bincount(drawn(probabilities.expand(len(noise), -1), noise), minlength=300)
+    assert (counts / len(noise) - probabilities).abs().max() < 2e-5  # no token is off by more than two
+
+
+@pytest.mark.parametrize("noise", [0.0, MOST])
+@pytest.mark.parametrize("only", [0, 127, 128, 200, 299])
+def test_what_has_no_probability_is_never_there(noise, only):
+    probabilities = torch.zeros(1, 300)
+    probabilities[0, only] = 1e-30
+    assert drawn(probabilities, torch.tensor([noise], dtype=torch.float64)).item() == only
+
+
+def test_holes_are_never_there():
+    """Noise that falls on the edges between tokens, of which most have no probability."""
+    generator = torch.Generator().manual_seed(1)
+    probabilities = torch.rand(1, 700, generator=generator) ** 40
+    probabilities[:, torch.rand(700, generator=generator) < 0.9] = 0
+    probabilities /= probabilities.sum()
+    edges = probabilities.double().cumsum(-1)[0]
+    noise = torch.cat([(edges + away).clamp(0, MOST) for away in (0.0, 2**-53, -(2**-53), 1e-17, -1e-17)])
+    assert (probabilities[0, drawn(probabilities.expand(len(noise), -1), noise)] > 0).all()
