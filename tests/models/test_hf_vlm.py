@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
 from segrl.data.synthetic import SyntheticScenes
 from segrl.models.shared_prefix import pad_right
@@ -33,26 +34,21 @@ def sampled(policy, prefixes, tokens=9, seed=0):
     )
 
 
-def naive(policy, prefixes, completions):
-    """One unpadded forward pass per completion, positions and attention left to transformers."""
-    parts = [part.config for part in (policy.model.model.visual, policy.model.model.language_model)]
-    ours = [config._attn_implementation for config in parts]
-    for config in parts:
-        config._attn_implementation = "sdpa"
-    try:
-        return _one_by_one(policy, prefixes, completions)
-    finally:
-        for config, name in zip(parts, ours, strict=True):
-            config._attn_implementation = name
+def transformers_own(policy):
+    """The same weights in a model as transformers loads it: nothing of ours in its norms or its attention."""
+    model = AutoModelForImageTextToText.from_pretrained(policy.weights, dtype=torch.float32)
+    model.load_state_dict(policy.model.state_dict())
+    return model
 
 
-def _one_by_one(policy, prefixes, completions):
+def naive(model, policy, prefixes, completions):
+    """One unpadded forward pass per completion, positions left to transformers."""
     rows = []
     for n, (tokens, mask) in enumerate(zip(completions.tokens, completions.mask, strict=True)):
         prefix, tokens = prefixes[n // GROUP], tokens[mask]
         ids = torch.cat([prefix.token_ids, tokens])[None]
         kinds = torch.cat([prefix.token_types, torch.zeros_like(tokens)])[None]
-        out = policy.model(
+        out = model(
             input_ids=ids, mm_token_type_ids=kinds, attention_mask=torch.ones_like(ids),
             pixel_values=prefix.pixels, image_grid_thw=prefix.grid,
         )  # fmt: skip
@@ -65,14 +61,15 @@ def _one_by_one(policy, prefixes, completions):
 
 def test_shared_prefix_logprobs_equal_a_naive_forward_pass_values_and_gradients(policy, prefixes):
     completions = sampled(policy, prefixes)
-    shared, one_by_one = policy.logprobs(prefixes, completions), naive(policy, prefixes, completions)
+    plain = transformers_own(policy)
+    shared, one_by_one = policy.logprobs(prefixes, completions), naive(plain, policy, prefixes, completions)
     assert (shared - one_by_one).abs().max() < 1e-5
     weights = torch.randn(shared.shape, generator=torch.Generator().manual_seed(1)) * completions.mask
     gradients = []
-    for logprobs in (shared, one_by_one):
-        policy.zero_grad()
+    for logprobs, model in ((shared, policy.model), (one_by_one, plain)):
+        model.zero_grad()
         (logprobs * weights).sum().backward()
-        gradients.append({n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None})
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     assert any("visual" in name for name in gradients[0])
     for name, gradient in gradients[0].items():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from segrl.models import vision_attention
 from segrl.models.decoder import Decoder, Product, linear_weight
+from segrl.models.norm import fuse_norms
 from segrl.models.shared_prefix import grouped_attention, read_prefixes, read_suffixes
 from segrl.models.token_logprobs import float32_products, token_logprobs
 from segrl.prompts.frames import absolute_pixels, permille
@@ -132,6 +133,7 @@ class HFPolicy(nn.Module):
         self.model: Any = AutoModelForImageTextToText.from_pretrained(
             weights, dtype=getattr(torch, dtype), attn_implementation="sdpa", local_files_only=True
         ).train()  # as it comes it is in evaluation mode, in which nothing is checkpointed
+        fuse_norms(self.model)
         AttentionInterface.register(vision_attention.NAME, vision_attention.window_attention)
         self.model.model.visual.config._attn_implementation = vision_attention.NAME
         AttentionInterface.register("segrl_grouped", grouped_attention)
@@ -221,6 +223,7 @@ class HFPolicy(nn.Module):
         """The product that ends in logits, in float32, for sampling."""
         return Product(self.head_weight().detach(), None)
 
+    @torch.no_grad()
     def logits(self, hidden: Tensor, head: Product) -> Tensor:
         """Hidden states `[N, D]` to float32 logits `[N, V]` at the temperature; minus infinity where nothing may be sampled.
 
