@@ -59,10 +59,8 @@ CASES = (
 )
 INSTRUCTION, EVALUATED = 280, 16  # tokens beside the image's; data.eval_batch_size
 CONTEXT = 1.0e9  # CUDA's own
-BUCKET, GATHERED = (
-    5e8 * 4,
-    1e9 * 4,
-)  # DeepSpeed's reduce_bucket_size and stage3_max_live_parameters, in float32
+# Bytes of DeepSpeed's reduce_bucket_size and stage3_max_live_parameters, in float32.
+BUCKET, GATHERED = 20e8, 40e8
 _INDEXED = {
     torch.ops.aten.index.Tensor,
     torch.ops.aten._index_put_impl_.default,
@@ -169,15 +167,16 @@ def policy(folder: Path, shape: Any, settings: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """Bfloat16 passes without a cache of casts, as Lightning has them; layouts as on a GPU."""
-    from segrl.models import decoder, shared_prefix, suffixes
+def as_on_a_gpu(kernel: bool = True) -> Iterator[None]:
+    """Bfloat16 passes without a cache of casts, as Lightning has them; layouts as on a GPU, and its kernel, which nothing here computes."""
+    from segrl.models import decoder, suffixes, vision_attention
 
     def plain(self: Any, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias, self.packed = weight, bias, None
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(shared_prefix, "laid_out", suffixes.Segments))
+        for module in (suffixes, vision_attention):
+            stack.enter_context(mock.patch.object(module, "has_kernel", lambda *_: kernel))
         stack.enter_context(mock.patch.object(decoder.Product, "__init__", plain))
         stack.enter_context(torch.autocast("cpu", torch.bfloat16, cache_enabled=False))
         yield
@@ -200,16 +199,21 @@ def prefixes_of(policy: Any, side: int, count: int) -> list[Any]:
     ]
 
 
-def sampling(ledger: Ledger, policy: Any, prefixes: list[Any], group: int, length: int) -> int:
+def sampling(
+    ledger: Ledger, policy: Any, prefixes: list[Any], group: int, length: int, kernel: bool = True
+) -> int:
     """Most bytes while groups are sampled, what stays included."""
+    from segrl.rollout.shared_prefix import drawn
+
+    rows = len(prefixes) * group
     ledger.peak = ledger.now
-    with ledger, as_on_a_gpu(), torch.no_grad():
+    with ledger, as_on_a_gpu(kernel), torch.no_grad():
         state = policy.prefill(prefixes)
         decoder, head = policy.decoder(state, group, length, stride=128), policy.head()
         del state
         decoder.place = length - 1
-        hidden = decoder.step(torch.zeros(len(prefixes) * group, dtype=torch.long))
-        policy.logits(hidden, head).softmax(-1).cumsum(-1, dtype=torch.float64)
+        hidden = decoder.step(torch.zeros(rows, dtype=torch.long))
+        drawn(policy.logits(hidden, head).softmax(-1), torch.zeros(rows, dtype=torch.float64))
     return ledger.peak
 
 
@@ -258,7 +262,9 @@ def check(folder: Path) -> None:
             ledger, prefixes = held(learner), prefixes_of(learner, tiny_vlm.SIDE, 2)
             with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
                 learned, optimizer = learning(ledger, learner, prefixes, 4, 200, False)
-            peaks.append({"learning": learned, "sampling": sampling(ledger, learner, prefixes, 4, 200)})
+            peaks.append(
+                {"learning": learned, "sampling": sampling(ledger, learner, prefixes, 4, 200, False)}
+            )
             del optimizer
         print(json.dumps({"lora": lora is not None, "contents": peaks[0], "no_contents": peaks[1]}))
         if any(abs(peaks[0][part] / peaks[1][part] - 1) > 1e-5 for part in peaks[0]):
