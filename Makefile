@@ -51,7 +51,7 @@ types: setup ## mypy alone
 	@$(PYTHON) -m mypy
 
 bench: setup ## every claim side by side, one JSON line each: a GRPO step beside TRL 1.16 (its own environment), the naive algorithm, the released reward, scaling
-	@for script in shared_prefix grpo_step reward scaling ranks memory floor metrics; do $(PYTHON) benchmarks/$$script.py || failed=1; done; exit $${failed:-0}
+	@for script in shared_prefix grpo_step reward scaling ranks memory floor roofline metrics; do $(PYTHON) benchmarks/$$script.py || failed=1; done; exit $${failed:-0}
 
 bench-gpu: setup ## a step of a policy of real size beside TRL and the floor, on a GPU (ARGS="--prompts 1 --alone")
 	@$(PYTHON) benchmarks/gpu_step.py $(ARGS)

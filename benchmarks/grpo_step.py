@@ -42,12 +42,12 @@ def clock(gpu: bool) -> float:
 
 def ours(
     folder: Path, prompts: int, beta: float, group: int = tiny_vlm.GROUP, length: int = tiny_vlm.TOKENS, side: int = tiny_vlm.SIDE,
-    gpu: bool = False, sampling: list[float] | None = None,
+    gpu: bool = False, sampling: list[float] | None = None, kept: bool = False,
 ) -> list[float]:  # fmt: skip
     """Seconds of each step of a GRPOStage under Lightning, the loader's work included where it is in this process.
 
     `sampling` takes the seconds of each rollout's sampling, what waits for it included. On a GPU: bfloat16 passes, activations
-    computed again, a worker for the images.
+    computed again or, of two groups at once, kept, a worker for the images.
     """
     from functools import partial
 
@@ -107,12 +107,12 @@ def ours(
 
     random.seed(0)
     ends: list[float] = []
-    policy = HFPolicy(str(folder), None, (28 * 28, side * side), 1.0, "float32", None, True, gpu)
+    policy = HFPolicy(str(folder), None, (28 * 28, side * side), 1.0, "float32", None, True, gpu and not kept)
     policy.stop_ids = torch.tensor([-1])  # completions of fixed length, as on the other side
     stage = GRPOStage(
         policy, SegR1Points(64), NoHead(), Engine(length),
         RewardMixture({"noise": {"fn": lambda answer, sample: random.random(), "weight": 1.0}}), FrozenCopy if beta else None,
-        partial(torch.optim.AdamW, lr=1e-6, fused=True), None, 1.0, 0, group, prompts, None, 1, 1,
+        partial(torch.optim.AdamW, lr=1e-6, fused=True), None, 1.0, 0, group, min(prompts, 2) if kept else prompts, None, 1, 1,
         partial(ppo_clip, low=0.2, high=0.2, dual=None), partial(per_sequence), partial(k3), beta, 0.0, None,
         partial(group_relative, floor=1e-4), None,
     )  # fmt: skip
@@ -120,7 +120,7 @@ def ours(
         accelerator="gpu" if gpu else "cpu", devices=1, precision="bf16-mixed" if gpu else "32-true", max_steps=STEPS + 1, logger=False, callbacks=[Clock()], enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(stage, torch.utils.data.DataLoader(Images(), batch_size=None, num_workers=int(gpu)))
+    trainer.fit(stage, torch.utils.data.DataLoader(Images(), batch_size=None, num_workers=int(gpu), pin_memory=gpu))
     return [b - a for a, b in zip(ends, ends[1:], strict=False)]
 
 

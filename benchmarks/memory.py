@@ -82,6 +82,18 @@ def config(size: dict[str, Any]) -> Any:
     )
 
 
+def with_places(function: Any, args: Any) -> Any:
+    """The arguments of an operation; an index by a mask becomes one by places: shapes may not hang on contents, and masks have theirs."""
+    if function not in _INDEXED:
+        return args
+    places = [
+        i
+        for at in args[1]
+        for i in (at.nonzero(as_tuple=True) if at is not None and at.dtype == torch.bool else (at,))
+    ]
+    return (args[0], places, *args[2:])
+
+
 class Ledger(TorchDispatchMode):
     """Bytes of the tensors that live, and the most there were."""
 
@@ -106,14 +118,7 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run it, and count what comes out."""
-        if function in _INDEXED:  # shapes may not hang on contents, and masks have theirs
-            given = args[1]
-            places = [
-                i
-                for at in given
-                for i in (at.nonzero(as_tuple=True) if at is not None and at.dtype == torch.bool else (at,))
-            ]
-            args = (args[0], places, *args[2:])
+        args = with_places(function, args)
         out = function(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
