@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from segrl.data import batching
 from segrl.data.batching import Collate, Share
+from segrl.data.datamodule import SegDataModule
+from segrl.data.synthetic import SyntheticScenes
 from segrl.data.traces import Annotator
 from segrl.prompts.frames import absolute_pixels
 from segrl.prompts.tags import SegR1Tags
@@ -226,21 +229,31 @@ def test_wherever_it_stands_what_follows_is_what_would_have_followed(batch_size:
     assert len(sampler(0)) % batch_size == 0
 
 
-def test_all_that_a_device_is_sent_is_pinned_by_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_that_a_device_is_sent_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's loaders ask a batch for it; what is not pinned is copied while the host waits."""
-    pinned: list[int] = []
+    pinned: list[Tensor] = []
 
     def pin(tensor: Tensor) -> Tensor:
-        pinned.append(id(tensor))
-        return tensor
+        pinned.append(tensor.clone())
+        return pinned[-1]
 
     monkeypatch.setattr(Tensor, "pin_memory", pin)
     batch = Collate(Letters(), GRAMMAR, Annotator(0.0, 1000, 4))([sample("a"), sample("b")])
     same = batch.pin_memory()
-    assert batch.answers is not None and same.answers is not None
-    sent = [
-        tensor
-        for prefix in batch.prefixes
-        for tensor in (prefix.token_ids, prefix.token_types, prefix.pixels, prefix.grid)
-    ] + batch.answers
-    assert sorted(pinned) == sorted(map(id, sent)) and same.samples == batch.samples
+    assert batch.answers is not None and same.answers is not None and same.samples == batch.samples
+    before, after = (
+        [getattr(p, name) for p in given.prefixes for name in ("token_ids", "token_types", "pixels", "grid")] + list(given.answers or [])
+        for given in (batch, same)
+    )  # fmt: skip
+    assert sorted(map(id, after)) == sorted(map(id, pinned)) and len(pinned) == 10
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_loaders_pin_for_a_gpu_alone(device: str) -> None:
+    scenes = SyntheticScenes("train", 8, 0, 64, (0.5, 1.0), (1, 1))
+    data = SegDataModule(scenes, {"a": scenes}, {"b": scenes}, 2, 2, 0, 0)
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    data.trainer = SimpleNamespace(strategy=strategy, global_rank=0, world_size=1, global_step=0)  # type: ignore[assignment]
+    loaders = [data.train_dataloader(), *data.val_dataloader(), *data.test_dataloader()]
+    assert [loader.pin_memory for loader in loaders] == [device == "cuda"] * 3

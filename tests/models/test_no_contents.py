@@ -168,30 +168,37 @@ def test_sampling_waits_for_its_device_at_every_eighth_token_alone(step, policy,
     assert len(taken) == 7
 
 
-class Waiting(TorchDispatchMode):
-    """Copies from memory that the device has to be waited for."""
+class Sent(TorchDispatchMode):
+    """Copies to the device: whether each is out of pinned memory and not waited for."""
 
-    def __init__(self):
+    def __init__(self, pinned):
         super().__init__()
-        self.copies = []
+        self.pinned, self.copies = pinned, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function is torch.ops.aten._to_copy.default and {args[0].device.type, result.device.type} == {
-            "cpu",
-            "cuda",
-        }:
-            self.copies.append(bool((kwargs or {}).get("non_blocking")))
+        if function is torch.ops.aten._to_copy.default and args[0].device.type != result.device.type:
+            assert (args[0].device.type, result.device.type) == ("cpu", "cuda")
+            self.copies.append(
+                bool(kwargs.get("non_blocking")) and any(args[0] is one for one in self.pinned)
+            )
         return result
 
 
-@pytest.mark.parametrize("pinned", [True, False])
-def test_images_are_given_to_the_encoder_without_waiting_for_the_device(nano_head, monkeypatch, pinned):
+@pytest.mark.parametrize(
+    ("sent", "waits"),
+    [
+        (sam2_head._sent, False),
+        (lambda image, device: torch.tensor(image).to(device, non_blocking=True), True),
+        (lambda image, device: torch.tensor(image).pin_memory().to(device), True),
+    ],
+    ids=["as it is", "not pinned", "waited for"],
+)
+def test_images_are_given_to_the_encoder_without_waiting_for_the_device(nano_head, monkeypatch, sent, waits):
     """So that the device encodes while the host goes on to sample; a copy out of other memory waits for all before it."""
-    given = []
-    monkeypatch.setattr(Tensor, "pin_memory", lambda self: given.append(1) or self)
-    if not pinned:
-        monkeypatch.setattr(sam2_head, "_sent", lambda image, device: torch.tensor(image).to(device))
+    pinned = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: pinned.append(self.clone()) or pinned[-1])
+    monkeypatch.setattr(sam2_head, "_sent", sent)
     head = copy.deepcopy(nano_head)
     images = [np.zeros((128, 128, 3), np.uint8), np.zeros((90, 60, 3), np.uint8)]
     monkeypatch.setattr(sam2_head, "_ENCODED", 1)
@@ -199,10 +206,10 @@ def test_images_are_given_to_the_encoder_without_waiting_for_the_device(nano_hea
         for module in head.modules():
             for held in (module._parameters, module._buffers):
                 held.update({name: moved(value) for name, value in held.items()})
-        with Waiting() as seen:
+        with Sent(pinned) as seen:
             features = head._encoded(images)
     assert [level.device.type for level in features] == ["cuda"] * 3 and len(features[0]) == 2
-    assert seen.copies == [pinned] * 2 and len(given) == 2 * pinned
+    assert seen.copies == [not waits] * 2
 
 
 @contextmanager
@@ -236,8 +243,7 @@ def test_the_head_may_round_to_tf32_beside_half_precision_alone(half, monkeypatc
         never, tokens = (torch.empty(size, dtype=torch.long, device="cuda") for size in (2, 9))
         pretended = SimpleNamespace(temperature=1.0, never_sampled=never)
         HFPolicy.logits(pretended, hidden, head)
-        with token_logprobs.float32_products(hidden.device):
-            token_logprobs.token_logprobs(hidden, weight, tokens, never, most=40 * 5)
+        token_logprobs.token_logprobs(hidden, weight, tokens, never, most=40 * 5)
     assert seen == ["high" if half else "highest"] * (1 + 2)
     assert torch.get_float32_matmul_precision() == "highest"
 

@@ -56,10 +56,22 @@ def test_what_is_computed_again_is_as_precise_as_it_was(monkeypatch):
     monkeypatch.setattr(
         module, "_logits", lambda *given: seen.append(torch.get_float32_matmul_precision()) or plain(*given)
     )
-    for precision in ("high", None):
-        hidden, weight, tokens = inputs()
-        with float32_products(hidden.device, precision):
-            out = token_logprobs(hidden, weight, tokens, NEVER, most=20 * 6)
-        out.sum().backward()
+    for rounded in (True, False):
+        monkeypatch.setattr(module, "may_round", lambda device, rounded=rounded: rounded)
+        token_logprobs(*inputs(), NEVER, most=20 * 6).sum().backward()
     assert seen == ["high"] * 4 + ["highest"] * 4
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_where_nothing_is_rounded_torchs_setting_is_left_alone(monkeypatch):
+    """Read and written only on a GPU under autocast: whoever has set it in torch's other way is not stopped."""
+
+    def touched(*_):
+        raise AssertionError("it is not to be touched")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", touched)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", touched)
+    with torch.autocast("cpu", torch.bfloat16):
+        token_logprobs(*inputs(), NEVER, most=20 * 6).sum().backward()
+        with float32_products(torch.device("cpu"), False):
+            assert not torch.is_autocast_enabled("cpu")

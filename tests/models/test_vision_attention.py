@@ -83,16 +83,16 @@ def test_in_half_precision_the_kernel_gets_half_precision(policy, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_the_kernel_says_what_windows_one_by_one_say(policy):
-    tower = policy.model.model.visual.cuda()
-    try:
-        patches = sum(height * width for height, width in SIDES)
-        pixels = torch.randn(patches, tower.patch_embed.proj.weight[0].numel(), device="cuda")
-        said = []
-        for attention in ("sdpa", vision_attention.NAME):
-            tower.config._attn_implementation = attention
-            with torch.autocast("cuda", torch.bfloat16):
-                said.append(tower(pixels, torch.tensor([[1, *side] for side in SIDES]).cuda()).pooler_output)
-        torch.testing.assert_close(*said, rtol=0.05, atol=0.05)
-    finally:
-        tower.cpu()
+@pytest.mark.parametrize("width", [32, 72, 80])
+def test_the_kernel_says_what_windows_one_by_one_say(width, monkeypatch):
+    """Values and gradients, of parts of one projection as in the tower."""
+    ends = torch.tensor([0, 64, 128, 160, 176], dtype=torch.int32, device="cuda")
+    qkv = torch.randn(176, 3, 4, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    outcomes = []
+    for kernel in (True, False):
+        monkeypatch.setattr(vision_attention, "has_kernel", lambda *_, kernel=kernel: kernel)
+        parts = (part.transpose(0, 1)[None] for part in qkv.permute(1, 0, 2, 3).unbind(0))
+        out, _ = vision_attention.window_attention(None, *parts, None, width**-0.5, ends, 64)
+        outcomes.append((out, torch.autograd.grad(out.float().square().sum(), qkv)[0]))
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)

@@ -8,7 +8,6 @@ import sys
 from typing import cast
 
 import lightning
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from segrl.data.batching import Collate, Share, Shuffled
@@ -87,6 +86,10 @@ class SegDataModule(lightning.LightningDataModule):
         assert self.trainer is not None
         return int(self.trainer.global_step) // self.updates_per_batch
 
+    @property
+    def _on_gpu(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
     def train_dataloader(self) -> DataLoader[Sample]:
         """Shuffled, whole batches only, from where the run stands."""
         rank, ranks = self._ranks()
@@ -98,7 +101,7 @@ class SegDataModule(lightning.LightningDataModule):
             num_workers=self.workers,
             collate_fn=self.collate,
             drop_last=True,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._on_gpu,
             persistent_workers=self.workers > 0,
             worker_init_fn=_die_with_parent,
         )
@@ -111,7 +114,7 @@ class SegDataModule(lightning.LightningDataModule):
                 sampler=Share(len(dataset), *self._ranks()),
                 num_workers=self.workers,
                 collate_fn=self.eval_collate,
-                pin_memory=torch.cuda.is_available(),
+                pin_memory=self._on_gpu,
                 worker_init_fn=_die_with_parent,
             )
             for dataset in datasets.values()

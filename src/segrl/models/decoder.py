@@ -108,12 +108,15 @@ class Decoder:
         self.eps: float = language.norm.variance_epsilon
         self.scale: float = language.layers[0].self_attn.scaling
         self.groups, self.group, self.place = len(state.seen), group_size, 0
-        self.length, self.stride = length, stride
+        # A GPU reads rows fast that begin at multiples of 16 bytes: places are made up in the prefixes, and nobody sees them.
+        aligned = 1 if stride is None else 8
+        self.length, self.stride = -(-length // aligned) * aligned, stride
+        self.made_up = -state.seen.shape[1] % aligned
         self.at = torch.zeros(1, dtype=torch.long, device=state.following.device)  # the place, for the device
         self.recorder = Recorder() if stride is not None and self.at.device.type == "cuda" else None
         self.dtype = dtype
         self.layers = [
-            self._layer(layer, k, v, length)
+            self._layer(layer, k, v)
             for layer, k, v in zip(language.layers, state.keys, state.values, strict=True)
         ]
         steps = torch.arange(length, device=state.following.device)
@@ -124,13 +127,16 @@ class Decoder:
         kinds = torch.tensor([self.heads, self.kv_heads, self.kv_heads], device=cos.device)
         turns = torch.tensor([[self.scale, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=cos.dtype, device=cos.device)
         self.turned, self.kept = turns.repeat_interleave(kinds, 0)[..., None].unbind(1)
-        unseen = state.seen.logical_not()
+        unseen = F.pad(state.seen, (0, self.made_up)).logical_not()
         self.unseen = unseen if bool(unseen.any()) else None
 
-    def _layer(self, layer: Any, prefix_keys: Tensor, prefix_values: Tensor, length: int) -> _Layer:
+    def _layer(self, layer: Any, prefix_keys: Tensor, prefix_values: Tensor) -> _Layer:
         attention, mlp, dtype = layer.self_attn, layer.mlp, self.dtype
         inner = dict(attention.named_parameters())
-        shape = 2, self.groups, self.kv_heads, self.group, length, self.width
+        shape = 2, self.groups, self.kv_heads, self.group, self.length, self.width
+        prefix_keys, prefix_values = (
+            F.pad(part.to(dtype), (0, 0, 0, self.made_up)) for part in (prefix_keys, prefix_values)
+        )
         return _Layer(
             norm_in=layer.input_layernorm.weight,
             qkv=_Joined([attention.q_proj, attention.k_proj, attention.v_proj], dtype),
@@ -141,8 +147,8 @@ class Decoder:
             norm_mlp=layer.post_attention_layernorm.weight,
             gate_up=_Joined([mlp.gate_proj, mlp.up_proj], dtype),
             down=_Joined([mlp.down_proj], dtype),
-            prefix_keys=prefix_keys.to(dtype).transpose(-1, -2).contiguous(),
-            prefix_values=prefix_values.to(dtype).contiguous(),
+            prefix_keys=prefix_keys.transpose(-1, -2).contiguous(),
+            prefix_values=prefix_values.contiguous(),
             own=prefix_keys.new_zeros(shape, dtype=dtype),
         )
 

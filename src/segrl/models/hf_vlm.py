@@ -18,7 +18,7 @@ from segrl.models import vision_attention
 from segrl.models.decoder import Decoder, Product, linear_weight
 from segrl.models.norm import fuse_norms
 from segrl.models.shared_prefix import grouped_attention, read_prefixes, read_suffixes
-from segrl.models.token_logprobs import float32_products, token_logprobs
+from segrl.models.token_logprobs import float32_products, may_round, token_logprobs
 from segrl.prompts.frames import absolute_pixels, permille
 from segrl.protocols import Message
 from segrl.types import Completions, Frame, Prefix, PrefixState
@@ -231,7 +231,7 @@ class HFPolicy(nn.Module):
             hidden: of the places in front of tokens to be sampled.
             head: `head()`, made once for all steps.
         """
-        with float32_products(hidden.device):
+        with float32_products(hidden.device, may_round(hidden.device)):
             logits = head(hidden.float() / self.temperature)
         return logits.index_fill_(-1, self.never_sampled, float("-inf"))
 
@@ -254,9 +254,8 @@ class HFPolicy(nn.Module):
     def logprobs_of(self, hidden: Tensor, completions: Completions) -> Tensor:
         """Log-probability of each completion token, float32 `[N, T]`, from the states of `read`; zero off the mask."""
         mask, weight = completions.mask, self.head_weight()
-        with float32_products(hidden.device):
-            states = hidden[mask].float() / self.temperature
-            picked = token_logprobs(states, weight, completions.tokens[mask], self.never_sampled)
+        states = hidden[mask].float() / self.temperature
+        picked = token_logprobs(states, weight, completions.tokens[mask], self.never_sampled)
         return torch.zeros(mask.shape, device=hidden.device).masked_scatter(mask, picked)
 
     def logprobs(

@@ -14,25 +14,34 @@ _KEPT = 2**26
 """Probabilities (float32) that a pass keeps for its backward pass; where there are more, they are computed again."""
 
 
-@contextmanager
-def float32_products(device: torch.device, precision: str | None = None) -> Iterator[None]:
-    """Inside, products of float32 are in float32 though passes are in half precision: bfloat16 logits are wrong in the third digit.
+def may_round(device: torch.device) -> bool:
+    """Whether factors of float32 products may be rounded to TF32: on a GPU under autocast, where they come out of half precision anyway.
 
-    On a GPU whose passes are in half precision their factors may be rounded to TF32, which keeps 10 bits of 23 where bfloat16 keeps 7,
-    and is several times as fast; `precision` (torch's name) says otherwise.
+    TF32 keeps 10 bits of 23, where bfloat16 keeps 7, and is several times as fast.
     """
-    half, before = torch.is_autocast_enabled(device.type), torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision or ("high" if half and device.type == "cuda" else before))
-    try:
-        with torch.autocast(device.type, enabled=False):
+    return device.type == "cuda" and torch.is_autocast_enabled("cuda")
+
+
+@contextmanager
+def float32_products(device: torch.device, tf32: bool) -> Iterator[None]:
+    """Inside, products of float32 stay float32, whatever autocast says: bfloat16 logits are wrong in the third digit."""
+    with torch.autocast(device.type, enabled=False):
+        if not tf32:
             yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+            return
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, never: Tensor, most: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, never: Tensor, most: int, tf32: bool
+    ) -> Tensor:  # fmt: skip
         """Of a pass that fits, the probabilities take the logits' place and stay for the backward pass."""
         size = max(1, most // len(weight))
         picked, kept = [], None
@@ -43,14 +52,14 @@ class _TokenLogprobs(torch.autograd.Function):
             if len(hidden) <= size:
                 kept = logits.sub_(total).exp_()
         ctx.save_for_backward(hidden, weight, tokens, never, kept)
-        ctx.size, ctx.precision = size, torch.get_float32_matmul_precision()
+        ctx.size, ctx.tf32 = size, tf32
         return torch.cat(picked)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of a logit is that of its token (one where chosen, less the probability)."""
-        with float32_products(grads[0].device, ctx.precision):  # what is computed again is what it was
+        with float32_products(grads[0].device, ctx.tf32):  # what is computed again is what it was
             return _TokenLogprobs._gradients(ctx, grads[0])
 
     @staticmethod
@@ -66,7 +75,7 @@ class _TokenLogprobs(torch.autograd.Function):
             of_hidden.append(of_logits @ weight)
             if of_weight is not None:
                 of_weight.addmm_(of_logits.t(), states)
-        return torch.cat(of_hidden), of_weight, None, None, None
+        return torch.cat(of_hidden), of_weight, None, None, None, None
 
 
 def _logits(states: Tensor, weight: Tensor, never: Tensor) -> Tensor:
@@ -85,5 +94,7 @@ def token_logprobs(
         never: int64, tokens without probability.
         most: numbers in one chunk of logits; a pass of no more than that keeps them, a longer one computes them again.
     """
-    done: Tensor = _TokenLogprobs.apply(hidden, weight, tokens, never, most)
+    tf32 = may_round(hidden.device)
+    with float32_products(hidden.device, tf32):
+        done: Tensor = _TokenLogprobs.apply(hidden, weight, tokens, never, most, tf32)
     return done
