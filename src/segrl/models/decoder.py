@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any, cast
 
@@ -121,6 +122,7 @@ class Decoder:
         ]
         steps = torch.arange(length, device=state.following.device)
         cos, sin = language.rotary_emb(self.embedding, (state.following[:, None] + steps).expand(3, -1, -1))
+        cos, sin = cos.float(), sin.float()  # as rounded as in the passes, and not once more
         half = self.width // 2
         self.cos, self.sin = cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
         # Heads of a projection are queries, keys and values: what turns them, which is nothing for values, scales queries as well.
@@ -156,12 +158,9 @@ class Decoder:
         """Read one more token of every completion, `[B*G]`; hidden states `[B*G, D]`, good until the next step."""
         stride = self.stride or 1
         upto = min(self.length, -(-(self.place + 1) // stride) * stride)
-        with torch.autocast(
-            tokens.device.type, enabled=False
-        ):  # precisions are said here, each where it changes
-            hidden = (
-                self.recorder.call(self._read, tokens, upto) if self.recorder else self._read(tokens, upto)
-            )
+        read = self._read if self.recorder is None else partial(self.recorder.call, self._read)
+        with torch.autocast(tokens.device.type, enabled=False):  # every precision is said here
+            hidden = read(tokens, upto)
         self.place += 1
         self.at += 1
         return hidden

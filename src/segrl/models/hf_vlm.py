@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from segrl.models import vision_attention
 from segrl.models.decoder import Decoder, Product, linear_weight
 from segrl.models.norm import fuse_norms
+from segrl.models.products import take_products
 from segrl.models.shared_prefix import grouped_attention, read_prefixes, read_suffixes
 from segrl.models.token_logprobs import float32_products, may_round, token_logprobs
 from segrl.prompts.frames import absolute_pixels, permille
@@ -134,6 +135,7 @@ class HFPolicy(nn.Module):
             weights, dtype=getattr(torch, dtype), attn_implementation="sdpa", local_files_only=True
         ).train()  # as it comes it is in evaluation mode, in which nothing is checkpointed
         fuse_norms(self.model)
+        take_products(self.model)
         AttentionInterface.register(vision_attention.NAME, vision_attention.window_attention)
         self.model.model.visual.config._attn_implementation = vision_attention.NAME
         AttentionInterface.register("segrl_grouped", grouped_attention)

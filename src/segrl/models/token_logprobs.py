@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from segrl.models.products import add_columns_by_columns, rows_by_rows
+
 _KEPT = 2**26
 """Probabilities (float32) that a pass keeps for its backward pass; where there are more, they are computed again."""
 
@@ -47,10 +49,11 @@ class _TokenLogprobs(torch.autograd.Function):
         picked, kept = [], None
         for states, chosen in zip(hidden.split(size), tokens.split(size), strict=True):
             logits = _logits(states, weight, never)
-            total = logits.logsumexp(-1, keepdim=True)
+            probabilities = logits.softmax(-1)
+            total = logits.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log()
             picked.append((logits.gather(-1, chosen[:, None]) - total)[:, 0])
             if len(hidden) <= size:
-                kept = logits.sub_(total).exp_()
+                kept = probabilities
         ctx.save_for_backward(hidden, weight, tokens, never, kept)
         ctx.size, ctx.tf32 = size, tf32
         return torch.cat(picked)
@@ -72,14 +75,14 @@ class _TokenLogprobs(torch.autograd.Function):
             probabilities = _logits(states, weight, never).softmax(-1) if kept is None else kept
             of_logits = probabilities.mul(-grad[:, None])
             of_logits.scatter_add_(1, chosen[:, None], grad[:, None])
-            of_hidden.append(of_logits @ weight)
+            of_hidden.append(rows_by_rows(of_logits, weight.t()))
             if of_weight is not None:
-                of_weight.addmm_(of_logits.t(), states)
+                add_columns_by_columns(of_weight, of_logits, states)
         return torch.cat(of_hidden), of_weight, None, None, None, None
 
 
 def _logits(states: Tensor, weight: Tensor, never: Tensor) -> Tensor:
-    return (states @ weight.t()).index_fill_(-1, never, float("-inf"))
+    return rows_by_rows(states, weight).index_fill_(-1, never, float("-inf"))
 
 
 def token_logprobs(

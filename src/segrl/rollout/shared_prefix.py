@@ -113,7 +113,7 @@ def drawn(probabilities: Tensor, noise: Tensor) -> Tensor:
     """
     short = -probabilities.shape[-1] % _BLOCK
     blocks = (F.pad(probabilities, (0, short)) if short else probabilities).unflatten(-1, (-1, _BLOCK))
-    until = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    until = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
     wanted = noise[:, None] * until[:, -1:]
     block = torch.searchsorted(until, wanted, right=True)
     inside = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
