@@ -10,7 +10,10 @@ from torch.autograd.function import once_differentiable
 
 
 def rows_by_rows(one: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`[M, K]` and `[N, K]` to `[M, N]`, every row with every row; either may be a transposed view. Without gradient on a CPU."""
+    """`[M, K]` and `[N, K]` to `[M, N]`, every row with every row, and a bias `[N]` added; either may be a transposed view.
+
+    Gradients do not flow through it: `Linear` and the head have backward passes of their own.
+    """
     if _by_onednn(one, other):
         out: Tensor = torch.ops.mkldnn._linear_pointwise(one, other, bias, "none", [], "")
         return out

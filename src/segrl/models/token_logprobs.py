@@ -44,7 +44,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, never: Tensor, most: int, tf32: bool
     ) -> Tensor:  # fmt: skip
-        """Of a pass that fits, the probabilities take the logits' place and stay for the backward pass."""
+        """Of a pass that fits, the probabilities stay for the backward pass; the largest one gives the sum of all without another pass."""
         size = max(1, most // len(weight))
         picked, kept = [], None
         for states, chosen in zip(hidden.split(size), tokens.split(size), strict=True):
