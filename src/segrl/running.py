@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import time
@@ -44,6 +46,17 @@ def quiet() -> None:
 
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="lightning|torch|mlflow")
+
+
+@atexit.register
+def _leave_group() -> None:
+    """Close the ranks' group while Python still runs: a thread of it that lets go of a tensor later aborts the process.
+
+    Lightning does so for NCCL alone. The threads end with the last reference, so DDP's wrapper goes first.
+    """
+    if torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
 
 
 def say(line: str) -> None:

@@ -67,6 +67,47 @@ def test_two_processes_equal_one(tmp_path):
     same_run(tmp_path, "sam_r1")
 
 
+# The first handler runs last, when nothing but the interpreter's end is left.
+LEFT = """
+import atexit, glob
+atexit.register(lambda: print("left:", *(open(name).read() for name in glob.glob("/proc/self/task/*/comm"))))
+from segrl.{module} import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        (
+            "train",
+            ("+experiment=demo", *RUN[1:], "trainer.max_steps=1", "data.batch_size=2", "test_before=false"),
+        ),
+        (
+            "evaluate",
+            (
+                "+suite=synthetic",
+                "logger=csv",
+                "testsets.synthetic.samples.length=2",
+                "testsets.synthetic.published=2",
+            ),
+        ),
+    ],
+)
+def test_a_rank_leaves_no_thread_of_its_group_to_the_end_of_python(tmp_path, module, arguments):
+    """A thread that lets go of a tensor while the interpreter ends aborts the process, and with it the run."""
+    (tmp_path / "main.py").write_text(LEFT.format(module=module))
+    command = [sys.executable, tmp_path / "main.py", *arguments, f"paths.run={tmp_path}/run", "trainer=ddp"]
+    process = subprocess.run(
+        [*command, "trainer.devices=2", "trainer.accelerator=cpu"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert process.returncode == 0, process.stderr + process.stdout
+    assert process.stdout.count("left:") == 2 and "gloo" not in process.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["grpo", "reinforce_pp", "ppo", "pieces", "one_pass"])
 def test_two_processes_equal_one_whatever_the_algorithm(tmp_path, algorithm):

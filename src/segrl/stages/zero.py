@@ -8,6 +8,7 @@ does only what nothing else can: it shares out the optimizer's state (ZeRO-1), t
 from __future__ import annotations
 
 import atexit
+import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -20,10 +21,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 
-def _leave() -> None:
-    """A process that ends with the engine's groups open is aborted by their threads."""
+def _leave_group() -> None:
+    """As every run does at its end; the engine, which nothing frees, keeps threads of its groups: they come to rest first."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        time.sleep(1)
 
 
 class ZeRO(DDPStrategy):
@@ -55,7 +57,7 @@ class ZeRO(DDPStrategy):
             return
         import deepspeed
 
-        atexit.register(_leave)
+        atexit.register(_leave_group)
         (optimizer,) = self.optimizers
         self.groups = [list(group["params"]) for group in optimizer.param_groups]
         self.engine, *_ = deepspeed.initialize(
