@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import memory
+import no_contents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +118,13 @@ def speeds(device: str) -> Speeds:
 def main() -> None:
     """The papers' policies on an H200."""
     machine = Speeds(operations=790e12, bytes=4.3e12, width=2)
-    for name, size in memory.SIZES.items():
+    for name, size in no_contents.SIZES.items():
         for prompts in (1, 8):
             for reference in (False, True):
                 work = Work(
                     prompts=prompts, group=8, prefix=1029, patches=54 * 54, tokens=256, reference=reference, kept=False
                 )
-                parts = floor(memory.config(size), work, machine)
+                parts = floor(no_contents.config(size), work, machine)
                 print(json.dumps({
                     "model": name, "prompts": prompts, "group": 8, "tokens": 256, "image": "756x756", "reference": reference, "gpu": "H200",
                     "floor_ms": {part: round(1000 * value, 1) for part, value in parts.items()},

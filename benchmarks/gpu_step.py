@@ -19,7 +19,7 @@ from pathlib import Path
 
 import floor
 import grpo_step
-import memory
+import no_contents
 import tiny_vlm
 
 OURS = ("ours", "kept")
@@ -66,9 +66,9 @@ def main() -> None:
     gpu, folder = not asked.rehearse, Path(tempfile.mkdtemp()) / "policy"
     length, side = (256, 768) if gpu else (16, tiny_vlm.SIDE)
     if gpu:
-        size = memory.SIZES["Qwen2.5-VL-3B"]
+        size = no_contents.SIZES["Qwen2.5-VL-3B"]
         rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-        vision = {**memory.VISION, "out_hidden_size": size["hidden_size"]}
+        vision = {**no_contents.VISION, "out_hidden_size": size["hidden_size"]}
         tiny_vlm.write(folder, {"text": {**size, "rope_parameters": rope}, "vision": vision}, side)
     else:
         tiny_vlm.write(folder)

@@ -16,12 +16,10 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
+import no_contents
 import tiny_vlm
 import torch
 import transformers
@@ -31,20 +29,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-VISION = {
-    "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2,
-    "temporal_patch_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
-}  # fmt: skip
-SIZES: dict[str, dict[str, Any]] = {
-    "Qwen2.5-VL-3B": {
-        "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
-        "vocab_size": 151936, "tie_word_embeddings": True,
-    },
-    "Qwen2.5-VL-7B": {
-        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-        "vocab_size": 152064, "tie_word_embeddings": False,
-    },
-}  # fmt: skip
 CASES = (
     "+experiment=grpo_cod10k_lora",
     "+experiment=grpo_cod10k_lora stage.group_size=8",
@@ -57,41 +41,10 @@ CASES = (
     "+experiment=sam_r1_refcocog trainer=deepspeed_zero3 data.batch_size=4 policy.gradient_checkpointing=true",
     "+experiment=sam_r1_refcocog trainer=deepspeed_zero3 data.batch_size=4 policy.gradient_checkpointing=true stage.kl_weight=0",
 )
-INSTRUCTION, EVALUATED = 280, 16  # tokens beside the image's; data.eval_batch_size
+EVALUATED = 16  # data.eval_batch_size
 CONTEXT = 1.0e9  # CUDA's own
 # Bytes of DeepSpeed's reduce_bucket_size and stage3_max_live_parameters, in float32.
 BUCKET, GATHERED = 20e8, 40e8
-_INDEXED = {
-    torch.ops.aten.index.Tensor,
-    torch.ops.aten._index_put_impl_.default,
-    torch.ops.aten.index_put.default,
-}
-
-
-def config(size: dict[str, Any]) -> Any:
-    """As transformers has it."""
-    from transformers import Qwen2_5_VLConfig
-
-    text = {
-        **size,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    }
-    tower = {**VISION, "out_hidden_size": size["hidden_size"]}
-    return Qwen2_5_VLConfig(
-        text_config=text, vision_config=tower, tie_word_embeddings=size["tie_word_embeddings"]
-    )
-
-
-def with_places(function: Any, args: Any) -> Any:
-    """The arguments of an operation; an index by a mask becomes one by places: shapes may not hang on contents, and masks have theirs."""
-    if function not in _INDEXED:
-        return args
-    places = [
-        i
-        for at in args[1]
-        for i in (at.nonzero(as_tuple=True) if at is not None and at.dtype == torch.bool else (at,))
-    ]
-    return (args[0], places, *args[2:])
 
 
 def at_work(_: Tensor, query: Tensor, key: Tensor, *others: Tensor) -> int:
@@ -126,7 +79,7 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run it, and count what comes out."""
-        args = with_places(function, args)
+        args = no_contents.with_places(function, args)
         out = function(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
@@ -134,68 +87,6 @@ class Ledger(TorchDispatchMode):
         if "_varlen_attn_backward" in str(function):
             self.peak = max(self.peak, self.now + at_work(*[t for t in args if isinstance(t, Tensor)]))
         return out
-
-
-def emptied(module: Any) -> Any:
-    """The module, its parameters and buffers on `meta` become tensors of a CPU without contents; what is shared stays shared."""
-    mode, made = FakeTensorMode(allow_non_fake_inputs=True), dict[int, Any]()
-    for part in module.modules():
-        for held in (part._parameters, part._buffers):
-            for name, value in held.items():
-                if value is not None and value.is_meta and id(value) not in made:
-                    with mode:
-                        empty = torch.empty_strided(
-                            value.shape, value.stride(), dtype=value.dtype, device="cpu"
-                        )
-                    made[id(value)] = (
-                        nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
-                    )
-                if value is not None and value.is_meta:
-                    held[name] = made[id(value)]
-    return module
-
-
-def policy(folder: Path, shape: Any, settings: dict[str, Any]) -> Any:
-    """A policy on `meta`: the processor in `folder`, weights of the configuration `shape`, and `settings` of its constructor."""
-    from transformers import (
-        AutoConfig,
-        AutoModelForImageTextToText,
-        GenerationConfig,
-        Qwen2_5_VLForConditionalGeneration,
-    )
-
-    from segrl.models.hf_vlm import HFPolicy
-
-    own = AutoConfig.from_pretrained(folder)
-    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
-        setattr(shape, name, getattr(own, name))
-
-    def build(*_: object, dtype: torch.dtype, attn_implementation: str, **__: object) -> Any:
-        shape._attn_implementation = attn_implementation
-        with torch.device("meta"):
-            model = Qwen2_5_VLForConditionalGeneration(shape).to(dtype)
-        model.generation_config = GenerationConfig(eos_token_id=own.text_config.eos_token_id)
-        return model
-
-    with mock.patch.object(AutoModelForImageTextToText, "from_pretrained", build):
-        return HFPolicy(str(folder), None, None, 1.0, **settings)
-
-
-@contextmanager
-def as_on_a_gpu(kernel: bool = True) -> Iterator[None]:
-    """Bfloat16 passes without a cache of casts, as Lightning has them; layouts as on a GPU, and its kernel, which nothing here computes."""
-    from segrl.models import decoder, products, suffixes, vision_attention
-
-    def plain(self: Any, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.bias, self.packed = weight, bias, None
-
-    with ExitStack() as stack:
-        for module in (suffixes, vision_attention):
-            stack.enter_context(mock.patch.object(module, "has_kernel", lambda *_: kernel))
-        stack.enter_context(mock.patch.object(decoder.Product, "__init__", plain))
-        stack.enter_context(mock.patch.object(products, "_by_onednn", lambda *_: False))
-        stack.enter_context(torch.autocast("cpu", torch.bfloat16, cache_enabled=False))
-        yield
 
 
 def held(module: nn.Module) -> Ledger:
@@ -206,15 +97,6 @@ def held(module: nn.Module) -> Ledger:
     return ledger
 
 
-def prefixes_of(policy: Any, side: int, count: int) -> list[Any]:
-    """Noise and an instruction of Seg-R1's length."""
-    content = [{"type": "image"}, {"type": "text", "text": "x" * INSTRUCTION}]
-    return [
-        policy.encoder.encode([{"role": "user", "content": content}], tiny_vlm.image(i, side))
-        for i in range(count)
-    ]
-
-
 def sampling(
     ledger: Ledger, policy: Any, prefixes: list[Any], group: int, length: int, kernel: bool = True
 ) -> int:
@@ -223,7 +105,7 @@ def sampling(
 
     rows = len(prefixes) * group
     ledger.peak = ledger.now
-    with ledger, as_on_a_gpu(kernel), torch.no_grad():
+    with ledger, no_contents.as_on_a_gpu(kernel), torch.no_grad():
         state = policy.prefill(prefixes)
         decoder, head = policy.decoder(state, group, length, stride=128), policy.head()
         del state
@@ -273,9 +155,9 @@ def check(folder: Path) -> None:
         peaks = []
         for learner in (
             HFPolicy(str(folder), None, None, 1.0, **settings),
-            emptied(policy(folder, AutoConfig.from_pretrained(folder), settings)),
+            no_contents.emptied(no_contents.policy(folder, AutoConfig.from_pretrained(folder), settings)),
         ):
-            ledger, prefixes = held(learner), prefixes_of(learner, tiny_vlm.SIDE, 2)
+            ledger, prefixes = held(learner), no_contents.prefixes_of(learner, tiny_vlm.SIDE, 2)
             with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
                 learned, optimizer = learning(ledger, learner, prefixes, 4, 200, False)
             peaks.append(
@@ -291,7 +173,7 @@ def mask_head(images: int, kept: int) -> tuple[int, int]:
     """Bytes of SAM 2.1 Large in float32 with the embeddings that it keeps, and of its encoder at work on so many images."""
     from segrl.models.sam2_head import _ENCODED, _build
 
-    model = emptied(_build("configs/sam2.1/sam2.1_hiera_l.yaml").eval().to("meta"))
+    model = no_contents.emptied(_build("configs/sam2.1/sam2.1_hiera_l.yaml").eval().to("meta"))
     ledger, at_once = held(model), min(images, _ENCODED // 1024**2)
     weights = ledger.now
     with FakeTensorMode(allow_non_fake_inputs=True), ledger, torch.no_grad():
@@ -307,7 +189,7 @@ def reference(folder: Path, size: dict[str, Any], settings: dict[str, Any]) -> i
 
     frozen = FrozenCopy.__new__(FrozenCopy)
     nn.Module.__init__(frozen)
-    frozen.policy = policy(folder, config(size), settings)
+    frozen.policy = no_contents.policy(folder, no_contents.config(size), settings)
     frozen.made_for(torch.bfloat16)
     return held(frozen).now
 
@@ -329,11 +211,12 @@ def composed(overrides: str) -> tuple[Any, dict[str, Any], int | None]:
             wrong = first_fault(error)
     strategy, size = OmegaConf.select(cfg, "trainer.strategy"), None
     if done.returncode == 0:
-        size = next((size for name, size in SIZES.items() if name in cfg.policy.weights), None)
+        size = next((size for name, size in no_contents.SIZES.items() if name in cfg.policy.weights), None)
     zero = strategy.zero_stage if OmegaConf.is_dict(strategy) and "zero_stage" in strategy else None
     refusals = {
         wrong: bool(wrong),
-        f"policy: one of {', '.join(SIZES)} is needed: others have not been given a shape here": size is None,
+        f"policy: one of {', '.join(no_contents.SIZES)} is needed: others have not been given a shape here": size
+        is None,
         "stage.completions_per_pass: null is needed: groups are counted whole": OmegaConf.select(
             cfg, "stage.completions_per_pass"
         )
@@ -361,12 +244,15 @@ def case(folder: Path, overrides: str) -> None:
     if group is None:  # imitation samples to evaluate alone
         batch, group, sampled_at_once = cfg.stage.micro_batch_size, 1, min(sampled_at_once, EVALUATED)
     frozen = "FrozenCopy" in str(cfg.reference) and cfg.stage.kl_weight + cfg.stage.kl_reward > 0
-    learner = emptied(policy(folder, config(size), settings))
+    learner = no_contents.emptied(no_contents.policy(folder, no_contents.config(size), settings))
     numbers = sum(p.numel() for p in learner.parameters() if p.requires_grad)
-    ledger, prefixes = held(learner), prefixes_of(learner, cfg.policy.image_side, max(batch, sampled_at_once))
+    ledger, prefixes = (
+        held(learner),
+        no_contents.prefixes_of(learner, cfg.policy.image_side, max(batch, sampled_at_once)),
+    )
     weights, head = ledger.now, mask_head(len(prefixes), cfg.head.embeddings_kept)
     copy = reference(folder, size, settings) if frozen else 0
-    with as_on_a_gpu():
+    with no_contents.as_on_a_gpu():
         learned, optimizer = learning(
             ledger, learner, prefixes[: cfg.stage.micro_batch_size], group, length, zero is not None
         )

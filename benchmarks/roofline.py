@@ -17,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 import floor
-import memory
+import no_contents
 import tiny_vlm
 import torch
 import transformers
@@ -61,7 +61,7 @@ class Roofline(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run it without contents, and count."""
-        args, kwargs, name = memory.with_places(function, args), kwargs or {}, str(function)
+        args, kwargs, name = no_contents.with_places(function, args), kwargs or {}, str(function)
         out = function(*args, **kwargs)
         if function.namespace == "prim" or function.is_view or any(word in name for word in _NOTHING):
             return out
@@ -110,7 +110,7 @@ def sampling(policy: Any, prefixes: list[Any], least: dict[str, float]) -> None:
     from segrl.rollout.shared_prefix import drawn
 
     rows, roof = PROMPTS * GROUP, Roofline()
-    with memory.as_on_a_gpu(), torch.no_grad():
+    with no_contents.as_on_a_gpu(), torch.no_grad():
         with roof:
             state = policy.prefill(prefixes)
         line("read prefixes", roof, least["read prefixes"])
@@ -127,11 +127,11 @@ def learning(folder: Path, least: dict[str, float], recomputed: bool) -> None:
     from segrl.types import Completions
 
     policy, roof = weights(folder, recomputed), Roofline()
-    prefixes = memory.prefixes_of(policy, SIDE, PROMPTS)
+    prefixes = no_contents.prefixes_of(policy, SIDE, PROMPTS)
     tokens = torch.full((PROMPTS * GROUP, TOKENS), 100)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     completions = Completions(tokens=tokens, mask=mask, texts=[""] * len(tokens), finished=mask[:, 0])
-    with memory.as_on_a_gpu(), roof:
+    with no_contents.as_on_a_gpu(), roof:
         policy.logprobs(prefixes, completions).sum().backward()
     line("learn", roof, least["learn"], activations="computed again" if recomputed else "kept")
 
@@ -139,8 +139,8 @@ def learning(folder: Path, least: dict[str, float], recomputed: bool) -> None:
 def weights(folder: Path, recomputed: bool) -> Any:
     """3B, without contents."""
     settings = {"lora": None, "dtype": "float32", "train_vision": True, "gradient_checkpointing": recomputed}
-    shape = memory.config(memory.SIZES["Qwen2.5-VL-3B"])
-    return memory.emptied(memory.policy(folder, shape, settings))
+    shape = no_contents.config(no_contents.SIZES["Qwen2.5-VL-3B"])
+    return no_contents.emptied(no_contents.policy(folder, shape, settings))
 
 
 def main() -> None:
@@ -151,12 +151,12 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     folder = tiny_vlm.write(Path(tempfile.mkdtemp()) / "policy", side=SIDE)
     policy = weights(folder, False)
-    prefixes = memory.prefixes_of(policy, SIDE, PROMPTS)
+    prefixes = no_contents.prefixes_of(policy, SIDE, PROMPTS)
     work = floor.Work(
         prompts=PROMPTS, group=GROUP, prefix=len(prefixes[0].token_ids), patches=len(prefixes[0].pixels), tokens=TOKENS, reference=False,
         kept=False,
     )  # fmt: skip
-    least = floor.floor(memory.config(memory.SIZES["Qwen2.5-VL-3B"]), work, H200)
+    least = floor.floor(no_contents.config(no_contents.SIZES["Qwen2.5-VL-3B"]), work, H200)
     with mock.patch.object(F, "rms_norm", lambda hidden, shape, weight, eps: _norm(hidden, weight)):
         sampling(policy, prefixes, least)
         del policy
