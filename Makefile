@@ -21,7 +21,7 @@ help: ## list the targets
 	python3 -m venv .uv && .uv/bin/python -m pip install --quiet uv
 
 setup: $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv) ## get uv if missing and make .venv from uv.lock
-	@$(UV) sync --frozen
+	@$(UV) sync --frozen --inexact  # extras that were installed stay
 
 demo: setup ## GRPO on the embedded default, then the table before / after (about 5 minutes on 2 cores)
 	@$(PYTHON) -m segrl.train +experiment=demo paths.runs=$(RUNS) $(ARGS)

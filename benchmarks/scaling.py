@@ -74,11 +74,11 @@ def main() -> None:
         }  # fmt: skip
     print(json.dumps({"case": "scaling", "fits": fits}))
     if plot is not None:
-        draw(found, plot)
+        draw(found, fits["P + G*T"], plot)
 
 
-def draw(found: dict[tuple[int, int, int, int], float], plot: Path) -> None:
-    """One panel per axis, and one against the tokens that are read."""
+def draw(found: dict[tuple[int, int, int, int], float], fit: dict[str, float], plot: Path) -> None:
+    """One panel per axis, and one against the tokens that are read; dotted, every row reading all of its own at the same speed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -88,9 +88,8 @@ def draw(found: dict[tuple[int, int, int, int], float], plot: Path) -> None:
     for panel, (axis, points), place in zip(panels, AXES.items(), (1, 0, 2, 3), strict=False):
         values = [point[place] for point in points]
         panel.plot(values, [found[p] for p in points], "o-", color="tab:blue", label="measured")
-        first = points[0]
-        naive = [found[first] * tokens(p)[1] / tokens(first)[1] for p in points]
-        panel.plot(values, naive, ":", color="tab:gray", label="as G(P + T) from the first")
+        rows = [fit["offset"] + fit["seconds_per_1000_tokens"] * tokens(p)[1] / 1000 for p in points]
+        panel.plot(values, rows, ":", color="tab:gray", label="if G(P + T) were read")
         panel.set(xlabel=axis, ylim=(0, None))
     panels[0].set_ylabel("CPU seconds a step")
     panels[0].legend(frameon=False)

@@ -52,7 +52,9 @@ def export_policy(ckpt: Path, out: Path, note: str, head_checkpoint: str | None 
             f"ckpt: a checkpoint is needed; {ckpt} is {'a folder' if ckpt.is_dir() else 'not there'}"
         )
     if not (run / "config.yaml").is_file():
-        raise ValueError(f"ckpt: a checkpoint in a run's folder is needed; there is no {run / 'config.yaml'}")
+        raise ValueError(
+            f"ckpt: a checkpoint in a run's folder is needed, RUN/checkpoints/last.ckpt; two folders above {ckpt} is no config.yaml of a run"
+        )
     cfg = OmegaConf.load(run / "config.yaml")
     assert isinstance(cfg, DictConfig)
     learned = learned_policy(ckpt, "ckpt")
@@ -140,7 +142,7 @@ def _scored(run: Path, ckpt: Path) -> bool:
     if not (run / "metrics.json").is_file() or ckpt.resolve() != scored_checkpoint(run).resolve():
         return False
     steps = json.loads((run / "metrics.json").read_text())["steps"]
-    return ckpt.name == "best.ckpt" or bool(read_checkpoint(ckpt)["global_step"] == steps)
+    return ckpt.name == "best.ckpt" or bool(read_checkpoint(ckpt, "ckpt")["global_step"] == steps)
 
 
 def _data(data: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from segrl.data.datamodule import SegDataModule
 from segrl.front_door import scored_checkpoint
 from segrl.metrics.saliency import NAMES
 from segrl.stages.base import SegStage, Stage
+from segrl.stages.policy_gradient import PolicyGradientStage
 from segrl.tracking import report
 from segrl.tracking.callbacks import read_history
 from segrl.tracking.checkpoints import AtomicCheckpointIO, read_checkpoint
@@ -45,7 +46,8 @@ def quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="lightning|torch|mlflow")
+    transformers_logging.set_verbosity_error()  # what it would warn of is refused
+    warnings.filterwarnings("ignore", module="lightning|torch|mlflow|transformers")
 
 
 @atexit.register
@@ -110,7 +112,9 @@ class Run:
         if cfg.init_from is not None:
             cls._start_from(stage, Path(cfg.init_from))
         if cfg.ckpt_path is not None:
-            stage.on_load_checkpoint(read_checkpoint(Path(cfg.ckpt_path)))
+            stage.on_load_checkpoint(
+                read_checkpoint(Path(cfg.ckpt_path), "resume" if cfg.resume else "ckpt_path")
+            )
         stage.started_from = cfg.init_from
         trainer: lightning.Trainer = instantiate(
             cfg.trainer, logger=False, callbacks=[instantiate(c) for c in cfg.callbacks.values()],
@@ -160,13 +164,16 @@ class Run:
     def _check_checkpoints(cfg: DictConfig) -> None:
         """A checkpoint of another stage is refused before the policy's weights are loaded."""
         if cfg.init_from is not None:
-            saved = read_checkpoint(Path(cfg.init_from))
+            saved = read_checkpoint(Path(cfg.init_from), "init_from")
             if not any(name.startswith("policy.") for name in saved["state_dict"]):
                 raise ValueError(
-                    f"init_from: a checkpoint that holds a policy is needed; {cfg.init_from} is a {saved.get('stage', 'foreign')}'s"
+                    f"init_from: a checkpoint that holds a policy is needed; {cfg.init_from} is of {saved.get('stage', 'another program')}"
                 )
         if cfg.ckpt_path is not None:
-            saved, ours = read_checkpoint(Path(cfg.ckpt_path)), cfg.stage._target_.rpartition(".")[2]
+            saved, ours = (
+                read_checkpoint(Path(cfg.ckpt_path), "resume" if cfg.resume else "ckpt_path"),
+                cfg.stage._target_.rpartition(".")[2],
+            )
             if saved.get("stage", ours) != ours:
                 raise ValueError(
                     f"ckpt_path: a checkpoint of a {ours} is needed; {cfg.ckpt_path} is a {saved['stage']}'s (init_from takes its policy)"
@@ -200,7 +207,7 @@ class Run:
             raise ValueError(
                 "init_from: a stage that trains a policy to segment is needed; this one does not"
             )
-        weights = read_checkpoint(checkpoint)["state_dict"]
+        weights = read_checkpoint(checkpoint, "init_from")["state_dict"]
         try:
             stage.start_from(
                 {k.removeprefix("policy."): v for k, v in weights.items() if k.startswith("policy.")}
@@ -219,6 +226,12 @@ class Run:
         """Say what runs where."""
         learned = sum(p.numel() for p in self.stage.parameters() if p.requires_grad)
         say(f"{self.cfg.name}: {learned / 1e6:.1f} M parameters learn; results in {self.folder}")
+        if (
+            isinstance(self.stage, PolicyGradientStage)
+            and self.cfg.reference
+            and self.stage.reference is None
+        ):
+            say("  reference: it is not used, for stage.kl_weight and stage.kl_reward are 0")
 
     @property
     def _seg_stage(self) -> SegStage | None:
@@ -272,7 +285,7 @@ class Run:
         """Go back to the checkpoint that validated best, where one was kept."""
         chosen = scored_checkpoint(self.folder)
         if chosen.name == "best.ckpt":
-            saved = read_checkpoint(chosen)
+            saved = read_checkpoint(chosen, "ckpt_path")
             stage.load_state_dict(saved["state_dict"], strict=False)
             say(f"scoring {chosen}, of update {saved['global_step']}")
 

@@ -157,8 +157,8 @@ def test_a_checkpoint_of_another_architecture_a_foreign_file_and_a_cut_one_are_r
 ):
     import torch
 
-    code, _, err = cli(*DEMO)
-    assert code == 0, err
+    code, out, err = cli(*DEMO, "reference=frozen_copy")
+    assert code == 0 and "reference: it is not used" in out, err
     (checkpoint,) = (tmp_path / "runs").rglob("last.ckpt")
     other = (*DEMO, f"policy.weights={nano_weights('qwen3_vl')}")
     for key in ("ckpt_path", "init_from"):
@@ -167,7 +167,8 @@ def test_a_checkpoint_of_another_architecture_a_foreign_file_and_a_cut_one_are_r
     cut.write_bytes(checkpoint.read_bytes()[:-5000])
     assert "cut.ckpt" in refused(cli, tmp_path, *DEMO, f"ckpt_path={cut}")
     torch.save({"weights": 1}, tmp_path / "foreign.ckpt")
-    assert "foreign.ckpt" in refused(cli, tmp_path, *DEMO, f"init_from={tmp_path / 'foreign.ckpt'}")
+    line = refused(cli, tmp_path, *DEMO, f"init_from={tmp_path / 'foreign.ckpt'}")
+    assert line.startswith("segrl: init_from: ") and "foreign.ckpt" in line
     torch.save({"state_dict": {"x": pytest.approx}}, tmp_path / "code.ckpt")
     assert "code.ckpt" in refused(cli, tmp_path, *DEMO, f"init_from={tmp_path / 'code.ckpt'}")
 

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import TypedDict, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from segrl.models import vision_attention
 from segrl.models.decoder import Decoder, Product, linear_weight
+from segrl.models.hf_folder import family_of, whole_model
 from segrl.models.norm import fuse_norms
 from segrl.models.products import take_products
 from segrl.models.shared_prefix import grouped_attention, read_prefixes, read_suffixes
@@ -23,8 +24,6 @@ from segrl.models.token_logprobs import float32_products, may_round, token_logpr
 from segrl.prompts.frames import absolute_pixels, permille
 from segrl.protocols import Message
 from segrl.types import Completions, Frame, Prefix, PrefixState
-
-_FRAMES: dict[str, Callable[[int, int], Frame]] = {"qwen2_5_vl": absolute_pixels, "qwen3_vl": permille}
 
 
 class Lora(TypedDict):
@@ -45,19 +44,15 @@ class HFEncoder:
     """
 
     def __init__(self, weights: str, image_side: int | None, pixel_budget: tuple[int, int] | None) -> None:
-        from transformers import AutoConfig, AutoProcessor
+        from transformers import AutoProcessor
 
+        family = family_of(weights)
         budget = {} if pixel_budget is None else {
             "size": {"shortest_edge": pixel_budget[0], "longest_edge": pixel_budget[1]}
         }  # fmt: skip
         self.processor = AutoProcessor.from_pretrained(weights, local_files_only=True, **budget)
         self.image_side = image_side
-        family = AutoConfig.from_pretrained(weights, local_files_only=True).model_type
-        if family not in _FRAMES:
-            raise ValueError(
-                f"policy.weights: a model of {sorted(_FRAMES)} is needed; {weights} is a {family}"
-            )
-        self.frame_of = _FRAMES[family]
+        self.frame_of: Callable[[int, int], Frame] = permille if family == "qwen3_vl" else absolute_pixels
 
     def encode(self, messages: Sequence[Message], image: np.ndarray) -> Prefix:
         """Chat and RGB image to a prefix; see `protocols.Encoder`."""
@@ -123,17 +118,14 @@ class HFPolicy(nn.Module):
         gradient_checkpointing: bool,
     ) -> None:
         super().__init__()
-        from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText
+        from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
 
-        if not (Path(weights) / "config.json").is_file():
-            raise ValueError(f"policy.weights: a Hugging Face folder is needed; {weights} has no config.json")
         self.encoder = HFEncoder(
             weights, image_side, None if pixel_budget is None else (pixel_budget[0], pixel_budget[1])
         )
-        self.model: Any = AutoModelForImageTextToText.from_pretrained(
-            weights, dtype=getattr(torch, dtype), attn_implementation="sdpa", local_files_only=True
-        ).train()  # as it comes it is in evaluation mode, in which nothing is checkpointed
+        self.model = whole_model(weights, getattr(torch, dtype))
+        self.model.train()  # it comes in evaluation mode, in which no layer is checkpointed
         fuse_norms(self.model)
         take_products(self.model)
         AttentionInterface.register(vision_attention.NAME, vision_attention.window_attention)

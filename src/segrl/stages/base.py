@@ -183,12 +183,12 @@ class Stage(lightning.LightningModule):
         """Refuse the weights of another architecture; raises ValueError naming the first difference."""
         ours, theirs = self._learned(), checkpoint["state_dict"]
         for name in sorted(set(ours) | set(theirs)):
-            mine = tuple(ours[name].shape) if name in ours else "nothing"
-            other = tuple(theirs[name].shape) if name in theirs else "nothing"
+            mine = tuple(ours[name].shape) if name in ours else "missing"
+            other = tuple(theirs[name].shape) if name in theirs else "missing"
             if mine != other:
                 raise ValueError(
-                    f"ckpt_path: a checkpoint of this stage and policy is needed; at {name} the checkpoint has "
-                    f"{other}, this run {mine}"
+                    f"ckpt_path: a checkpoint of this stage and policy is needed; the weight {name} is {other} in the "
+                    f"checkpoint, {mine} in this run"
                 )
         planned = checkpoint.get("total_updates")
         if self._trainer is not None and self.make_schedule is not None and planned != self.total_updates:

@@ -42,30 +42,30 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: str | Path, map_location: object = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Load tensors and plain values only. Raises ValueError naming a file that is cut off or no checkpoint."""
-        return read_checkpoint(Path(path))
+        return read_checkpoint(Path(path), "ckpt_path")
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's contents on the CPU; ValueError naming the file if it is cut off, foreign or unsafe."""
+def read_checkpoint(path: Path, key: str) -> dict[str, Any]:
+    """A checkpoint's contents on the CPU; ValueError naming `key` and the file if it is cut off, foreign or unsafe."""
     if not path.is_file():
-        raise ValueError(f"ckpt_path: a checkpoint is needed; there is no file {path}")
+        raise ValueError(f"{key}: a checkpoint is needed; there is no file {path}")
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: a checkpoint is needed; the file is cut off or is none")
+        raise ValueError(f"{key}: a checkpoint is needed; {path} is cut off or is none")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())[:120]
         raise ValueError(
-            f"{path}: a checkpoint of tensors and plain values is needed; it cannot be read ({reason})"
+            f"{key}: a checkpoint of tensors and plain values is needed; {path} cannot be read ({reason})"
         ) from None
     if not isinstance(loaded, dict) or "state_dict" not in loaded:
-        raise ValueError(f"{path}: a checkpoint of a segrl stage is needed; the file holds no state_dict")
+        raise ValueError(f"{key}: a checkpoint of a segrl stage is needed; {path} holds no state_dict")
     return loaded
 
 
 def learned_policy(path: Path, key: str) -> dict[str, Tensor]:
     """The policy's weights in a checkpoint; raises ValueError naming the key if it holds none."""
-    weights = read_checkpoint(path)["state_dict"]
+    weights = read_checkpoint(path, key)["state_dict"]
     learned = {name.removeprefix("policy."): v for name, v in weights.items() if name.startswith("policy.")}
     if not learned:
         raise ValueError(f"{key}: a checkpoint that holds a policy is needed; {path} holds none")
