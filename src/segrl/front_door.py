@@ -235,6 +235,9 @@ def check(cfg: DictConfig) -> None:
         path = OmegaConf.select(cfg, key)
         if path is not None and not Path(path).exists():
             raise ValueError(f"{key}: there is no {path}; its owners publish it at {owners}")
+    root = None if cfg.get("testsets") else OmegaConf.select(cfg, "data.root")
+    if root is not None and not Path(root).is_dir():
+        raise ValueError(f"data.root: a folder is needed; there is no {root}")
     for key in ("ckpt_path", "init_from"):
         if cfg[key] is not None and not Path(cfg[key]).is_file():
             raise ValueError(f"{key}: a checkpoint is needed; there is no file {cfg[key]}")
