@@ -20,8 +20,9 @@ help: ## list the targets
 .uv/bin/uv:
 	python3 -m venv .uv && .uv/bin/python -m pip install --quiet uv
 
+# Extras that were installed stay; beside vLLM, which needs other versions, nothing is touched.
 setup: $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv) ## get uv if missing and make .venv from uv.lock
-	@$(UV) sync --frozen --inexact  # extras that were installed stay
+	@$(if $(wildcard .venv/lib/python*/site-packages/vllm),,$(UV) sync --frozen --inexact)
 
 demo: setup ## GRPO on the embedded default, then the table before / after (about 5 minutes on 2 cores)
 	@$(PYTHON) -m segrl.train +experiment=demo paths.runs=$(RUNS) $(ARGS)

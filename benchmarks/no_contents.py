@@ -100,7 +100,7 @@ def policy(folder: Path, shape: Any, settings: dict[str, Any]) -> Any:
         with torch.device("meta"):
             model = Qwen2_5_VLForConditionalGeneration(shape).to(dtype)
         model.generation_config = GenerationConfig(eos_token_id=own.text_config.eos_token_id)
-        return model, {"missing_keys": (), "mismatched_keys": ()}
+        return model, dict.fromkeys(("missing_keys", "mismatched_keys", "unexpected_keys"), ())
 
     with mock.patch.object(AutoModelForImageTextToText, "from_pretrained", build):
         return HFPolicy(str(folder), None, None, 1.0, **settings)

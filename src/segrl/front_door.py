@@ -225,7 +225,7 @@ def check(cfg: DictConfig) -> None:
 
     Raises:
         pydantic.ValidationError: for a value out of range.
-        ValueError: for a file that is not there, naming its key and where its owners publish it.
+        ValueError: for a file or a folder that is not there, naming its key and, where they are known, the place where its owners publish it.
     """
     from segrl.schema import EvaluateConfig, TrainConfig
 
@@ -237,7 +237,9 @@ def check(cfg: DictConfig) -> None:
             raise ValueError(f"{key}: there is no {path}; its owners publish it at {owners}")
     root = None if cfg.get("testsets") else OmegaConf.select(cfg, "data.root")
     if root is not None and not Path(root).is_dir():
-        raise ValueError(f"data.root: a folder is needed; there is no {root}")
+        raise ValueError(
+            f"data.root: a folder is needed; {root} is {'a file' if Path(root).exists() else 'not there'}"
+        )
     for key in ("ckpt_path", "init_from"):
         if cfg[key] is not None and not Path(cfg[key]).is_file():
             raise ValueError(f"{key}: a checkpoint is needed; there is no file {cfg[key]}")

@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning
 import torch
+import torch.distributed.nn
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.loggers import Logger, MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -46,15 +47,16 @@ def quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # what it would warn of is refused
+    transformers_logging.set_verbosity_error()  # weights are checked by `whole_model`
     warnings.filterwarnings("ignore", module="lightning|torch|mlflow|transformers")
 
 
 @atexit.register
 def _leave_group() -> None:
-    """Close the ranks' group while Python still runs: a thread of it that lets go of a tensor later aborts the process.
+    """Close the ranks' group while Python still runs: a thread of gloo's that lets go of a tensor later aborts the process.
 
-    Lightning does so for NCCL alone. The threads end with the last reference, so DDP's wrapper goes first.
+    Lightning does so for NCCL alone. The threads end with the last reference to the group: DDP's wrapper has one, and
+    `torch.distributed.nn` keeps one for good where it is imported beside a group, so it is imported here before there is any.
     """
     if torch.distributed.is_initialized():
         gc.collect()
@@ -170,13 +172,11 @@ class Run:
                     f"init_from: a checkpoint that holds a policy is needed; {cfg.init_from} is of {saved.get('stage', 'another program')}"
                 )
         if cfg.ckpt_path is not None:
-            saved, ours = (
-                read_checkpoint(Path(cfg.ckpt_path), "resume" if cfg.resume else "ckpt_path"),
-                cfg.stage._target_.rpartition(".")[2],
-            )
+            key, ours = "resume" if cfg.resume else "ckpt_path", cfg.stage._target_.rpartition(".")[2]
+            saved = read_checkpoint(Path(cfg.ckpt_path), key)
             if saved.get("stage", ours) != ours:
                 raise ValueError(
-                    f"ckpt_path: a checkpoint of a {ours} is needed; {cfg.ckpt_path} is a {saved['stage']}'s (init_from takes its policy)"
+                    f"{key}: a checkpoint of a {ours} is needed; {cfg.ckpt_path} is a {saved['stage']}'s (init_from takes its policy)"
                 )
             if saved.get("init_from") != cfg.init_from:
                 raise ValueError(
@@ -285,7 +285,7 @@ class Run:
         """Go back to the checkpoint that validated best, where one was kept."""
         chosen = scored_checkpoint(self.folder)
         if chosen.name == "best.ckpt":
-            saved = read_checkpoint(chosen, "ckpt_path")
+            saved = read_checkpoint(chosen, "callbacks.best")
             stage.load_state_dict(saved["state_dict"], strict=False)
             say(f"scoring {chosen}, of update {saved['global_step']}")
 

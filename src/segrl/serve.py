@@ -75,6 +75,8 @@ def check_port(asked: list[str]) -> None:
 
 def become_server(cfg: DictConfig, theirs: list[str]) -> None:
     """Replace this process by vLLM's server, with flags of the user's behind ours."""
+    if "root" in cfg.data:
+        cfg.data.root = None  # a server reads no data
     check(cfg)
     from segrl.rollout.vllm_wire import needs_vllm
 

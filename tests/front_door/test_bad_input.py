@@ -152,6 +152,13 @@ def test_an_unfit_mask_is_named_before_anything_is_written(cli, tmp_path, fault)
     assert "b.png" in line
 
 
+def test_a_root_that_is_no_folder_is_refused_before_anything_is_loaded(cli, tmp_path):
+    (tmp_path / "file").write_text("")
+    for root, words in (("nowhere", "not there"), ("file", "a file")):
+        line = refused(cli, tmp_path, *OWN, f"data.root={tmp_path / root}")
+        assert line == f"segrl: data.root: a folder is needed; {tmp_path / root} is {words}"
+
+
 def test_a_checkpoint_of_another_architecture_a_foreign_file_and_a_cut_one_are_refused(
     cli, tmp_path, nano_weights
 ):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from segrl.models.hf_folder import family_of, whole_model
 
+MORE = "model.language_model.layers.99.mlp.down_proj.weight"
 NAME = "model.language_model.layers.0.mlp.down_proj.weight"
 
 
@@ -31,7 +32,8 @@ def narrowed(weights):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda weights: weights.pop(NAME), rf"lacks 1, such as {NAME}"),
+        (lambda weights: weights.pop(NAME), f"{NAME} is missing"),
+        (lambda weights: weights.update({MORE: weights[NAME].clone()}), f"{MORE} is one too many"),
         (narrowed, rf"{NAME} is \(4, \d+\), not \(\d+, \d+\)"),
     ],
 )
@@ -42,9 +44,9 @@ def test_weights_that_would_be_noise_are_refused(folder, change, words):
         whole_model(str(folder), torch.float32)
 
 
-def test_a_weight_more_is_nobodys_harm(folder):
+def test_a_head_that_is_not_the_models_is_nobodys_harm(folder):
     before = whole_model(str(folder), torch.float32).state_dict()
-    save(folder, lambda weights: weights.update({"model.extra.weight": torch.zeros(3)}))
+    save(folder, lambda weights: weights.update({"v_head.summary.weight": torch.zeros(3)}))
     after = whole_model(str(folder), torch.float32).state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
@@ -56,6 +58,16 @@ def test_a_cut_file_and_none_are_refused(folder):
         whole_model(str(folder), torch.float32)
     path.unlink()
     with pytest.raises(ValueError, match=r"policy\.weights: .* cannot be read"):
+        whole_model(str(folder), torch.float32)
+    (folder / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"policy\.weights: .* cannot be read"):
+        whole_model(str(folder), torch.float32)
+
+
+def test_an_adapter_in_the_folder_is_refused(folder):
+    """transformers loads it and then says nothing of weights that are missing."""
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"policy\.weights: merged weights are needed"):
         whole_model(str(folder), torch.float32)
 
 

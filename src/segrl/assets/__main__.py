@@ -104,7 +104,7 @@ def export(runs: Path, out: Path) -> None:
         f"It imitates annotators who draw loose boxes. {made} On 256 held-out scenes: {scores}.",
         "asset:sam2_nano.safetensors",
     )  # fmt: skip
-    weights = read_checkpoint(runs / "nano_head" / "checkpoints" / "last.ckpt", "nano_head")["state_dict"]
+    weights = read_checkpoint(runs / "nano_head" / "checkpoints" / "last.ckpt", "--runs")["state_dict"]
     head = {k.removeprefix("head.model."): v.to(torch.float16).contiguous() for k, v in weights.items()}
     save_file(head, out / "sam2_nano.safetensors", metadata={"format": "pt"})
     note = f"SAM 2.1 (`sam2_nano.yaml`), stored in half precision. {made} The score is the mean IoU from true boxes."

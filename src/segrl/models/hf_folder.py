@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -29,29 +30,35 @@ def family_of(folder: str) -> str:
 
 
 def whole_model(folder: str, dtype: torch.dtype) -> Any:
-    """Transformers' model of a folder; what the folder lacks would be noise in it, and no score would say so.
+    """Transformers' model of a folder: what the folder lacks would be noise in it, and no score would say so.
 
     Raises:
-        ValueError: if the weights cannot be read, or one is missing or of another shape.
+        ValueError: if the weights cannot be read, are not those that config.json describes, or stand beside an adapter.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
+    if (Path(folder) / "adapter_config.json").exists():  # it would be loaded, and nothing else accounted for
+        raise ValueError(
+            f"policy.weights: merged weights are needed; {folder} holds an adapter (adapter_config.json)"
+        )
     try:
         model, found = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, json.JSONDecodeError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"policy.weights: whole safetensors files are needed; those of {folder} cannot be read ({error})"
+            f"policy.weights: whole files of weights are needed; those of {folder} cannot be read ({reason})"
         ) from None
-    for name, theirs, ours in sorted(found["mismatched_keys"]):
+    wrong = [
+        f"{name} is {tuple(theirs)}, not {tuple(ours)}" for name, theirs, ours in found["mismatched_keys"]
+    ]
+    wrong += [f"{name} is missing" for name in found["missing_keys"]]
+    wrong += [f"{name} is one too many" for name in found["unexpected_keys"] if name.startswith("model.")]
+    if wrong:
         raise ValueError(
-            f"policy.weights: the weights that config.json describes are needed; in {folder} {name} is {tuple(theirs)}, not {tuple(ours)}"
-        )
-    if missing := sorted(found["missing_keys"]):
-        raise ValueError(
-            f"policy.weights: all weights of the model are needed; {folder} lacks {len(missing)}, such as {missing[0]}"
+            f"policy.weights: the weights that config.json describes are needed; {folder} has {len(wrong)} others: {min(wrong)}"
         )
     return model

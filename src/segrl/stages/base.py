@@ -187,7 +187,7 @@ class Stage(lightning.LightningModule):
             other = tuple(theirs[name].shape) if name in theirs else "missing"
             if mine != other:
                 raise ValueError(
-                    f"ckpt_path: a checkpoint of this stage and policy is needed; the weight {name} is {other} in the "
+                    f"ckpt_path, or resume: a checkpoint of this stage and policy is needed; the weight {name} is {other} in the "
                     f"checkpoint, {mine} in this run"
                 )
         planned = checkpoint.get("total_updates")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 
 def _leave_group() -> None:
-    """As every run does at its end; the engine, which nothing frees, keeps threads of its groups: they come to rest first."""
+    """Before every run's own: nothing frees the engine, which keeps its groups' threads. A second is ample for them to let go of the last tensors."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         time.sleep(1)
