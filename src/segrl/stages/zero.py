@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 
 def _leave_group() -> None:
-    """Before every run's own: nothing frees the engine, which keeps its groups' threads. A second is ample for them to let go of the last tensors."""
+    """Before every run's own: nothing frees the engine, which keeps its groups' threads; a second is a margin for them to let go of the last tensors."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         time.sleep(1)
