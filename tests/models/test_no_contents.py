@@ -12,11 +12,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    FakeTensorDeviceMismatchError,
-    FakeTensorMode,
-)
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -25,10 +22,12 @@ from segrl.models import sam2_head, token_logprobs
 from segrl.models.decoder import Decoder, Product
 from segrl.models.hf_vlm import HFPolicy
 from segrl.models.shared_prefix import read_suffixes
-from segrl.models.suffixes import Segments
+from segrl.models.suffixes import Segments, shares_keys
 from segrl.rollout.shared_prefix import SharedPrefixEngine
 
 GROUP, LENGTH = 3, 20
+# torch 2.11 raises a RuntimeError without a name of its own.
+DeviceMismatch = getattr(fake_tensor, "FakeTensorDeviceMismatchError", RuntimeError)
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -135,7 +134,7 @@ def test_a_step_that_is_not_made_for_recording_differs_from_place_to_place(step)
     ("fault", "seen"),
     [
         (lambda at: int(at), DataDependentOutputException),
-        (lambda at: at + torch.ones(3, device="cpu"), FakeTensorDeviceMismatchError),
+        (lambda at: at + torch.ones(3, device="cpu"), DeviceMismatch),
     ],
 )
 def test_waiting_and_another_device_would_be_seen(step, monkeypatch, fault, seen):
@@ -262,8 +261,7 @@ def test_completions_are_learned_from_in_one_call_of_the_kernel_per_layer(policy
         assert key.shape == value.shape and query.shape[::2] == (count, key.shape[2])
         assert (
             query.shape[1] % key.shape[1] == 0
-            and settings["enable_gqa"]
-            and settings["window_size"] == (-1, 0)
+            and {**shares_keys(varlen_attn), "window_size": (-1, 0)}.items() <= settings.items()
         )
         for ends in (query_ends, key_ends):
             assert ends.dtype == torch.int32 and ends.device.type == "cuda" and ends.is_contiguous()

@@ -11,7 +11,7 @@ from segrl.types import Completions
 GROUP, LENGTHS = 3, [5, 1, 7, 2, 7, 3]  # one has no token to be read: its only one is predicted by the prefix
 
 
-def plain_varlen(query, key, value, query_ends, key_ends, most_queries, most_keys, scale, window_size, enable_gqa, causal_at="end"):  # fmt: skip
+def plain_varlen(query, key, value, query_ends, key_ends, most_queries, most_keys, scale, window_size, enable_gqa=True, causal_at="end"):  # fmt: skip
     """What torch documents of its kernel: one attention per segment, causality aligned at the end."""
     assert window_size == (-1, 0) and enable_gqa and query.dtype == key.dtype == value.dtype
     assert most_queries == query_ends.diff().max() and most_keys == key_ends.diff().max()
@@ -111,6 +111,21 @@ def test_packing_is_undone():
     packed = lay.pack(values)
     assert packed.flatten().tolist() == values[real].flatten().tolist()
     assert torch.equal(lay.unpack(packed), values * real[..., None])
+
+
+def test_a_kernel_without_the_word_for_shared_keys_is_asked_without_it(policy, prefixes, monkeypatch):
+    """As torch 2.11's is."""
+
+    def older(query, key, value, query_ends, key_ends, most_queries, most_keys, *, scale, window_size):
+        return plain_varlen(
+            query, key, value, query_ends, key_ends, most_queries, most_keys, scale, window_size
+        )
+
+    assert suffixes.shares_keys(older) == {} and suffixes.shares_keys(plain_varlen) == {"enable_gqa": True}
+    padded, _ = learned(policy, prefixes)
+    in_segments(monkeypatch, older)
+    monkeypatch.setattr(suffixes, "_SHARES_KEYS", suffixes.shares_keys(older))
+    assert (learned(policy, prefixes)[0] - padded).abs().max() < 1e-5
 
 
 @pytest.mark.gpu

@@ -9,11 +9,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+
+
+def shares_keys(kernel: Callable[..., Any]) -> dict[str, bool]:
+    """Return the keyword by which a variable-length kernel lets query heads share keys.
+
+    torch 2.11 has no such keyword: its kernel shares them whenever there are fewer key heads than query heads.
+    """
+    return {"enable_gqa": True} if "enable_gqa" in signature(kernel).parameters else {}
+
+
+_SHARES_KEYS = shares_keys(varlen_attn)
 
 
 class Suffixes(ABC):
@@ -129,7 +142,7 @@ class Segments(Suffixes):
         )
         out: Any = varlen_attn(
             query[0].transpose(0, 1).to(self.dtype), keys, values, self.query_ends, self.key_ends, self.most_queries, self.most_keys,
-            scale=scaling, window_size=(-1, 0), enable_gqa=True,
+            scale=scaling, window_size=(-1, 0), **_SHARES_KEYS,
         )  # fmt: skip
         attended: Tensor = out[None]
         return attended

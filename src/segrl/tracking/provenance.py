@@ -7,7 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -32,6 +32,14 @@ def _module() -> str:
     return f"segrl.{Path(sys.argv[0]).stem.removeprefix('segrl-')}"
 
 
+def _version(package: str) -> str:
+    """Return the version of an installed package; a checkout on the path has none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def provenance(config_yaml: str) -> dict[str, str]:
     """Tags of a run: command, commit, whether the tree differs from it, hash of the configuration, versions."""
     packages = ("segrl", "torch", "transformers", "lightning", "sam2")
@@ -42,5 +50,5 @@ def provenance(config_yaml: str) -> dict[str, str]:
         "config.sha256": hashlib.sha256(config_yaml.encode()).hexdigest(),
         "python": platform.python_version(),
         "machine": platform.machine(),
-        **{f"version.{name}": version(name) for name in packages},
+        **{f"version.{name}": _version(name) for name in packages},
     }
