@@ -11,6 +11,8 @@ SUITE ?=
 SCALE ?= nano
 SLOW ?=
 JOBS ?= 2
+OUT ?= $(abspath $(RUNS))/gpu
+PARTS ?=
 
 .PHONY: help setup demo seg-r1 test test-slow test-zero test-vllm lint types bench bench-gpu bench-metrics train eval sweep mlflow docker assets clean
 
@@ -54,8 +56,9 @@ types: setup ## mypy alone
 bench: setup ## every claim side by side, one JSON line each: a GRPO step beside TRL 1.16 (its own environment), the naive algorithm, the released reward, scaling
 	@for script in shared_prefix grpo_step reward scaling ranks memory floor roofline metrics; do $(PYTHON) benchmarks/$$script.py || failed=1; done; exit $${failed:-0}
 
-bench-gpu: setup ## a step of a policy of real size beside TRL and the floor, on a GPU (ARGS="--prompts 1 --alone")
-	@$(PYTHON) benchmarks/gpu_step.py $(ARGS)
+bench-gpu: setup ## on a GPU: tests of what it alone does, agreement with a CPU, a step of 3B's shape beside TRL and the floor, a report (PARTS="steps peer"; REHEARSE=1 on a CPU)
+	@PYTHON=$(abspath $(PYTHON)) OUT=$(OUT) PARTS="$(PARTS)" bash benchmarks/gpu_check.sh
+	@$(if $(REHEARSE),,$(PYTHON) benchmarks/gpu_report.py $(OUT)/results.jsonl)
 
 bench-metrics: setup ## MAE, S, E, F, weighted F: CPU time beside pysodmetrics, which runs in its own environment
 	@$(PYTHON) benchmarks/metrics.py

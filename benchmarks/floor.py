@@ -28,6 +28,14 @@ class Work:
     """Whether the prefix is read once for sampling and learning."""
 
 
+def of_noise(work: Any, kept: bool) -> Work:
+    """Return the work of a step of `noise.py`; `kept` is whether the prefix is read once for sampling and learning."""
+    return Work(
+        prompts=work.prompts, group=work.group, prefix=work.prefix, patches=work.patches, tokens=work.tokens,
+        reference=work.beta > 0, kept=kept,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Speeds:
     """Of a machine: operations per second in the precision of the passes, bytes per second, and bytes of a number in a pass."""

@@ -109,14 +109,17 @@ def policy(folder: Path, shape: Any, settings: dict[str, Any]) -> Any:
 @contextmanager
 def as_on_a_gpu(kernel: bool = True) -> Iterator[None]:
     """Bfloat16 passes without a cache of casts, as Lightning has them; layouts as on a GPU, and its kernel, which nothing here computes."""
-    from segrl.models import decoder, products, suffixes, vision_attention
+    from segrl.models import decoder, products, shared_prefix, suffixes, token_logprobs, vision_attention
 
     def plain(self: Any, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias, self.packed = weight, bias, None
 
     with ExitStack() as stack:
-        for module in (suffixes, vision_attention):
+        for module in (shared_prefix, suffixes, vision_attention):
             stack.enter_context(mock.patch.object(module, "has_kernel", lambda *_: kernel))
+        stack.enter_context(mock.patch.object(vision_attention, "_kernel_repeats", lambda *_: kernel))
+        chunk = token_logprobs.chunk_on(torch.device("cuda"))
+        stack.enter_context(mock.patch.object(token_logprobs, "chunk_on", lambda _: chunk))
         stack.enter_context(mock.patch.object(decoder.Product, "__init__", plain))
         stack.enter_context(mock.patch.object(products, "_by_onednn", lambda *_: False))
         stack.enter_context(torch.autocast("cpu", torch.bfloat16, cache_enabled=False))

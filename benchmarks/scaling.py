@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import noise
 import numpy as np
 import tiny_vlm
 
@@ -24,8 +25,9 @@ AXES = {
     "image side": [(1, 8, 64, s) for s in (196, 280, 392, 560)],
 }
 STEP = (
-    "import sys, json; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1); from pathlib import Path; import grpo_step; "
-    "b, g, t, s = map(int, sys.argv[3:7]); print(json.dumps(grpo_step.ours(Path(sys.argv[2]), b, 0.0, g, t, s)))"
+    "import sys, json; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1); from pathlib import Path; "
+    "import grpo_step, noise; b, g, t, s = map(int, sys.argv[3:7]); work = noise.Work(prompts=b, group=g, tokens=t, side=s); "
+    "print(json.dumps(grpo_step.ours(Path(sys.argv[2]), work)))"
 )
 
 
@@ -43,7 +45,7 @@ def seconds(folder: Path, point: tuple[int, int, int, int]) -> float:
 def tokens(point: tuple[int, int, int, int]) -> tuple[int, int]:
     """What a step reads: prefixes once, and once per completion."""
     prompts, group, length, side = point
-    prefix = (side // 28) ** 2 + 39
+    prefix = noise.Work(prompts=prompts, side=side).prefix
     return prompts * (prefix + group * length), prompts * group * (prefix + length)
 
 

@@ -18,6 +18,19 @@ settings.register_profile("house", deadline=None, derandomize=True, max_examples
 settings.load_profile("house")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--rehearse", action="store_true", help="run the tests marked gpu on the CPU")
+
+
+@pytest.fixture(scope="session")
+def gpu(request) -> torch.device:
+    """The device of a test marked `gpu`."""
+    if request.config.getoption("--rehearse"):
+        return torch.device("cpu")
+    assert torch.cuda.is_available(), "no GPU is seen; --rehearse runs these tests on the CPU"
+    return torch.device("cuda")
+
+
 @pytest.fixture(scope="session")
 def realdata() -> Path:
     """Photographs, masks and published scores: $SEGRL_REALDATA, or shared/realdata next to the repository."""

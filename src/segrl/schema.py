@@ -5,7 +5,7 @@ The constructors are the schema of what they take; here stand the ranges of numb
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -83,7 +83,7 @@ class Rollout(_Node):
     target: str = Field(alias="_target_")
     max_tokens: Count
     max_prefix: Count = 1
-    graphs: bool = Field(True, strict=True)
+    graphs: Annotated[bool, Field(strict=True)] | Literal["auto"] = "auto"
     sleep: bool = Field(True, strict=True)
     eager: bool = Field(False, strict=True)
     prefixes_at_once: Count | None = None

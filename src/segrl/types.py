@@ -127,18 +127,20 @@ class Prefix:
     """int64 `[P]`, 1 on image tokens: without it the rotary positions are silently one-dimensional."""
     pixels: Tensor
     """float `[patches, patch values]`, the image processor's output."""
+    positions: Tensor
+    """int64 `[3, P]`, rotary positions along time, height, width."""
     grid: Tensor
-    """int64 `[1, 3]`, patches along time, height, width."""
+    """int64 `[1, 3]`, patches along time, height, width; stays on the host, where layouts are made from it."""
     frame: Frame
 
     def to(self, device: torch.device | str) -> Prefix:
-        """The same prefix with its tensors on `device`."""
+        """Return the same prefix with its tensors on `device`, but for the grid."""
         return replace(
             self,
             token_ids=self.token_ids.to(device, non_blocking=True),
             token_types=self.token_types.to(device, non_blocking=True),
             pixels=self.pixels.to(device, non_blocking=True),
-            grid=self.grid.to(device, non_blocking=True),
+            positions=self.positions.to(device, non_blocking=True),
         )
 
     def pin_memory(self) -> Prefix:
@@ -148,7 +150,7 @@ class Prefix:
             token_ids=self.token_ids.pin_memory(),
             token_types=self.token_types.pin_memory(),
             pixels=self.pixels.pin_memory(),
-            grid=self.grid.pin_memory(),
+            positions=self.positions.pin_memory(),
         )
 
 
@@ -161,7 +163,7 @@ class PrefixState:
     values: list[Tensor]
     """Likewise."""
     seen: Tensor
-    """bool `[B, P]`, false on left padding."""
+    """bool `[B, P]`, false on padding."""
     following: Tensor
     """int64 `[B]`, rotary position of the first completion token: images advance it by their side, not their area."""
     last_hidden: Tensor

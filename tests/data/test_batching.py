@@ -42,7 +42,7 @@ class Letters:
         ids = torch.tensor([ord(letter) for letter in asked])
         return Prefix(
             token_ids=ids, token_types=torch.zeros_like(ids), pixels=torch.from_numpy(image.reshape(-1, 3).copy()).float(),
-            grid=torch.tensor([[1, *image.shape[:2]]]), frame=absolute_pixels(*image.shape[:2]),
+            positions=ids.expand(3, -1), grid=torch.tensor([[1, *image.shape[:2]]]), frame=absolute_pixels(*image.shape[:2]),
         )  # fmt: skip
 
     def answer(self, text: str) -> Tensor:

@@ -1,5 +1,7 @@
 """Completions in one row, whatever their lengths: the layout for a kernel of unequal lengths, beside padded attention."""
 
+import re
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -129,20 +131,57 @@ def test_a_kernel_without_the_word_for_shared_keys_is_asked_without_it(policy, p
 
 
 @pytest.mark.gpu
-def test_the_kernel_says_what_padded_attention_says():
+def test_the_kernel_says_what_padded_attention_says(gpu):
+    """At the head widths of Qwen's policies, values and gradients."""
     torch.manual_seed(0)
-    seen = torch.ones(2, 40, dtype=torch.bool, device="cuda")
-    seen[0, :7] = False
-    real = (torch.arange(7) < torch.tensor(LENGTHS)[:, None]).cuda()
-    given = [
-        torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        for shape in ((1, 8, sum(LENGTHS), 64), *[(1, 2, sum(LENGTHS), 64)] * 2, *[(2, 2, 40, 64)] * 2)
-    ]
-    outs, gradients = [], []
-    for layout in (SideBySide(seen, real), Segments(seen, real, torch.bfloat16)):
-        out = layout.attend(*given[:3], (given[3], given[4]), 0.125)
-        gradients.append(torch.autograd.grad(out.float().square().sum(), given))
-        outs.append(out)
-    torch.testing.assert_close(*outs, rtol=0.02, atol=0.02)
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
+    seen = torch.ones(2, 40, dtype=torch.bool, device=gpu)
+    seen[0, 33:] = False
+    real = (torch.arange(7) < torch.tensor(LENGTHS)[:, None]).to(gpu)
+    kernel = Segments(seen, real, torch.bfloat16) if gpu.type == "cuda" else SideBySide(seen, real)
+    for width in (32, 64, 128):
+        given = [
+            torch.randn(shape, device=gpu, dtype=torch.bfloat16, requires_grad=True)
+            for shape in (
+                (1, 8, sum(LENGTHS), width),
+                *[(1, 2, sum(LENGTHS), width)] * 2,
+                *[(2, 2, 40, width)] * 2,
+            )
+        ]
+        outs, gradients = [], []
+        for layout in (SideBySide(seen, real), kernel):
+            out = layout.attend(*given[:3], (given[3], given[4]), width**-0.5)
+            gradients.append(torch.autograd.grad(out.float().square().sum(), given))
+            outs.append(out)
+        torch.testing.assert_close(*outs, rtol=0.02, atol=0.02)
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
+
+
+class Wrong(SideBySide):
+    """A kernel that is not to be believed."""
+
+    def attend(self, *given):
+        return 1.1 * super().attend(*given)
+
+
+class Raising(SideBySide):
+    """A kernel that this machine cannot run."""
+
+    def attend(self, *given):
+        raise RuntimeError("no kernel image is available\nand so on")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "said"), [(SideBySide, None), (Wrong, "off by"), (Raising, "no kernel image is available$")]
+)
+def test_a_kernel_is_believed_once_it_has_repeated_padded_attention(kernel, said, monkeypatch, recwarn):
+    monkeypatch.setattr(suffixes, "Segments", lambda seen, real, dtype: kernel(seen, real))
+    suffixes._kernel_repeats.cache_clear()
+    before = torch.get_rng_state()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        believed = [suffixes._kernel_repeats(torch.device("cpu"), torch.bfloat16) for _ in range(2)]
+    suffixes._kernel_repeats.cache_clear()
+    assert believed == [said is None] * 2 and torch.equal(torch.get_rng_state(), before)
+    messages = [str(warning.message) for warning in recwarn]
+    assert len(messages) == (said is not None)
+    assert said is None or re.search(f"padded.*{said}", messages[0])

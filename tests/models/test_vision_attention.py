@@ -17,6 +17,11 @@ def plain_kernel(query, key, value, ends, key_ends, longest, most_keys, scale):
     return torch.cat([part.transpose(0, 1) for part in said])
 
 
+def believe(monkeypatch, where):
+    monkeypatch.setattr(vision_attention, "has_kernel", where)
+    monkeypatch.setattr(vision_attention, "_kernel_repeats", where)
+
+
 def seen(policy, attention):
     """What the tower makes of three images, and the gradients of a sum of it."""
     tower, config = policy.model.model.visual, policy.model.config.vision_config
@@ -44,7 +49,7 @@ def test_windows_in_few_calls_are_windows_one_by_one(policy, monkeypatch, kernel
         return plain_kernel(*given, **settings)
 
     monkeypatch.setattr(vision_attention, "varlen_attn", counted)
-    monkeypatch.setattr(vision_attention, "has_kernel", lambda device, dtype: kernel)
+    believe(monkeypatch, lambda *_: kernel)
     expected, of_expected = seen(policy, "sdpa")
     found, of_found = seen(policy, vision_attention.NAME)
     assert len(calls) == kernel * len(policy.model.model.visual.blocks)
@@ -61,7 +66,7 @@ def test_a_patch_that_saw_another_window_would_be_noticed(policy, monkeypatch):
         whole = torch.tensor([0, len(query)], dtype=torch.int32)
         return plain_kernel(query, key, value, whole, whole, len(query), len(query), scale)
 
-    monkeypatch.setattr(vision_attention, "has_kernel", lambda device, dtype: True)
+    believe(monkeypatch, lambda *_: True)
     monkeypatch.setattr(vision_attention, "varlen_attn", everything)
     assert (seen(policy, vision_attention.NAME)[0] - seen(policy, "sdpa")[0]).abs().max() > 1e-3
 
@@ -74,7 +79,7 @@ def test_in_half_precision_the_kernel_gets_half_precision(policy, monkeypatch):
         return plain_kernel(query, key, value, *given, **settings)
 
     expected, _ = seen(policy, "sdpa")
-    monkeypatch.setattr(vision_attention, "has_kernel", lambda device, dtype: dtype == torch.bfloat16)
+    believe(monkeypatch, lambda device, dtype: dtype == torch.bfloat16)
     monkeypatch.setattr(vision_attention, "varlen_attn", kernel)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         half, _ = seen(policy, vision_attention.NAME)
@@ -84,15 +89,39 @@ def test_in_half_precision_the_kernel_gets_half_precision(policy, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [32, 72, 80])
-def test_the_kernel_says_what_windows_one_by_one_say(width, monkeypatch):
+def test_the_kernel_says_what_windows_one_by_one_say(gpu, width):
     """Values and gradients, of parts of one projection as in the tower."""
-    ends = torch.tensor([0, 64, 128, 160, 176], dtype=torch.int32, device="cuda")
-    qkv = torch.randn(176, 3, 4, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    outcomes = []
-    for kernel in (True, False):
-        monkeypatch.setattr(vision_attention, "has_kernel", lambda *_, kernel=kernel: kernel)
-        parts = (part.transpose(0, 1)[None] for part in qkv.permute(1, 0, 2, 3).unbind(0))
-        out, _ = vision_attention.window_attention(None, *parts, None, width**-0.5, ends, 64)
-        outcomes.append((out, torch.autograd.grad(out.float().square().sum(), qkv)[0]))
+    ends = torch.tensor([0, 64, 128, 160, 176], dtype=torch.int32, device=gpu)
+    qkv = torch.randn(176, 3, 4, width, device=gpu, dtype=torch.bfloat16, requires_grad=True)
+    by_size = vision_attention._by_size(*qkv.unbind(1), ends, width**-0.5)
+    if gpu.type == "cuda":
+        by_kernel = vision_attention._by_kernel(*qkv.unbind(1), ends, 64, width**-0.5)
+    else:
+        by_kernel = plain_kernel(*qkv.unbind(1), ends, ends, 64, 64, width**-0.5)
+    outcomes = [
+        (out, torch.autograd.grad(out.float().square().sum(), qkv)[0]) for out in (by_kernel, by_size)
+    ]
     for one, other in zip(*outcomes, strict=True):
         torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("believed", [True, False])
+def test_the_kernel_is_believed_once_it_has_repeated_calls_by_size(believed, monkeypatch, recwarn):
+    def kernel(*given, **settings):
+        return plain_kernel(*given, **settings) * (1.0 if believed else 1.2)
+
+    monkeypatch.setattr(vision_attention, "varlen_attn", kernel)
+    vision_attention._kernel_repeats.cache_clear()
+    found = vision_attention._kernel_repeats(torch.device("cpu"), torch.float32)
+    vision_attention._kernel_repeats.cache_clear()
+    assert found is believed and len(recwarn) == (not believed)
+
+
+def test_windows_are_worked_out_once_per_pass(policy, monkeypatch):
+    made, plain = [], vision_attention._Windows
+    monkeypatch.setattr(vision_attention, "_Windows", lambda ends: made.append(1) or plain(ends))
+    seen(policy, vision_attention.NAME)
+    config = policy.model.config.vision_config
+    assert len(made) == (2 if "window_size" in config.to_dict() else 1) < config.depth
+    seen(policy, vision_attention.NAME)  # other tensors, though equal ones
+    assert len(made) == 2 * (2 if "window_size" in config.to_dict() else 1)

@@ -290,7 +290,7 @@ def update_gradient(size: int, shares: Callable[[Tensor], Tensor]) -> tuple[Tens
     theta = torch.randn(8, vocab, generator=noise).requires_grad_()
     prefix = Prefix(
         token_ids=torch.zeros(1, dtype=torch.long), token_types=torch.zeros(1, dtype=torch.long), pixels=torch.zeros(1, 1),
-        grid=torch.ones(1, 3, dtype=torch.long), frame=Frame(1, 1),
+        positions=torch.zeros(3, 1, dtype=torch.long), grid=torch.ones(1, 3, dtype=torch.long), frame=Frame(1, 1),
     )  # fmt: skip
     experience = Experience(
         prefixes=[prefix] * 8,

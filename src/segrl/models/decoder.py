@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segrl.models import products
 from segrl.models.recorded import Recorder
 from segrl.types import PrefixState
 
@@ -31,7 +32,7 @@ class Product:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.bias, self.packed = bias, None
         on_cpu = weight.device.type == "cpu"
-        if on_cpu and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        if on_cpu and weight.dtype == torch.float32 and products.HAS_ONEDNN:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         else:
             self.weight = weight.t().contiguous().t() if on_cpu else weight
@@ -45,28 +46,38 @@ class Product:
 
 
 class _Joined(Product):
-    """Linear layers that read the same input, joined; adapters stay beside them.
+    """Linear layers that read the same input, joined; adapters stay beside them, and cost one product more.
 
-    Merged into a bfloat16 weight, an adapter that is smaller than its last digit would be rounded away.
+    Merged into a bfloat16 weight, an adapter that is smaller than its last digit would be rounded away. So the narrow halves of
+    all adapters are more rows of the weight, and their wide halves one matrix, in which each layer has columns of its own.
     """
 
     def __init__(self, linears: Sequence[nn.Module], dtype: torch.dtype) -> None:
         weights = [cast("Tensor", _base(linear).weight) for linear in linears]
         biases = [_base(linear).bias for linear in linears]
         bias = None if biases[0] is None else torch.cat(cast("list[Tensor]", biases)).to(dtype)
-        super().__init__((weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype).detach(), bias)
-        self.adapters = [
+        adapters = [
             (narrow.to(dtype), wide.to(dtype), slice(end - len(weight), end))
             for linear, weight, end in zip(linears, weights, accumulate(map(len, weights)), strict=True)
             for narrow, wide in adapters_of(linear)
         ]
+        self.size = sum(map(len, weights))
+        self.wide: Tensor | None = None
+        rows = [weight.to(dtype) for weight in weights] + [narrow for narrow, _, _ in adapters]
+        if adapters:
+            ranks = [len(narrow) for narrow, _, _ in adapters]
+            self.wide = rows[0].new_zeros(sum(ranks), self.size)
+            for (_, wide, columns), end, rank in zip(adapters, accumulate(ranks), ranks, strict=True):
+                self.wide[end - rank : end, columns] = wide.t()
+            bias = None if bias is None else F.pad(bias, (0, sum(ranks)))
+        super().__init__((rows[0] if len(rows) == 1 else torch.cat(rows)).detach(), bias)
 
     def __call__(self, given: Tensor) -> Tensor:
         """`[N, in]` to `[N, out]`."""
         out = super().__call__(given)
-        for narrow, wide, columns in self.adapters:
-            out[:, columns] += F.linear(F.linear(given, narrow), wide)
-        return out
+        if self.wide is None:
+            return out
+        return out[:, : self.size].addmm_(out[:, self.size :], self.wide)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,11 +106,13 @@ class Decoder:
         length: most tokens of a completion.
         dtype: of the products; sums along the layers stay in the weights' own.
         stride: own keys are read in multiples of so many, what lies ahead masked, so that a step keeps its shapes and can be recorded;
-            none reads those that are there.
+            None reads those that are there.
+        recorder: calls steps as CUDA graphs; None computes each.
     """
 
     def __init__(
-        self, language: Any, state: PrefixState, group_size: int, length: int, dtype: torch.dtype, stride: int | None
+        self, language: Any, state: PrefixState, group_size: int, length: int, dtype: torch.dtype, stride: int | None = None,
+        recorder: Recorder | None = None,
     ) -> None:  # fmt: skip
         config = language.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -114,8 +127,7 @@ class Decoder:
         self.length, self.stride = -(-length // aligned) * aligned, stride
         self.made_up = -state.seen.shape[1] % aligned
         self.at = torch.zeros(1, dtype=torch.long, device=state.following.device)  # the place, for the device
-        self.recorder = Recorder() if stride is not None and self.at.device.type == "cuda" else None
-        self.dtype = dtype
+        self.recorder, self.dtype = recorder, dtype
         self.layers = [
             self._layer(layer, k, v)
             for layer, k, v in zip(language.layers, state.keys, state.values, strict=True)

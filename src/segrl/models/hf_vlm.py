@@ -19,8 +19,10 @@ from segrl.models.decoder import Decoder, Product, linear_weight
 from segrl.models.hf_folder import family_of, whole_model
 from segrl.models.norm import fuse_norms
 from segrl.models.products import take_products
-from segrl.models.shared_prefix import grouped_attention, read_prefixes, read_suffixes
+from segrl.models.recorded import Recorder
+from segrl.models.shared_prefix import grouped_attention, pass_dtype, read_prefixes, read_suffixes
 from segrl.models.token_logprobs import float32_products, may_round, token_logprobs
+from segrl.models.tower import image_features, rotary_positions
 from segrl.prompts.frames import absolute_pixels, permille
 from segrl.protocols import Message
 from segrl.types import Completions, Frame, Prefix, PrefixState
@@ -61,10 +63,11 @@ class HFEncoder:
             picture = picture.resize((self.image_side, self.image_side), Image.Resampling.BICUBIC)
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         out = self.processor(text=[text], images=[picture], return_tensors="pt")
-        grid, patch = out["image_grid_thw"], self.processor.image_processor.patch_size
+        grid, eyes = out["image_grid_thw"], self.processor.image_processor
+        types, patch = out["mm_token_type_ids"][0].long(), eyes.patch_size
         return Prefix(
-            token_ids=out["input_ids"][0], token_types=out["mm_token_type_ids"][0].long(),
-            pixels=out["pixel_values"], grid=grid,
+            token_ids=out["input_ids"][0], token_types=types, pixels=out["pixel_values"],
+            positions=rotary_positions(types, grid, eyes.merge_size), grid=grid,
             frame=self.frame_of(int(grid[0, 1]) * patch, int(grid[0, 2]) * patch),
         )  # fmt: skip
 
@@ -139,7 +142,9 @@ class HFPolicy(nn.Module):
         self.model.model.visual.requires_grad_(train_vision)
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
-            self.model.model.visual.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.model.visual.gradient_checkpointing_enable(
+                {"use_reentrant": False, "preserve_rng_state": False}  # nothing in the tower draws
+            )
         if lora is not None:
             self.model.requires_grad_(False)
             self.add_adapter("policy", lora)
@@ -168,11 +173,7 @@ class HFPolicy(nn.Module):
     @property
     def pass_dtype(self) -> torch.dtype:
         """Of its passes, here and now."""
-        kind = self.device.type
-        dtype: torch.dtype = (
-            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.model.dtype
-        )
-        return dtype
+        return pass_dtype(self.model)
 
     def has_moved(self) -> None:
         """Its weights have changed: what was copied from them is out of date."""
@@ -180,7 +181,7 @@ class HFPolicy(nn.Module):
 
     def features(self, prefix: Prefix) -> Tensor:
         """What the tower sees: image tokens `[n, D]`, or with Qwen3-VL's earlier layers beside them `[n, D * (1 + levels)]`."""
-        seen = self.model.model.get_image_features(prefix.pixels, prefix.grid, return_dict=True)
+        seen = image_features(self.model.model, [prefix])
         levels = [seen.pooler_output, *(seen.get("deepstack_features") or ())]
         return torch.cat([torch.cat(level) for level in levels], 1)
 
@@ -204,9 +205,13 @@ class HFPolicy(nn.Module):
         """Read every prefix once: pixels through the tower, tokens through the language model."""
         return read_prefixes(self.model.model, prefixes, self.pad_id, self.gradient_checkpointing)
 
-    def decoder(self, state: PrefixState, group_size: int, length: int, stride: int | None = None) -> Decoder:
-        """What samples behind `state`, from the weights of this moment, in the precision of the passes."""
-        return Decoder(self.model.model.language_model, state, group_size, length, self.pass_dtype, stride)
+    def decoder(
+        self, state: PrefixState, group_size: int, length: int, stride: int | None = None,
+        recorder: Recorder | None = None,
+    ) -> Decoder:  # fmt: skip
+        """Return what samples behind `state`, from the weights of this moment, in the precision of the passes."""
+        language = self.model.model.language_model
+        return Decoder(language, state, group_size, length, self.pass_dtype, stride, recorder)
 
     def head_weight(self) -> Tensor:
         """Float32 `[V, D]`."""

@@ -1,4 +1,4 @@
-"""Products of float32 matrices on a CPU by oneDNN: on some processors twice as fast as the library that torch calls."""
+"""Linear layers, and the patch embedding, as products; of float32 on a CPU by oneDNN, on some processors twice as fast as torch's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+
+def _has_ops(*names: str) -> bool:
+    """Return whether this torch has oneDNN's operations of these names, which are not in its public interface."""
+    try:
+        return all(getattr(torch.ops.mkldnn, name) is not None for name in names)
+    except AttributeError:
+        return False
+
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and _has_ops("_linear_pointwise", "_reorder_linear_weight")
+"""Whether oneDNN can be asked; without it products are torch's."""
 
 
 def rows_by_rows(one: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -30,12 +42,7 @@ def add_columns_by_columns(total: Tensor, one: Tensor, other: Tensor) -> None:
 
 def _by_onednn(one: Tensor, other: Tensor) -> bool:
     on_cpu = one.device.type == "cpu" and one.dtype == other.dtype == torch.float32
-    return (
-        on_cpu
-        and one.numel() > 0
-        and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.is_available()
-    )
+    return HAS_ONEDNN and on_cpu and one.numel() > 0 and not torch.is_autocast_enabled("cpu")
 
 
 class _Linear(torch.autograd.Function):
@@ -77,9 +84,31 @@ class Linear(nn.Linear):
         return out.unflatten(0, input.shape[:-1])
 
 
+class Patches(nn.Conv3d):
+    """A convolution over patches that do not overlap, as one product: convolutions of so many small images are slow.
+
+    Args:
+        convolution: its weights are shared; its kernel is as large as each patch.
+    """
+
+    def __init__(self, convolution: nn.Conv3d) -> None:
+        super().__init__(1, 1, 1, device="meta")
+        self.__dict__.update(convolution.__dict__)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[N, C, t, h, w]` to `[N, D, 1, 1, 1]`."""
+        rows, weight = input.flatten(1), self.weight.flatten(1)
+        if not _by_onednn(rows, weight):
+            return nn.functional.linear(rows, weight, self.bias)[..., None, None, None]
+        out: Tensor = _Linear.apply(rows, weight, self.bias)
+        return out[..., None, None, None]
+
+
 def take_products(model: nn.Module) -> None:
-    """Make `Linear` of every linear layer; weights keep their names."""
+    """Make `Linear` of every linear layer, and `Patches` of a tower's first convolution; weights keep their names."""
     for layer in list(model.modules()):
-        for name, linear in list(layer.named_children()):
-            if type(linear) is nn.Linear:
-                setattr(layer, name, Linear(linear))
+        for name, inner in list(layer.named_children()):
+            if type(inner) is nn.Linear:
+                setattr(layer, name, Linear(inner))
+            elif type(inner) is nn.Conv3d and inner.kernel_size == inner.stride:
+                setattr(layer, name, Patches(inner))

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from segrl.models.first_use import give_up
+
 _CLOSE = 0.02  # of a row's norm: kernels may be chosen anew while a step is recorded
 
 
-@cache
-def _side_stream(device: int) -> torch.cuda.Stream:
-    """One for all recordings: the libraries of products keep working memory for each."""
-    return torch.cuda.Stream(device)
+class _Place:
+    """Where steps are recorded on one GPU: a stream, and the memory that one recording leaves to the next."""
+
+    def __init__(self, device: int) -> None:
+        self.stream = torch.cuda.Stream(device)  # one: the libraries of products keep working memory for each
+        self.pool = torch.cuda.graph_pool_handle()
+        self.latest: torch.cuda.CUDAGraph | None = None
+        """Holds the pool, which goes with the last graph that uses it, and whose handle is of no use then."""
+
+
+_place = cache(_Place)
 
 
 class _Graph(Protocol):
@@ -30,20 +40,25 @@ class Recorder:
 
     The first call of a shape computes as ever, records, and replays what was recorded: only what repeats the
     computed result is believed. So the function must write the same to the same places when it is called twice.
+
+    Args:
+        required: raise where a step cannot be recorded, or is not repeated; otherwise say so once and compute from then on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, required: bool) -> None:
+        self.required = required
+        self.gave_up = False
         self.shape: tuple[int, int] | None = None
-        self.graph: _Graph
+        self.graph: _Graph | None = None
         self.tokens: Tensor
         self.result: Tensor
 
     def forget(self) -> None:
-        """Buffers have been replaced."""
-        self.shape = None
+        """Forget the recording: buffers have been replaced."""
+        self.shape = self.graph = None
 
     def call(self, function: Callable[[Tensor, int], Tensor], tokens: Tensor, size: int) -> Tensor:
-        """As the function, of finite numbers; the result is good until the next call.
+        """Return what the function returns, of finite numbers; it is good until the next call.
 
         Args:
             function: the same at every call; touches nothing but tensors of the device, and waits for none.
@@ -51,42 +66,59 @@ class Recorder:
             size: decides shapes.
 
         Raises:
-            ValueError: if the function cannot be recorded, or what was recorded does not repeat the result.
+            ValueError: where recording is required and fails, or what was recorded does not repeat the result.
         """
-        if self.shape == (len(tokens), size):
+        if self.shape == (len(tokens), size) and self.graph is not None:
             self.tokens.copy_(tokens)
             self.graph.replay()
             return self.result
-        computed, self.tokens = function(tokens, size), tokens.clone()
+        computed = function(tokens, size)
+        if self.gave_up:
+            return computed
+        self.tokens = tokens.clone()
         try:
             self.graph, self.result = self._recorded(lambda: function(self.tokens, size))
         except RuntimeError as error:  # CUDA's word for what cannot be recorded
-            raise ValueError(
-                f"rollout.graphs: a step cannot be recorded on this GPU; false samples without: {str(error).splitlines()[0]}"
-            ) from error
+            self._fail(error)
+            return computed
         self.graph.replay()
         off = (self.result - computed).norm(dim=-1) > _CLOSE * computed.norm(dim=-1)
         if bool((off & computed.isfinite().all(-1)).any()):
-            raise ValueError(
-                "rollout.graphs: a recorded step does not repeat the computed one on this GPU; false samples without"
-            )
+            self._fail("a recorded step does not repeat the computed one on this GPU")
+            return computed
         self.shape = len(tokens), size
         return computed
 
+    def _fail(self, reason: RuntimeError | str) -> None:
+        self.forget()
+        if not self.required:
+            self.gave_up = True
+            give_up("rollout.graphs: sampling goes on without CUDA graphs", reason)
+            return
+        if isinstance(reason, torch.OutOfMemoryError):
+            raise reason
+        first = str(reason).splitlines()[0]
+        raise ValueError(
+            f"rollout.graphs: true needs steps that can be recorded (auto or false go without): {first}"
+        )
+
     def _recorded(self, work: Callable[[], Tensor]) -> tuple[_Graph, Tensor]:
-        """A CUDA graph with memory of its own, and where it leaves its result.
+        """Return a CUDA graph and where it leaves its result.
 
         `torch.cuda.graph` would wait for the device and give its free memory back each time, and other streams are at work.
         """
-        graph, stream = torch.cuda.CUDAGraph(), _side_stream(torch.cuda.current_device())
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            graph.capture_begin(
-                capture_error_mode="thread_local"
-            )  # the loader's thread pins memory meanwhile
+        graph, place = torch.cuda.CUDAGraph(), _place(torch.cuda.current_device())
+        place.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(place.stream):
+            # The loader's thread pins memory meanwhile, which another mode would take for a fault.
+            graph.capture_begin(pool=place.pool, capture_error_mode="thread_local")
             try:
                 result = work()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
+            except BaseException:
+                with suppress(RuntimeError):  # what it says would stand in front of the cause
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        place.latest = graph
+        torch.cuda.current_stream().wait_stream(place.stream)
         return graph, result

@@ -21,27 +21,38 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from segrl.models.suffixes import Suffixes, grouped_product, laid_out
+from segrl.models.suffixes import Suffixes, grouped_product, has_kernel, laid_out
+from segrl.models.tower import image_features, sent
 from segrl.types import Prefix, PrefixState
 
 _Passed = tuple[Tensor, Tensor, Tensor]
 """Hidden states behind a layer, its keys, its values."""
 _Out = TypeVar("_Out")
+_PLANNED = 32
+"""On a GPU in half precision prefixes are padded to a multiple of so many tokens: cuDNN plans its attention anew for every length."""
 
 
-class _Memory:
-    """Stands where transformers' layers keep a cache: puts earlier keys and values in front of a layer's own, which it tells."""
+class _Kept:
+    """Stands where transformers' layers keep a cache, and keeps a layer's own keys and values."""
 
-    def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
-        self.before = None if keys is None or values is None else (keys, values)
+    def __init__(self) -> None:
         self.own: tuple[Tensor, Tensor]
 
     def update(self, keys: Tensor, values: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-        """Called by the attention of a layer with `[rows, K, T, d]`; what it is to attend to."""
+        """Called by the attention of a layer with `[rows, K, T, d]`; return what it is to attend to."""
         self.own = keys, values
-        if self.before is None:
-            return keys, values
-        return torch.cat([self.before[0], keys], 2), torch.cat([self.before[1], values], 2)
+        return keys, values
+
+
+class _Given:
+    """Stands there, too, and has keys and values already, the layer's own among them."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.whole = keys, values
+
+    def update(self, *_: object) -> tuple[Tensor, Tensor]:
+        """Called by the attention of a layer; return what it is to attend to."""
+        return self.whole
 
 
 def grouped_attention(
@@ -73,33 +84,36 @@ def grouped_attention(
     return grouped_product(query, key, value, attention_mask, scaling), None
 
 
-def _through(
-    layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, keys: Tensor | None, values: Tensor | None
-) -> _Passed:  # fmt: skip
-    """One layer: the hidden states behind it, its own keys and values. Without side effects, so that it may run twice."""
-    memory = _Memory(keys, values)
-    out = layer(hidden, attention_mask=mask, position_embeddings=rope, past_key_values=memory)
+def _through(layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> _Passed:
+    """Pass one layer causally. Without side effects, so that it may run twice."""
+    memory: Any = _Kept()
+    out = layer(hidden, attention_mask=None, position_embeddings=rope, past_key_values=memory)
     return out, *memory.own
 
 
 def _last_row(
-    layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, *_: None
+    layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor], last: Tensor, mask: Tensor | None
 ) -> _Passed:  # fmt: skip
-    """As `_through` without a prefix, but hidden states of the last row alone."""
-    attention, before = layer.self_attn, slice(None, -1)
-    normed = layer.input_layernorm(hidden[:, before])
+    """As `_through`, but the hidden states `[B, 1, D]` of each prefix's last token alone."""
+    attention = layer.self_attn
+    normed = layer.input_layernorm(hidden)
     shape = (*normed.shape[:2], -1, attention.head_dim)
     k, v = attention.k_proj(normed).view(shape), attention.v_proj(normed).view(shape).transpose(1, 2)
     norms = dict(attention.named_children())  # Qwen3 norms keys, Qwen2.5 does not
     k = (norms["k_norm"](k) if "k_norm" in norms else k).transpose(1, 2)
-    cos, sin = (part[:, before].unsqueeze(1) for part in rope)
+    cos, sin = (part.unsqueeze(1) for part in rope)
     half = attention.head_dim // 2
     k = k * cos + torch.cat([-k[..., half:], k[..., :half]], -1) * sin
-    ends = rope[0][:, -1:], rope[1][:, -1:]
-    out, own_k, own_v = _through(
-        layer, hidden[:, -1:], ends, None if mask is None else mask[..., -1:, :], k, v
-    )
-    return out, torch.cat([k, own_k], 2), torch.cat([v, own_v], 2)
+    out = layer(
+        at_rows(hidden, last), attention_mask=mask, position_embeddings=tuple(at_rows(part, last) for part in rope),
+        past_key_values=_Given(k, v),
+    )  # fmt: skip
+    return out, k, v
+
+
+def at_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """Return one row of each, `[B, P, D]` and int64 `[B]` to `[B, 1, D]`."""
+    return values[torch.arange(len(values), device=values.device), rows][:, None]
 
 
 def _continued(
@@ -111,9 +125,10 @@ def _continued(
 
 
 def _pass(through: Callable[..., _Out], layer: Any, recompute: bool, *inputs: Any) -> _Out:
-    """A layer; where activations are recomputed in the backward pass, they are not kept."""
+    """Pass a layer; where activations are recomputed in the backward pass, they are not kept."""
     if recompute and torch.is_grad_enabled():
-        done: _Out = checkpoint(through, layer, *inputs, use_reentrant=False)
+        draws = any(isinstance(part, nn.Dropout) and part.p > 0 and part.training for part in layer.modules())
+        done: _Out = checkpoint(through, layer, *inputs, use_reentrant=False, preserve_rng_state=draws)
         return done
     return through(layer, *inputs)
 
@@ -121,45 +136,45 @@ def _pass(through: Callable[..., _Out], layer: Any, recompute: bool, *inputs: An
 def read_prefixes(vlm: Any, prefixes: Sequence[Prefix], pad_id: int, recompute: bool) -> PrefixState:
     """Read every prefix once: pixels through the vision tower, tokens through the language model.
 
+    Shorter prefixes are padded on the right, where causality alone hides the padding from what is real: no mask is needed, and
+    so the fastest kernels serve.
+
     Args:
         vlm: a Qwen2.5-VL or Qwen3-VL of transformers, without its head.
-        prefixes: B of them; shorter ones are padded on the left.
+        prefixes: B of them.
         pad_id: token that pads.
         recompute: keep no activations inside of layers (gradient checkpointing).
     """
-    ids = pad_left([p.token_ids for p in prefixes], pad_id)
-    kinds = pad_left([p.token_types for p in prefixes], 0)
-    seen = pad_left([torch.ones_like(p.token_ids) for p in prefixes], 0)
-    grid = torch.cat([p.grid for p in prefixes])
-    positions, _ = vlm.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid, attention_mask=seen)
-    language = vlm.language_model
-    pixels = torch.cat([p.pixels for p in prefixes]).to(vlm.visual.dtype)
-    features = vlm.get_image_features(pixels, grid, return_dict=True)
+    device, language = prefixes[0].token_ids.device, vlm.language_model
+    multiple = _PLANNED if has_kernel(device, pass_dtype(language)) else 1
+    lengths = torch.tensor([len(p.token_ids) for p in prefixes])
+    ids, seen = pad_right([p.token_ids for p in prefixes], pad_id, multiple)
+    positions = pad_right([p.positions.t() for p in prefixes], 0, multiple)[0].permute(2, 0, 1)
+    even = int(lengths.min()) == ids.shape[1]
+    last = sent(lengths - 1, device)
+    features = image_features(vlm, prefixes)
     hidden = language.embed_tokens(ids)
     pictured = (ids == vlm.config.image_token_id)[..., None]
     hidden = hidden.masked_scatter(pictured, torch.cat(features.pooler_output).to(hidden.dtype))
     # Qwen3-VL adds features of earlier vision layers behind its first layers (DeepStack); Qwen2.5-VL has none.
     deeper = [torch.cat(level) for level in features.get("deepstack_features") or ()]
-    mask = None  # transformers' word for plainly causal
-    if not bool(seen.all()):
-        square = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
-        itself = square & square.t()  # padding, too, sees something
-        mask = square & seen.bool()[:, None, None] | itself
     rope, keys, values = language.rotary_emb(hidden, positions), [], []
     for level, layer in enumerate(language.layers):
         # Of the last layer's rows, all but the one that predicts are but keys and values.
-        through = _last_row if layer is language.layers[-1] and level >= len(deeper) else _through
-        hidden, k, v = _pass(through, layer, recompute, hidden, rope, mask, None, None)
+        if layer is language.layers[-1] and level >= len(deeper):
+            mask = None if even else seen[:, None, None]
+            hidden, k, v = _pass(_last_row, layer, recompute, hidden, rope, last, mask)
+        else:
+            hidden, k, v = _pass(_through, layer, recompute, hidden, rope)
         if level < len(deeper):
-            hidden = hidden + torch.zeros_like(hidden).masked_scatter(
-                pictured, deeper[level].to(hidden.dtype)
-            )
+            added = torch.zeros_like(hidden).masked_scatter(pictured, deeper[level].to(hidden.dtype))
+            hidden = hidden + added
         keys.append(k)
         values.append(v)
-    following = positions.masked_fill(seen == 0, 0).amax((0, 2)) + 1
+    hidden = hidden if len(deeper) < len(language.layers) else at_rows(hidden, last)
     return PrefixState(
-        keys=keys, values=values, seen=seen.bool(), following=following,
-        last_hidden=language.norm(hidden[:, -1]),
+        keys=keys, values=values, seen=seen, following=positions.amax((0, 2)) + 1,
+        last_hidden=language.norm(hidden[:, 0]),
     )  # fmt: skip
 
 
@@ -179,9 +194,7 @@ def read_suffixes(vlm: Any, state: PrefixState, tokens: Tensor, real: Tensor, re
         Hidden states `[B*G, T, D]`, zero where nothing is real.
     """
     language = vlm.language_model
-    half = torch.is_autocast_enabled(tokens.device.type)
-    dtype = torch.get_autocast_dtype(tokens.device.type) if half else language.norm.weight.dtype
-    suffixes = laid_out(state.seen, real, dtype)
+    suffixes = laid_out(state.seen, real, pass_dtype(language))
     steps = torch.arange(tokens.shape[1], device=tokens.device)
     positions = state.following.repeat_interleave(suffixes.group)[:, None] + steps
     hidden = language.embed_tokens(suffixes.pack(tokens))[None]
@@ -193,17 +206,25 @@ def read_suffixes(vlm: Any, state: PrefixState, tokens: Tensor, real: Tensor, re
     return suffixes.unpack(language.norm(hidden)[0])
 
 
-def pad_left(rows: Sequence[Tensor], value: int) -> Tensor:
-    """1-D int64 rows to `[B, longest]`, padded on the left."""
-    longest = max(len(row) for row in rows)
-    padded = rows[0].new_full((len(rows), longest), value)
-    for i, row in enumerate(rows):
-        padded[i, longest - len(row) :] = row
-    return padded
+def pass_dtype(module: Any) -> torch.dtype:
+    """Return the precision of passes through a module of transformers, here and now."""
+    kind = module.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else module.dtype
+    dtype: torch.dtype = autocast
+    return dtype
 
 
-def pad_right(rows: Sequence[Tensor], value: int) -> tuple[Tensor, Tensor]:
-    """1-D int64 rows to `[N, longest]` padded on the right, and the bool mask of what is real."""
+def pad_right(rows: Sequence[Tensor], value: int, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Return rows `[T_i, ...]` as one `[N, T, ...]`, padded on the right, and the bool mask `[N, T]` of what is real.
+
+    Args:
+        rows: of one dtype and device.
+        value: of the padding.
+        multiple: T is the longest row, rounded up to a multiple of this.
+    """
     padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
-    lengths = torch.tensor([len(row) for row in rows], device=padded.device)
+    if short := -padded.shape[1] % multiple:
+        more = padded.new_full((len(padded), short, *padded.shape[2:]), value)
+        padded = torch.cat([padded, more], 1)
+    lengths = sent(torch.tensor([len(row) for row in rows]), padded.device)
     return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]

@@ -10,12 +10,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cache
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+
+from segrl.models.first_use import repeats
+
+CLOSE = 0.03
+"""How far, as a share of its norm, a kernel in half precision may be from the plain path; both round, and each otherwise."""
 
 
 def shares_keys(kernel: Callable[..., Any]) -> dict[str, bool]:
@@ -26,7 +32,7 @@ def shares_keys(kernel: Callable[..., Any]) -> dict[str, bool]:
     return {"enable_gqa": True} if "enable_gqa" in signature(kernel).parameters else {}
 
 
-_SHARES_KEYS = shares_keys(varlen_attn)
+_SHARES_KEYS: Any = shares_keys(varlen_attn)
 
 
 class Suffixes(ABC):
@@ -83,6 +89,7 @@ class SideBySide(Suffixes):
         self.mask = torch.cat(
             [before[:, None, None].expand(-1, 1, length, -1), own.expand(len(before), 1, length, length)], -1
         )
+        self.of_heads: Tensor | None = None
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor], scaling: float
@@ -93,7 +100,9 @@ class SideBySide(Suffixes):
             torch.cat([self._of_each(shared).to(own.dtype), own], 2)
             for shared, own in zip(prefix, (k, v), strict=True)
         )
-        return self.pack(grouped_product(q, keys, values, self.mask, scaling))[None]
+        if self.of_heads is None:  # of every layer the same
+            self.of_heads = per_head_group(self.mask, q.shape[1] // keys.shape[1])
+        return self.pack(grouped_product(q, keys, values, self.of_heads, scaling))[None]
 
     def _of_each(self, shared: Tensor) -> Tensor:
         """`[B, ...]` to `[N, ...]`."""
@@ -170,6 +179,11 @@ class _Laid(torch.autograd.Function):
         return shared.to(gradient.dtype).transpose(1, 2), own, None
 
 
+def per_head_group(mask: Tensor, shared: int) -> Tensor:
+    """Return a mask `[..., T, S]` for rows of which `shared` heads follow each other, `[..., shared * T, S]`."""
+    return mask.repeat(*[1] * (mask.dim() - 2), shared, 1)
+
+
 def grouped_product(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Attention in which the heads that share keys and values are rows of one product, so that neither is repeated.
 
@@ -177,17 +191,14 @@ def grouped_product(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
         query: `[rows, H, T, d]`.
         key: `[rows, K, S, d]`.
         value: likewise.
-        mask: bool, broadcast to `[rows, 1, T, S]`; none hides nothing.
+        mask: bool, broadcast to `[rows, K, H / K * T, S]` (`per_head_group`); None hides nothing.
         scaling: of the products.
 
     Returns:
         `[rows, T, H, d]`.
     """
     rows, heads, length, width = query.shape
-    shared = heads // key.shape[1]
-    if mask is not None:
-        mask = mask.expand(-1, -1, length, -1).repeat(1, 1, shared, 1)
-    grouped = query.reshape(rows, key.shape[1], shared * length, width)
+    grouped = query.reshape(rows, key.shape[1], heads // key.shape[1] * length, width)
     out = nn.functional.scaled_dot_product_attention(grouped, key, value, mask, scale=scaling)
     return out.view(rows, heads, length, width).transpose(1, 2).contiguous()
 
@@ -198,6 +209,35 @@ def laid_out(seen: Tensor, real: Tensor, dtype: torch.dtype) -> Suffixes:
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's kernel for unequal lengths is made for passes of this precision there."""
+    """Return whether torch's kernel for unequal lengths serves passes of this precision there: made for it, and tried."""
     half = dtype in (torch.bfloat16, torch.float16)
-    return device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0)
+    made = device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0)
+    return made and _kernel_repeats(device, dtype)
+
+
+@cache
+def _kernel_repeats(device: torch.device, dtype: torch.dtype) -> bool:
+    """Hold the kernel against padded attention, values and gradients, once in a process."""
+    seen = torch.ones(2, 40, dtype=torch.bool, device=device)
+    seen[0, 33:] = False
+    real = torch.arange(9, device=device) < torch.tensor([5, 1, 9, 0, 7, 3], device=device)[:, None]
+    noise = torch.Generator(device).manual_seed(0)
+
+    def outcome(layout: Suffixes, width: int) -> list[Tensor]:
+        noise.manual_seed(width)
+        shapes = ((1, 4, 25, width), *[(1, 2, 25, width)] * 2, *[(2, 2, 40, width)] * 2)
+        given = [torch.randn(s, device=device, dtype=dtype, generator=noise).requires_grad_() for s in shapes]
+        query, key, value, *prefix = given
+        out = layout.attend(query, key, value, (prefix[0], prefix[1]), width**-0.5)
+        return [out, *torch.autograd.grad(out.float().square().sum(), given)]
+
+    def agrees(width: int) -> bool:
+        return repeats(
+            f"attention on {device}: padded, not by torch's kernel for unequal lengths",
+            lambda: outcome(Segments(seen, real, dtype), width),
+            lambda: outcome(SideBySide(seen, real), width),
+            CLOSE,
+        )
+
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        return all(map(agrees, (64, 128)))

@@ -12,8 +12,14 @@ from torch.autograd.function import once_differentiable
 
 from segrl.models.products import add_columns_by_columns, rows_by_rows
 
-_KEPT = 2**26
-"""Probabilities (float32) that a pass keeps for its backward pass; where there are more, they are computed again."""
+_CHUNK = {"cpu": 2**26, "cuda": 2**28}
+"""Probabilities (float32) of one chunk, by kind of device: a pass of no more keeps them for its backward pass, a longer one computes
+them again. Each chunk reads and writes the gradient of the whole head, which on a GPU is most of what small ones would take."""
+
+
+def chunk_on(device: torch.device) -> int:
+    """Return the probabilities of one chunk on a device."""
+    return _CHUNK.get(device.type, _CHUNK["cpu"])
 
 
 def may_round(device: torch.device) -> bool:
@@ -86,7 +92,7 @@ def _logits(states: Tensor, weight: Tensor, never: Tensor) -> Tensor:
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, tokens: Tensor, never: Tensor, most: int = _KEPT
+    hidden: Tensor, weight: Tensor, tokens: Tensor, never: Tensor, most: int | None = None
 ) -> Tensor:
     """Log-probabilities float32 `[R]` of tokens `[R]` in states `[R, D]`, under a softmax over all that may be sampled.
 
@@ -95,8 +101,9 @@ def token_logprobs(
         weight: float32 `[V, D]`, the head.
         tokens: int64, none of `never`.
         never: int64, tokens without probability.
-        most: numbers in one chunk of logits; a pass of no more than that keeps them, a longer one computes them again.
+        most: numbers in one chunk of logits; a pass of no more keeps them, a longer one computes them again. None: by the device.
     """
+    most = chunk_on(hidden.device) if most is None else most
     tf32 = may_round(hidden.device)
     with float32_products(hidden.device, tf32):
         done: Tensor = _TokenLogprobs.apply(hidden, weight, tokens, never, most, tf32)

@@ -6,14 +6,19 @@ torch's kernel for unequal lengths, in half precision on a GPU; elsewhere window
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
+from functools import cache
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from segrl.models.suffixes import has_kernel
+from segrl.models.first_use import repeats
+from segrl.models.suffixes import CLOSE, has_kernel
 
 NAME = "segrl_flash_windows"
 """By which transformers knows it; to a name with `flash` in it, it gives all windows at once."""
@@ -41,17 +46,76 @@ def window_attention(
     device = query.device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else query.dtype
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
-    ends, most = cu_seq_lens_q, max_length_q
-    if has_kernel(device, dtype):
-        out: Any = varlen_attn(q.to(dtype), k.to(dtype), v.to(dtype), ends, ends, most, most, scale=scaling)
-        return out[None], None
-    sizes, done, places = ends.diff(), list[Tensor](), list[Tensor]()
-    for size in sizes.unique().tolist():
-        here = (ends[:-1][sizes == size, None] + torch.arange(size, device=device)).flatten()
-        one, two, three = (
-            part.index_select(0, here).unflatten(0, (-1, size)).transpose(1, 2) for part in (q, k, v)
-        )
-        said = F.scaled_dot_product_attention(one, two, three, scale=scaling)
+    if has_kernel(device, dtype) and _kernel_repeats(device, dtype):
+        parts = q.to(dtype), k.to(dtype), v.to(dtype)
+        return _by_kernel(*parts, cu_seq_lens_q, max_length_q, scaling)[None], None
+    return _by_size(q, k, v, cu_seq_lens_q, scaling)[None], None
+
+
+def _by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scaling: float
+) -> Tensor:
+    """Attend in one call of torch's kernel, `[L, H, d]`."""
+    out: Any = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling)
+    attended: Tensor = out
+    return attended
+
+
+def _by_size(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scaling: float) -> Tensor:
+    """Attend in one call per size of window, `[L, H, d]`."""
+    windows = _windows_of(ends)
+    done = []
+    for places, size in windows.by_size:
+        q, k, v = (part[places].unflatten(0, (-1, size)).transpose(1, 2) for part in (query, key, value))
+        said = F.scaled_dot_product_attention(q, k, v, scale=scaling)
         done.append(said.transpose(1, 2).flatten(0, 1))
-        places.append(here)
-    return torch.cat(done).index_select(0, torch.cat(places).argsort())[None], None
+    return torch.cat(done)[windows.back]
+
+
+class _Windows:
+    """Patches by the size of their window, and the way back to their order."""
+
+    def __init__(self, ends: Tensor) -> None:
+        self.ends = ref(ends)
+        sizes = ends.diff()
+        self.by_size: list[tuple[Tensor, int]] = []
+        for size in sizes.unique().tolist():
+            within = torch.arange(size, device=ends.device)
+            self.by_size.append(((ends[:-1][sizes == size, None] + within).flatten(), size))
+        self.back = torch.cat([places for places, _ in self.by_size]).argsort()
+
+
+_latest: deque[_Windows] = deque(maxlen=2)
+"""A tower's layers take turns with two layouts, windows and whole images, and each is worked out once per pass."""
+
+
+def _windows_of(ends: Tensor) -> _Windows:
+    found = next((windows for windows in _latest if windows.ends() is ends), None)
+    if found is None:
+        found = _Windows(ends)
+        _latest.append(found)
+    return found
+
+
+@cache
+def _kernel_repeats(device: torch.device, dtype: torch.dtype) -> bool:
+    """Hold the kernel against calls by size, values and gradients, once in a process; widths are those of Qwen's towers."""
+    ends = torch.tensor([0, 64, 128, 160, 176], dtype=torch.int32, device=device)
+    noise = torch.Generator(device)
+
+    def outcome(attend: Callable[..., Tensor], width: int, *longest: int) -> list[Tensor]:
+        noise.manual_seed(width)
+        qkv = torch.randn(176, 3, 4, width, device=device, dtype=dtype, generator=noise).requires_grad_()
+        out = attend(*qkv.unbind(1), ends, *longest, width**-0.5)
+        return [out, *torch.autograd.grad(out.float().square().sum(), [qkv])]
+
+    def agrees(width: int) -> bool:
+        return repeats(
+            f"the vision tower's windows on {device}: one call per size, not one of torch's kernel",
+            lambda: outcome(_by_kernel, width, 64),
+            lambda: outcome(_by_size, width),
+            CLOSE,
+        )
+
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        return all(map(agrees, (64, 72, 80)))

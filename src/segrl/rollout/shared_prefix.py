@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segrl.models.hf_vlm import HFPolicy
+from segrl.models.recorded import Recorder
 from segrl.types import Completions, Prefix, PrefixState
 
 _STRIDE = 128  # tokens for which a recorded step is good; what lies ahead of them is read in vain
@@ -23,13 +25,16 @@ class SharedPrefixEngine:
 
     Args:
         max_tokens: a completion is cut off after this many.
-        graphs: record a step as a CUDA graph; elsewhere than on a GPU there is none to record.
-        prefixes_at_once: those whose completions advance together; fewer take less memory and more time, none takes all, and so does a
+        graphs: whether a step is recorded as a CUDA graph on a GPU: "auto" goes on without where that fails, True raises ValueError.
+        prefixes_at_once: those whose completions advance together; fewer take less memory and more time, None takes all, and so does a
             `state` in which they have been read.
     """
 
-    def __init__(self, max_tokens: int, graphs: bool = True, prefixes_at_once: int | None = None) -> None:
+    def __init__(
+        self, max_tokens: int, graphs: bool | Literal["auto"] = "auto", prefixes_at_once: int | None = None
+    ) -> None:
         self.max_tokens, self.graphs, self.prefixes_at_once = max_tokens, graphs, prefixes_at_once
+        self.recorder = Recorder(required=graphs is True)
 
     def sample(
         self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, seeds: Sequence[int],
@@ -66,14 +71,19 @@ class SharedPrefixEngine:
         ]
         return parts[0] if len(parts) == 1 else Completions.joined(parts)
 
+    def _recorder_on(self, device: torch.device) -> Recorder | None:
+        """Return what records steps; None computes each."""
+        return self.recorder if self.graphs and device.type == "cuda" and not self.recorder.gave_up else None
+
     @torch.no_grad()
     def _decode(
         self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, choose: _Choose, state: PrefixState | None, first: int
     ) -> Completions:  # fmt: skip
         """`first` is the place of the first completion among all of the call."""
         state = state or policy.prefill(prefixes)
-        stride = _STRIDE if self.graphs and policy.device.type == "cuda" else None
-        decoder = policy.decoder(state, group_size, self.max_tokens, stride)
+        recorder = self._recorder_on(policy.device)
+        stride = None if recorder is None else _STRIDE
+        decoder = policy.decoder(state, group_size, self.max_tokens, stride, recorder)
         head = policy.head()
         hidden = state.last_hidden.repeat_interleave(group_size, 0)
         del state  # the decoder has its own
@@ -99,6 +109,7 @@ class SharedPrefixEngine:
                     decoder.keep(groups, places)
                     token, running, which = token[rows], running[rows], which[rows]
             hidden = decoder.step(token)
+        self.recorder.forget()  # the next rollout has other weights and buffers
         return _until_stop(policy, written)
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from segrl.data.batching import Collate
 from segrl.metrics.functional.shape import tight_box
 from segrl.models.hf_vlm import HFPolicy
+from segrl.models.tower import image_features
 from segrl.protocols import Grammar
 from segrl.stages.base import MakeOptimizer, MakeSchedule, Stage
 from segrl.types import Batch
@@ -50,14 +51,13 @@ class TowerStage(Stage):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One update."""
-        grids = torch.cat([p.grid for p in batch.prefixes])
-        pixels = torch.cat([p.pixels for p in batch.prefixes])
-        features = self.tower(pixels, grid_thw=grids).pooler_output.unflatten(0, (len(batch), -1))
+        features = torch.stack(list(image_features(self.policy.model.model, batch.prefixes).pooler_output))
         merge = self.tower.config.spatial_merge_size
         shares, boxes = [], []
-        for sample, grid in zip(batch.samples, grids, strict=True):
+        for sample, prefix in zip(batch.samples, batch.prefixes, strict=True):
             mask = torch.as_tensor(sample.mask, device=self.device).float()[None]
-            cells = (int(grid[1]) // merge, int(grid[2]) // merge)
+            _, height, width = prefix.grid[0].tolist()
+            cells = (height // merge, width // merge)
             shares.append(F.adaptive_avg_pool2d(mask, cells).flatten())
             boxes.append(torch.as_tensor(tight_box(sample.mask), device=self.device))
         cell_loss = F.binary_cross_entropy_with_logits(self.cell(features)[..., 0], torch.stack(shares))
