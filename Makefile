@@ -14,7 +14,7 @@ JOBS ?= 2
 OUT ?= $(abspath $(RUNS))/gpu
 PARTS ?=
 
-.PHONY: help setup demo seg-r1 test test-slow test-zero test-vllm lint types bench bench-gpu bench-metrics train eval sweep mlflow docker assets clean
+.PHONY: help setup demo seg-r1 test test-slow test-oldest test-zero test-vllm lint types bench bench-gpu bench-metrics train eval sweep mlflow docker assets clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -37,6 +37,12 @@ test: setup ## unit, contract, config, stage and house tests (under 10 minutes o
 
 test-slow: setup ## learning and kill tests (minutes each)
 	@$(PYTHON) -m pytest -q -m "slow and not vllm and not zero"
+
+# tests/oldest.txt: the lowest versions that pyproject.toml allows; its first lines hold the command that makes it anew.
+test-oldest: $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv) ## `make test` with Python 3.11 and the lowest versions allowed (tests/oldest.txt; Linux on x86-64), in an environment of its own (.venv-oldest)
+	@$(UV) venv --quiet --allow-existing --python 3.11 .venv-oldest
+	@$(UV) pip install --quiet --exact --no-deps --python .venv-oldest/bin/python -r tests/oldest.txt -e .
+	@OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n $(JOBS) --dist worksteal
 
 test-zero: setup ## DeepSpeed's ZeRO against DDP on two CPU processes, in an environment of its own (.venv-zero); SLOW=1 changes strategy between checkpoints, too
 	@UV_PROJECT_ENVIRONMENT=.venv-zero $(UV) sync --frozen --extra deepspeed
@@ -82,4 +88,4 @@ assets: setup ## train the nano weights anew (under an hour on 2 cores)
 	@$(PYTHON) -m segrl.assets --runs $(RUNS)/assets
 
 clean: ## remove what can be made again (not the runs)
-	rm -rf .venv .venv-zero .venv-vllm .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf .venv .venv-oldest .venv-zero .venv-vllm .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,19 @@ def test_the_project_speaks_of_itself_alone():
         path = ROOT / name
         if path.suffix in {".py", ".md", ".yaml", ".toml", ".json", ".lock", ""} and path.is_file():
             assert not forbidden.search(path.read_text(errors="ignore")), name
+
+
+def test_the_oldest_versions_that_are_tested_are_those_that_are_allowed():
+    """What `make test-oldest` installs is the lower bound of pyproject.toml, or its first release."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    bounds = dict(
+        re.match(r"([\w.-]+)[>=]=([\w.]+)", line).groups()
+        for line in [*project["project"]["dependencies"], *project["dependency-groups"]["dev"]]
+    )
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "tests" / "oldest.txt").read_text(), re.MULTILINE))
+    wrong = {
+        name: (bound, pins.get(name))
+        for name, bound in bounds.items()
+        if not f"{pins.get(name)}.".startswith(f"{bound}.")
+    }
+    assert not wrong, f"(bound, pin): {wrong}; the first lines of tests/oldest.txt say how to make it anew"
