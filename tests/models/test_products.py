@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from segrl.models import products
-from segrl.models.products import Linear, add_columns_by_columns, rows_by_rows
+from segrl.models.products import Linear, Patches, add_columns_by_columns, rows_by_rows
+from segrl.rollout.shared_prefix import SharedPrefixEngine
 
 
 @pytest.fixture
@@ -62,3 +63,47 @@ def test_views_are_read_as_they_are():
 def test_every_linear_layer_of_a_policy_is_one(policy):
     kinds = {type(module) for module in policy.model.modules() if isinstance(module, nn.Linear)}
     assert kinds == {Linear}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_over_patches_is_one_product(dtype, bias, calls):
+    torch.manual_seed(0)
+    theirs = nn.Conv3d(3, 20, (2, 4, 4), (2, 4, 4), bias=bias).to(dtype)
+    ours = Patches(theirs)
+    assert isinstance(ours, nn.Conv3d) and ours.weight is theirs.weight
+    outcomes = []
+    for layer in (theirs, ours):
+        layer.zero_grad()
+        given = (
+            torch.randn(9, 3, 2, 4, 4, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        )
+        out = layer(given)
+        (out.float() * torch.linspace(-1, 1, 20).view(20, 1, 1, 1)).sum().backward()
+        outcomes.append([out.detach(), given.grad, *(p.grad.clone() for p in layer.parameters())])
+    close = 1e-5 if dtype == torch.float32 else 0.02
+    for one, other in zip(*outcomes, strict=True):
+        assert one.shape == other.shape
+        assert (one - other).float().norm() <= close * one.float().norm()
+    assert any(calls) == (dtype == torch.float32)
+
+
+def test_the_patch_embedding_of_a_policy_is_one_and_others_stay(policy):
+    kinds = {type(module) for module in policy.model.modules() if isinstance(module, nn.Conv3d)}
+    assert kinds == {Patches}
+    overlapping = nn.Sequential(nn.Conv3d(3, 4, (2, 4, 4), (2, 2, 2)))
+    products.take_products(overlapping)
+    assert type(overlapping[0]) is nn.Conv3d
+
+
+def test_without_onednns_operations_products_are_torchs(policy, prefixes, monkeypatch):
+    """They are not in torch's public interface: another release may have them elsewhere."""
+    engine = SharedPrefixEngine(12)
+    expected = engine.greedy(policy, prefixes)
+    monkeypatch.setattr(products, "HAS_ONEDNN", False)
+    assert not products._has_ops("_linear_pointwise", "no_such_operation")
+    found = engine.greedy(policy, prefixes)
+    assert torch.equal(found.tokens, expected.tokens)
+    layer = Linear(nn.Linear(8, 4))
+    given = torch.randn(3, 8)
+    assert torch.equal(layer(given), nn.functional.linear(given, layer.weight, layer.bias))

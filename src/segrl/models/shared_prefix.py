@@ -15,6 +15,8 @@ gone through.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -38,7 +40,7 @@ class _Kept:
     def __init__(self) -> None:
         self.own: tuple[Tensor, Tensor]
 
-    def update(self, keys: Tensor, values: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Called by the attention of a layer with `[rows, K, T, d]`; return what it is to attend to."""
         self.own = keys, values
         return keys, values
@@ -50,9 +52,15 @@ class _Given:
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.whole = keys, values
 
-    def update(self, *_: object) -> tuple[Tensor, Tensor]:
+    def update(self, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Called by the attention of a layer; return what it is to attend to."""
         return self.whole
+
+
+@cache
+def memory_keyword(layer: type[nn.Module]) -> str:
+    """Return the keyword by which layers of a class take their memory: `cache` since transformers 5.24."""
+    return "cache" if "cache" in signature(layer.forward).parameters else "past_key_values"
 
 
 def grouped_attention(
@@ -86,8 +94,9 @@ def grouped_attention(
 
 def _through(layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> _Passed:
     """Pass one layer causally. Without side effects, so that it may run twice."""
-    memory: Any = _Kept()
-    out = layer(hidden, attention_mask=None, position_embeddings=rope, past_key_values=memory)
+    memory = _Kept()
+    given = {memory_keyword(layer.__class__): memory}
+    out = layer(hidden, attention_mask=None, position_embeddings=rope, **given)
     return out, *memory.own
 
 
@@ -104,10 +113,9 @@ def _last_row(
     cos, sin = (part.unsqueeze(1) for part in rope)
     half = attention.head_dim // 2
     k = k * cos + torch.cat([-k[..., half:], k[..., :half]], -1) * sin
-    out = layer(
-        at_rows(hidden, last), attention_mask=mask, position_embeddings=tuple(at_rows(part, last) for part in rope),
-        past_key_values=_Given(k, v),
-    )  # fmt: skip
+    ends = tuple(at_rows(part, last) for part in rope)
+    given = {memory_keyword(layer.__class__): _Given(k, v)}
+    out = layer(at_rows(hidden, last), attention_mask=mask, position_embeddings=ends, **given)
     return out, k, v
 
 
