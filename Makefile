@@ -39,10 +39,10 @@ test-slow: setup ## learning and kill tests (minutes each)
 	@$(PYTHON) -m pytest -q -m "slow and not vllm and not zero"
 
 # tests/oldest.txt: the lowest versions that pyproject.toml allows; its first lines hold the command that makes it anew.
-test-oldest: $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv) ## `make test` with Python 3.11 and the lowest versions allowed (tests/oldest.txt; Linux on x86-64), in an environment of its own (.venv-oldest)
+test-oldest: $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv) ## `make test` with the lowest versions allowed (tests/oldest.txt: Python 3.11, torch 2.11 ...; Linux on x86-64), in an environment of its own (.venv-oldest), and a rehearsal of the GPU checks
 	@$(UV) venv --quiet --allow-existing --python 3.11 .venv-oldest
 	@$(UV) pip install --quiet --exact --no-deps --python .venv-oldest/bin/python -r tests/oldest.txt -e .
-	@OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n $(JOBS) --dist worksteal
+	@OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow and not gpu and not zero and not vllm"
 
 test-zero: setup ## DeepSpeed's ZeRO against DDP on two CPU processes, in an environment of its own (.venv-zero); SLOW=1 changes strategy between checkpoints, too
 	@UV_PROJECT_ENVIRONMENT=.venv-zero $(UV) sync --frozen --extra deepspeed

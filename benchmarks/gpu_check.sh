@@ -8,7 +8,7 @@
 #   afterwards:      python benchmarks/gpu_report.py $OUT/results.jsonl
 #
 # $PYTHON runs everything (python3). What it lacks is installed from .whl/ to $SITE, and nothing else is.
-# A part has its own limit and that of all (SECONDS_IN_ALL); one that fails or hangs does not stop the next, and what it
+# A part has its own limit (or $MOST seconds) and that of all (SECONDS_IN_ALL); one that fails or hangs does not stop the next, and what it
 # found by then is kept.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -29,7 +29,7 @@ note() { printf '%s\n' "$1" | tee -a "$OUT/results.jsonl"; }
 
 # part NAME LIMIT COMMAND...: what it prints goes to $OUT/log, or to a log of its own; how it ended to results.jsonl
 part() {
-  local name=$1 limit=$(($2 * slower)) left=$((in_all - (SECONDS - began))) start=$SECONDS code=0 log="$OUT/log"
+  local name=$1 limit=${MOST:-$(($2 * slower))} left=$((in_all - (SECONDS - began))) start=$SECONDS code=0 log="$OUT/log"
   case $1 in tests | steps | peer) log="$OUT/$1.log" ;; esac
   shift 2
   case " $PARTS install " in *" ${name%%.*} "*) ;; *) return 0 ;; esac
@@ -99,7 +99,7 @@ peer() {
 demo() {
   local runs start=$SECONDS code=0 updates=$2 more=(trainer.accelerator=gpu data.test_length=32)
   runs=$(mktemp -d)
-  [ -z "$REHEARSE" ] || updates=2 more=(trainer.accelerator=cpu data.test_length=4 data.batch_size=2 data.workers=0)
+  [ -z "$REHEARSE" ] || updates=2 more=(trainer.accelerator=cpu data.test_length=4 data.batch_size=2 data.workers=0 test_before=false)
   "$PYTHON" -m segrl.train +experiment=demo trainer.max_steps="$updates" trainer.precision="$1" logger=csv paths.runs="$runs" \
     "${more[@]}" || code=$?
   "$PYTHON" - "$runs" "$1" "$updates" "$code" $((SECONDS - start)) <<'PY' | tee -a "$OUT/results.jsonl"

@@ -41,7 +41,7 @@ def main() -> int:
         return 3
     device = torch.device("cpu" if rehearse else "cuda")
     random.seed(0)
-    work = noise.Work(prompts=2, tokens=16) if rehearse else noise.Work(
+    work = noise.Work(prompts=2, tokens=16, side=196) if rehearse else noise.Work(
         prompts=asked.prompts, tokens=asked.tokens, side=768
     )  # fmt: skip
     if asked.part == "machine":

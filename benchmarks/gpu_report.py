@@ -269,7 +269,7 @@ def main() -> int:
             print(page)
             return 0
         if "card" not in found["card"] or found["code"].get("rehearsal"):
-            print("gpu_report: results of a GPU are needed; these are of a rehearsal (--print prints them)", file=sys.stderr)
+            print("gpu_report: results must be a GPU's; these are of a rehearsal or name no card (--print prints them)", file=sys.stderr)
             return 2
         asked.to.mkdir(parents=True, exist_ok=True)
         path = asked.to / f"{name_of(found)}.md"

@@ -24,6 +24,7 @@ from segrl.stages.grpo import GRPOStage
 PLAN = (
     *["graphs"] * 4, "profile learning", "profile sampling", *["no graphs"] * 2, *["activations kept"] * 2,
 )  # fmt: skip
+REHEARSED = tuple(dict.fromkeys(PLAN))
 PROFILED = {"profile sampling": "sample", "profile learning": "learn"}
 
 
@@ -32,6 +33,7 @@ class TimedStage(GRPOStage):
 
     clock: Clock
     findings: Findings
+    plan: tuple[str, ...]
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Make an update, in fewer groups a pass where memory runs out."""
@@ -45,7 +47,7 @@ class TimedStage(GRPOStage):
             self.zero_grad()
             torch.cuda.empty_cache()
             self.findings.say(
-                name="out of memory", kind=PLAN[batch_idx], groups_in_a_pass=self.micro_batch_size, error=reason
+                name="out of memory", kind=self.plan[batch_idx], groups_in_a_pass=self.micro_batch_size, error=reason
             )
             if self.micro_batch_size == 1:
                 raise MemoryError("one group in a pass does not fit either")
@@ -83,25 +85,28 @@ class Turns(lightning.Callback):
     Args:
         findings: of the part.
         clock: of the stage.
-        work: a step.
+        plan: kinds of the steps.
+        tokens: of a completion.
         seconds: begins no other step after so many.
     """
 
-    def __init__(self, findings: Findings, clock: Clock, work: noise.Work, seconds: float) -> None:
-        self.findings, self.clock, self.work, self.seconds = findings, clock, work, seconds
+    def __init__(
+        self, findings: Findings, clock: Clock, plan: tuple[str, ...], tokens: int, seconds: float
+    ) -> None:
+        self.findings, self.clock, self.plan, self.tokens, self.seconds = findings, clock, plan, tokens, seconds
         self.lines, self.recorded = list[dict[str, Any]](), list[float]()
         self.began = self.ended = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Any, stage: Any, batch: Any, batch_idx: int) -> None:
         """Prepare a step of its kind."""
-        kind = PLAN[batch_idx]
+        kind = self.plan[batch_idx]
         stage.engine.graphs = "auto" if kind != "no graphs" else False
-        stage.engine.max_tokens = min(16, self.work.tokens) if kind == "profile sampling" else self.work.tokens
+        stage.engine.max_tokens = min(16, self.tokens) if kind == "profile sampling" else self.tokens
         self.clock.profiled = PROFILED.get(kind, "")
-        if kind == "activations kept" and PLAN[batch_idx - 1] != kind:
+        if kind == "activations kept" and self.plan[batch_idx - 1] != kind:
             stage.policy.gradient_checkpointing = False
             stage.policy.model.model.visual.gradient_checkpointing_disable()
-            stage.micro_batch_size = min(self.work.prompts, _groups_that_fit(self.clock.device))
+            stage.micro_batch_size = min(stage.micro_batch_size, _groups_that_fit(self.clock.device))
         self.recorded.clear()
         self.clock.taken()
         self.clock.peaks.clear()
@@ -111,13 +116,13 @@ class Turns(lightning.Callback):
     def on_train_batch_end(self, trainer: Any, stage: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Say what it took."""
         wait(self.clock.device)
-        kind, whole, parts = PLAN[batch_idx], time.perf_counter() - self.began, self.clock.taken()
+        kind, whole, parts = self.plan[batch_idx], time.perf_counter() - self.began, self.clock.taken()
         inner = sum(parts.get(f"learn/{name}", 0.0) for name in ("forward", "backward", "clip"))
         parts["learn/optimizer"] = round(parts.get("learn", 0.0) - inner, 4)
         if self.clock.profiler is not None:
             self._say_profile(kind)
         line = {
-            "kind": kind, "first_of_its_kind": batch_idx == 0 or PLAN[batch_idx - 1] != kind, "step_s": round(whole, 4),
+            "kind": kind, "first_of_its_kind": batch_idx == 0 or self.plan[batch_idx - 1] != kind, "step_s": round(whole, 4),
             "waited_s": round(self.began - self.ended, 4) if batch_idx else 0.0, "parts_s": parts,
             "groups_in_a_pass": stage.micro_batch_size, "recorded": [round(s, 4) for s in self.recorded],
             "loss": stage.latest.get("policy/loss"), "grad_norm": stage.latest.get("policy/grad_norm"),
@@ -178,12 +183,13 @@ def steps(findings: Findings, device: torch.device, rehearse: bool, work: noise.
     clock.around(engine, "sample", "sample")
     clock.around(policy, "prefill", "read prefixes")
     stage = noise.grpo_stage(TimedStage, policy, engine, work, work.prompts)
-    stage.clock, stage.findings = clock, findings
+    plan = REHEARSED if rehearse else PLAN
+    stage.clock, stage.findings, stage.plan = clock, findings, plan
     clock.around(stage.segmenter, "read", "parse and draw")
-    turns = Turns(findings, clock, work, seconds)
+    turns = Turns(findings, clock, plan, work.tokens, seconds)
     turns.time_recordings()
-    batches = noise.pictures(policy.encoder, work, len(PLAN) + 1)
-    findings.tried("fit", lambda: noise.fit(stage, batches, len(PLAN), gpu, half=not rehearse, callback=turns))
+    batches = noise.pictures(policy.encoder, work, len(plan) + 1)
+    findings.tried("fit", lambda: noise.fit(stage, batches, len(plan), gpu, half=not rehearse, callback=turns))
     say_medians(findings, turns.lines, shape, work, speed)
 
 

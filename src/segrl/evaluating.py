@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from segrl.data.batching import Collate
 from segrl.metrics.parts import Family, scores
 from segrl.protocols import SampleSet
-from segrl.running import quiet, run_folder, say
+from segrl.running import memory_said, quiet, run_folder, say
 from segrl.segmenter import Segmenter
 from segrl.tracking import per_sample
 from segrl.tracking.checkpoints import learned_policy
@@ -143,7 +143,7 @@ class Evaluation:
                     if settings.greedy
                     else [zlib.crc32(f"{self.cfg.seed}/{s.id}".encode()) for s in batch.samples]
                 )
-                with self.fabric.autocast():
+                with memory_said("suite.batch_size"), self.fabric.autocast():
                     answers = self.segmenter(batch.to(self.fabric.device), seeds)
                 seconds = (time.monotonic() - start) / len(batch)
                 for sample, answer in zip(batch.samples, answers, strict=True):

@@ -7,6 +7,8 @@ import gc
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,18 @@ def _leave_group() -> None:
     if torch.distributed.is_initialized():
         gc.collect()
         torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def memory_said(key: str) -> Iterator[None]:
+    """Inside, a GPU whose memory runs out is a ValueError that names what takes less of it, `key` first."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{key}: what is done at once must fit the GPU's memory, which ran out ({str(error).splitlines()[0][:160]}); "
+            "lower it, or see docs/speed.md, Memory, for the keys that take less"
+        ) from error
 
 
 def say(line: str) -> None:
@@ -241,7 +255,8 @@ class Run:
     def _test(self, stage: SegStage, name: str) -> report.Scores:
         """Score the test sets, one line per sample into the run folder; on every rank the scores of all."""
         say(f"scoring the test sets ({name}) ...")
-        self.trainer.test(stage, self.data, verbose=False)
+        with memory_said("data.eval_batch_size"):
+            self.trainer.test(stage, self.data, verbose=False)
         rows = report.rows(stage.records)
         if self.trainer.world_size > 1:
             shares: list[Any] = [None] * self.trainer.world_size
@@ -260,7 +275,8 @@ class Run:
     def fit(self) -> bool:
         """Train; false if the process was asked to stop, after saving."""
         try:
-            self.trainer.fit(self.stage, self.data, ckpt_path=self.cfg.ckpt_path, weights_only=True)
+            with memory_said("stage.micro_batch_size"):
+                self.trainer.fit(self.stage, self.data, ckpt_path=self.cfg.ckpt_path, weights_only=True)
         except SIGTERMException:
             return False
         except ValueError:

@@ -242,7 +242,7 @@ def test_all_that_a_device_is_sent_is_pinned(monkeypatch: pytest.MonkeyPatch) ->
     same = batch.pin_memory()
     assert batch.answers is not None and same.answers is not None and same.samples == batch.samples
     before, after = (
-        [getattr(p, name) for p in given.prefixes for name in ("token_ids", "token_types", "pixels", "grid")] + list(given.answers or [])
+        [getattr(p, name) for p in given.prefixes for name in ("token_ids", "token_types", "pixels", "positions")] + list(given.answers or [])
         for given in (batch, same)
     )  # fmt: skip
     assert sorted(map(id, after)) == sorted(map(id, pinned)) and len(pinned) == 10

@@ -18,7 +18,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from segrl.models import sam2_head, token_logprobs
+from segrl.models import pinned, sam2_head, token_logprobs
 from segrl.models.decoder import Decoder, Product
 from segrl.models.hf_vlm import HFPolicy
 from segrl.models.shared_prefix import read_suffixes
@@ -187,28 +187,42 @@ class Sent(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("sent", "waits"),
     [
-        (sam2_head._sent, False),
-        (lambda image, device: torch.tensor(image).to(device, non_blocking=True), True),
-        (lambda image, device: torch.tensor(image).pin_memory().to(device), True),
+        (pinned.sent, False),
+        (lambda image, device: image.to(device, non_blocking=True), True),
+        (lambda image, device: image.pin_memory().to(device), True),
     ],
     ids=["as it is", "not pinned", "waited for"],
 )
 def test_images_are_given_to_the_encoder_without_waiting_for_the_device(nano_head, monkeypatch, sent, waits):
     """So that the device encodes while the host goes on to sample; a copy out of other memory waits for all before it."""
-    pinned = []
-    monkeypatch.setattr(Tensor, "pin_memory", lambda self: pinned.append(self.clone()) or pinned[-1])
-    monkeypatch.setattr(sam2_head, "_sent", sent)
+    held = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: held.append(self.clone()) or held[-1])
+    monkeypatch.setattr(pinned, "_can_pin", lambda: True)
+    monkeypatch.setattr(sam2_head, "sent", sent)
     head = copy.deepcopy(nano_head)
     images = [np.zeros((128, 128, 3), np.uint8), np.zeros((90, 60, 3), np.uint8)]
     monkeypatch.setattr(sam2_head, "_ENCODED", 1)
     with FakeTensorMode(), torch.no_grad():
         for module in head.modules():
-            for held in (module._parameters, module._buffers):
-                held.update({name: moved(value) for name, value in held.items()})
-        with Sent(pinned) as seen:
+            for part in (module._parameters, module._buffers):
+                part.update({name: moved(value) for name, value in part.items()})
+        with Sent(held) as seen:
             features = head._encoded(images)
     assert [level.device.type for level in features] == ["cuda"] * 3 and len(features[0]) == 2
     assert seen.copies == [not waits] * 2
+
+
+def test_where_memory_cannot_be_pinned_copies_go_without_and_it_is_said_once(monkeypatch):
+    def refused(self):
+        raise RuntimeError("CUDA error: OS call failed or operation not supported on this OS")
+
+    monkeypatch.setattr(Tensor, "pin_memory", refused)
+    pinned._can_pin.cache_clear()
+    with FakeTensorMode(), pytest.warns(UserWarning, match="pinned: CUDA error") as warned:
+        for _ in range(2):
+            assert pinned.sent(torch.zeros(3), torch.device("cuda")).device.type == "cuda"
+    pinned._can_pin.cache_clear()
+    assert len(warned) == 1
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from segrl.data.synthetic import SyntheticScenes
 from segrl.metrics.functional.overlap import iou
@@ -166,3 +167,19 @@ def test_importing_sam2_leaves_hydra_as_it_was(head):
     from hydra.core.global_hydra import GlobalHydra
 
     assert not GlobalHydra.instance().is_initialized()
+
+
+def test_where_a_stream_of_its_own_fails_masks_are_the_same_and_it_is_said_once(head, monkeypatch):
+    def none(device):
+        raise RuntimeError("CUDA error: out of streams\nand so on")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "Stream", none)
+    images, prompts = [SCENES[0].image], [[MaskPrompt.of([tight_box(SCENES[0].mask)])]]
+    expected = head.segment(images, prompts)
+    monkeypatch.setattr(head, "beside", True)
+    head.embeddings.forget()
+    with pytest.warns(UserWarning, match="not beside the sampling: CUDA error: out of streams$") as warned:
+        for _ in range(2):
+            head._encode_beside(images, torch.device("cuda"))
+    assert len(warned) == 1 and np.array_equal(head.segment(images, prompts)[0][0], expected[0][0])

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segrl.models.embeddings import Embeddings, fingerprint
+from segrl.models.first_use import give_up
+from segrl.models.pinned import sent
 from segrl.types import MaskPrompt
 
 # What `build_sam2(apply_postprocessing=True)` adds: fall back to the best of three masks if the one is not stable.
@@ -141,6 +143,7 @@ class Sam2Head(nn.Module):
         self.ahead: Future[Any] | None = None
         self.worker: ThreadPoolExecutor | None = None
         self.stream: torch.cuda.Stream | None = None
+        self.beside = True
 
     def train(self, mode: bool = True) -> Sam2Head:
         """Stays in evaluation mode, whatever Lightning does to the modules around it."""
@@ -150,7 +153,7 @@ class Sam2Head(nn.Module):
         """uint8 RGB `[H, W, 3]` each to normalised float `[B, 3, S, S]`."""
         squares = []
         for image in images:
-            pixels = _sent(image, self.mean.device).permute(2, 0, 1).float() / 255
+            pixels = sent(torch.tensor(image), self.mean.device).permute(2, 0, 1).float() / 255
             if pixels.shape[1:] != (self.size, self.size):
                 pixels = F.interpolate(
                     pixels[None], (self.size, self.size), mode="bilinear", antialias=True, align_corners=False
@@ -188,14 +191,7 @@ class Sam2Head(nn.Module):
         if len(images) > self.embeddings.kept:  # they would be forgotten before they are asked for
             return
         if device.type == "cuda":
-            self.stream = self.stream or torch.cuda.Stream(device)
-            self.stream.wait_stream(torch.cuda.current_stream(device))
-            main = torch.cuda.current_stream(device)
-            with torch.cuda.stream(self.stream):
-                self._features(images)
-            for embedding in self.embeddings.latest.values():
-                for level in embedding:
-                    level.record_stream(main)
+            self._encode_beside(images, device)
         elif device.type == "cpu" and torch.get_num_threads() > 1:
             self.worker = self.worker or ThreadPoolExecutor(1)
             on, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
@@ -206,6 +202,23 @@ class Sam2Head(nn.Module):
                     self._features(images)
 
             self.ahead = self.worker.submit(encode)
+
+    def _encode_beside(self, images: Sequence[np.ndarray], device: torch.device) -> None:
+        """Encode on a stream of its own; where that fails say so once, and leave it to `segment`."""
+        if not self.beside:
+            return
+        main = torch.cuda.current_stream(device)
+        try:
+            self.stream = self.stream or torch.cuda.Stream(device)
+            self.stream.wait_stream(main)
+            with torch.cuda.stream(self.stream):
+                self._features(images)
+        except RuntimeError as error:
+            self.beside = False
+            give_up("the mask head encodes images when it needs them, not beside the sampling", error)
+        for embedding in self.embeddings.latest.values():
+            for level in embedding:
+                level.record_stream(main)
 
     @torch.no_grad()
     def _features(self, images: Sequence[np.ndarray]) -> list[Tensor]:
@@ -313,12 +326,6 @@ class Sam2Head(nn.Module):
                     for m, mask in zip(places, _upscaled(logits[places].float(), size), strict=True):
                         masks[chunk[m][0]][chunk[m][1]] |= mask
         return masks
-
-
-def _sent(image: np.ndarray, device: torch.device) -> Tensor:
-    """To a device, on its stream: a copy out of memory that is not pinned would wait for all that the stream was given before."""
-    pixels = torch.tensor(image)
-    return (pixels.pin_memory() if device.type == "cuda" else pixels).to(device, non_blocking=True)
 
 
 def _upscaled(logits: Tensor, size: tuple[int, ...]) -> np.ndarray:

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from segrl.models.pinned import sent
 from segrl.models.suffixes import Suffixes, grouped_product, has_kernel, laid_out
-from segrl.models.tower import image_features, sent
+from segrl.models.tower import image_features
 from segrl.types import Prefix, PrefixState
 
 _Passed = tuple[Tensor, Tensor, Tensor]

@@ -224,6 +224,7 @@ def _kernel_repeats(device: torch.device, dtype: torch.dtype) -> bool:
     noise = torch.Generator(device).manual_seed(0)
 
     def outcome(layout: Suffixes, width: int) -> list[Tensor]:
+        """Return the output and the gradients of noise of this head width."""
         noise.manual_seed(width)
         shapes = ((1, 4, 25, width), *[(1, 2, 25, width)] * 2, *[(2, 2, 40, width)] * 2)
         given = [torch.randn(s, device=device, dtype=dtype, generator=noise).requires_grad_() for s in shapes]
@@ -232,6 +233,7 @@ def _kernel_repeats(device: torch.device, dtype: torch.dtype) -> bool:
         return [out, *torch.autograd.grad(out.float().square().sum(), given)]
 
     def agrees(width: int) -> bool:
+        """Hold one head width against the plain path."""
         return repeats(
             f"attention on {device}: padded, not by torch's kernel for unequal lengths",
             lambda: outcome(Segments(seen, real, dtype), width),

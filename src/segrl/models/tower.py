@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segrl.models.pinned import sent
 from segrl.types import Prefix
 
 
@@ -53,13 +54,6 @@ def tower_layout(tower: Any, grid: Tensor, device: torch.device) -> dict[str, Te
         )  # fmt: skip
         laid |= {"interp_indices": places, "interp_weights": weights}
     return {**{name: sent(value, device) for name, value in laid.items()}, **most}
-
-
-def sent(value: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the host on the device; a GPU copies it out of pinned memory, while the host goes on."""
-    if device.type != "cuda":
-        return value.to(device)
-    return value.pin_memory().to(device, non_blocking=True)
 
 
 def rotary_positions(token_types: Tensor, grid: Tensor, merge: int) -> Tensor:

@@ -104,12 +104,14 @@ def _kernel_repeats(device: torch.device, dtype: torch.dtype) -> bool:
     noise = torch.Generator(device)
 
     def outcome(attend: Callable[..., Tensor], width: int, *longest: int) -> list[Tensor]:
+        """Return the output and the gradients of noise of this head width."""
         noise.manual_seed(width)
         qkv = torch.randn(176, 3, 4, width, device=device, dtype=dtype, generator=noise).requires_grad_()
         out = attend(*qkv.unbind(1), ends, *longest, width**-0.5)
         return [out, *torch.autograd.grad(out.float().square().sum(), [qkv])]
 
     def agrees(width: int) -> bool:
+        """Hold one head width against the plain path."""
         return repeats(
             f"the vision tower's windows on {device}: one call per size, not one of torch's kernel",
             lambda: outcome(_by_kernel, width, 64),

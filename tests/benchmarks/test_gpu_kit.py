@@ -1,0 +1,196 @@
+"""The kit of first contact is in step with the code: every part, rehearsed on a CPU at tiny shapes; and its report."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SAID = {  # names of findings that a part has to have
+    "machine": {"code", "versions", "varlen_attn"},
+    "agree": {"float32", "bfloat16"},
+    "tests": set(),
+    "steps": {"built", "step", "median", "kernels, learning", "kernels, sampling"},
+    "peer": {"built", "step"},
+    "demo": {"32-true", "bf16-mixed"},
+    "kernels": {
+        "patch embedding, Conv3d", "patch embedding, one product", "tower attention, windows", "prefix attention, padded",
+        "prefix attention, a new length each time", "completions' attention, padded", "sampling, softmax and draw",
+        "sampling, an adapter merged", "head of completions, TF32",
+    },
+}  # fmt: skip
+
+
+def check(out, part, **settings):
+    """Run a part through the script that a GPU machine runs; the findings."""
+    there = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "OUT": str(out),
+        "REHEARSE": "1",
+        "PARTS": part,
+        **settings,
+    }
+    done = subprocess.run(
+        ["bash", str(BENCHMARKS / "gpu_check.sh")], capture_output=True, text=True, env=there, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()], done.stdout
+
+
+@pytest.mark.rehearsal
+@pytest.mark.parametrize("part", SAID)
+def test_a_part_works(tmp_path, part):
+    found, printed = check(tmp_path, part)
+    ends = [line for line in found if line.get("name") == "end"]
+    logs = {path.name: path.read_text()[-3000:] for path in tmp_path.iterdir() if path.suffix != ".gz"}
+    assert ends and all(end.get("rc") == 0 for end in ends), logs
+    assert not [line for line in found if "error" in line or line.get("outcome") in ("FAILED", "ERROR")], logs
+    assert SAID[part] <= {line.get("name") for line in found}
+    assert "a rehearsal on a CPU" in printed or part != "machine"
+    if part == "tests":
+        assert sum(line.get("outcome") == "PASSED" for line in found) > 30
+    if part == "steps":
+        assert {line["kind"] for line in found if line.get("name") == "median"} >= {
+            "graphs",
+            "activations kept",
+        }
+
+
+def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path):
+    """A Python that fails at once, and one that never ends."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *kernels*) exit 7 ;; *agree*) sleep 1000 ;; *) exec {sys.executable} "$@" ;; esac\n'
+    )
+    python.chmod(0o755)
+    found, _ = check(tmp_path, "kernels agree nonsense", PYTHON=str(python), MOST="3")
+    ends = {line["part"]: line for line in found if line.get("name") == "end"}
+    assert ends["kernels"]["rc"] == 7 and ends["agree"]["rc"] in (124, 137)
+    assert ends["nonsense"]["skipped"] == "there is no such part"
+
+
+# --- the report
+
+
+def line(part, name, **rest):
+    return {"part": part, "at_s": 1.0, "name": name, **rest}
+
+
+def findings(step=3.0, date="2026-12-01", card="NVIDIA H100 80GB HBM3"):
+    parts = {"rollout/sample": 1.1, "rollout/read prefixes": 0.2, "learn": 1.5}
+    return [
+        line("machine", "code", commit="abc123", date=date, rehearsal=False),
+        line("machine", "versions", torch="2.11.0", cuda="13.0", trl="1.16.0", vllm="-"),
+        line("machine", "card", card=card, total_gb=85.0),
+        line("machine", "speeds", tflops=798, tb_per_s=3.0),
+        {"part": "tests", "name": "tests/gpu/test_a.py::test_one", "outcome": "PASSED"},
+        {"part": "tests", "name": "tests/gpu/test_a.py::test_two - assert 1 | 2", "outcome": "FAILED"},
+        line("agree", "float32", logprob_off_max=1e-5, logprob_off_mean=1e-6, gradient_off=1e-5, worst_cosine=1.0, greedy_alike=1.0),
+        line("steps", "median", kind="graphs", steps=3, step_s=step, parts_s=parts, peaks_gb={"learn": 66.5}, reserved_gb=70.0,
+             groups_in_a_pass=8, floor_s={"step": 1.34}, times_the_floor=round(step / 1.34, 2)),
+        line("steps", "kernels, sampling", kernels=10, busy_ms=3.0),
+        line("steps", "kernels, sampling", kernel="gemm", ms=2.0, times=5),
+        line("peer", "step", step_s=40.0, peak_gb=80.0), line("peer", "step", step_s=30.0, peak_gb=79.0),
+        line("kernels", "sampling, down", ms=0.5, gb_per_s=2000),
+        line("kernels", "tower", error="RuntimeError: no"),
+        line("machine", "end", rc=0, seconds=9), line("tests", "end", rc=1, seconds=100),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def gpu_report(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_report
+
+    return gpu_report
+
+
+def written(tmp_path, name, lines):
+    path = tmp_path / name
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    return path
+
+
+def test_a_report_holds_what_was_found_beside_the_one_before(gpu_report, tmp_path, monkeypatch, capsys):
+    reports = tmp_path / "gpu"
+    for file, lines in (
+        ("first", findings(step=4.0, date="2026-11-30")),
+        ("other", findings(step=9.0, date="2026-12-01", card="NVIDIA H200")),
+        ("second", findings()),
+    ):
+        path = written(tmp_path, file, lines)
+        monkeypatch.setattr(sys, "argv", ["gpu_report.py", str(path), "--to", str(reports)])
+        assert gpu_report.main() == 0
+    page = (reports / "2026-12-01-NVIDIA-H100-80GB-HBM3.md").read_text()
+    assert capsys.readouterr().out.splitlines()[-1] == str(reports / "2026-12-01-NVIDIA-H100-80GB-HBM3.md")
+    assert (
+        "[2026-11-30-NVIDIA-H100-80GB-HBM3](2026-11-30-NVIDIA-H100-80GB-HBM3.md)" in page
+    )  # the same card's
+    assert "| graphs | 3 | 4 | 1.34 | 2.24 | 0.2 | 1.1 | 1.5 | 66.5 | 70 | 8 |" in page
+    assert "40, 30 s a step, peak 80.0 GB; ours is 10.0 times as fast" in page  # the first step is warm-up
+    assert "1 passed, 1 failed" in page and "test_two - assert 1 | 2 (failed before)" in page
+    for words in (
+        "commit abc123",
+        "torch 2.11.0",
+        "798 TFLOP/s",
+        "| `gemm` | 2 | 5 |",
+        "kernels: RuntimeError: no",
+        "gb per s 2000",
+    ):
+        assert words in page, words
+    assert "vllm" not in page
+
+
+def test_a_later_call_replaces_the_parts_that_it_ran(gpu_report, tmp_path):
+    again = [
+        line("steps", "median", kind="graphs", steps=3, step_s=2.0, parts_s={}),
+        line("steps", "end", rc=0, seconds=5),
+    ]
+    found = gpu_report.figures(
+        gpu_report.read([written(tmp_path, "a", findings()), written(tmp_path, "b", again)])
+    )
+    assert found["steps"]["graphs"]["step_s"] == 2.0 and found["peer"]["ratio"] == 15.0
+    assert found["kernels"]["kernels, sampling"] == [] and found["speeds"]["tflops"] == 798
+
+
+def test_a_line_that_is_no_finding_is_named(gpu_report, tmp_path):
+    path = tmp_path / "broken"
+    path.write_text(json.dumps(findings()[0]) + "\nnot json\n")
+    with pytest.raises(
+        SystemExit, match="broken:2: a JSON object with a part must stand on each line; got 'not json'"
+    ):
+        gpu_report.read([path])
+
+
+def test_a_rehearsal_is_printed_and_never_filed(gpu_report, tmp_path, monkeypatch, capsys):
+    path = written(tmp_path, "a", [line("machine", "code", commit="abc", date="2026-12-01", rehearsal=True)])
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", str(path), "--to", str(tmp_path / "gpu")])
+    assert gpu_report.main() == 2 and not (tmp_path / "gpu").exists()
+    assert "must be" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", str(path), "--print"])
+    assert gpu_report.main() == 0 and "its figures mean nothing" in capsys.readouterr().out
+
+
+def test_the_docs_say_what_the_latest_report_says(gpu_report):
+    """README.md and docs/speed.md as they stand; `python benchmarks/gpu_report.py --docs` renews them."""
+    for page in gpu_report.DOCS:
+        assert page.read_text() == gpu_report.renewed(page, gpu_report.FOLDER), page
+
+
+def test_the_docs_take_their_figures_from_the_latest_report(gpu_report, tmp_path):
+    assert gpu_report.sentence(tmp_path) == "Nothing of it has run on a GPU yet."
+    (tmp_path / "2026-12-01-X.json").write_text(json.dumps(gpu_report.figures(findings())))
+    said = gpu_report.sentence(tmp_path)
+    for words in (
+        "NVIDIA H100",
+        "3.00 s",
+        "2.24 times its floor",
+        "peak 66.5 GB",
+        "10.0 times as fast as TRL",
+        "1 of 2 tests",
+    ):
+        assert words in said, words
