@@ -32,8 +32,8 @@ HALF = pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"
 
 def trained(lora=None, recompute=False):
     """The nano policy that ships; an adapter says something."""
+    torch.manual_seed(0)  # an adapter begins with noise
     policy = HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", lora, lora is None, recompute)
-    torch.manual_seed(0)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.02)
@@ -189,11 +189,11 @@ def test_a_batch_out_of_pinned_memory_is_the_batch(gpu):
 
 
 SMALL = ("logger=csv", "data.workers=0", "data.batch_size=2", "data.test_length=4", "test_before=false", "rollout.max_tokens=32",
-         "trainer.max_steps=2")  # fmt: skip
+         "trainer.max_steps=1")  # fmt: skip
 STAGES = {
     "grpo": ("+experiment=demo", "stage.micro_batch_size=2"),
     "ppo": ("+experiment=demo", "stage=ppo", "stage.critic_warmup=0", "reference=frozen_copy", "stage.schedule=null"),
-    "sft": ("+experiment=nano_sft", "policy=nano"),
+    "sft": ("+experiment=nano_sft", f"policy.weights={asset('policy_nano')}"),
 }  # fmt: skip
 
 
@@ -210,13 +210,16 @@ def test_each_stage_begins_as_on_the_cpu(gpu, cli, tmp_path, stage):
         "float32": (f"trainer.accelerator={accelerator(gpu)}", "trainer.precision=32-true"),
         "bfloat16": (f"trainer.accelerator={accelerator(gpu)}", "trainer.precision=bf16-mixed"),
     }
+    if gpu.type == "cpu":
+        del runs["float32"]  # it is the first one again
     found = {}
     for name, how in runs.items():
         code, _, err = cli(*STAGES[stage], *SMALL, *how, f"paths.run={tmp_path}/{name}")
         assert code == 0, err
         found[name] = first_update(tmp_path / name)
     for key in {"sft/loss", "reward/total", "rollout/length"} & found["cpu"].keys():
-        assert found["float32"][key] == pytest.approx(found["cpu"][key], rel=0.02, abs=0.02), key
+        if "float32" in found:
+            assert found["float32"][key] == pytest.approx(found["cpu"][key], rel=0.02, abs=0.02), key
         assert found["bfloat16"][key] == pytest.approx(found["cpu"][key], rel=0.3, abs=0.1), key
     assert all(np.isfinite(value) for row in found.values() for value in row.values() if value is not None)
 

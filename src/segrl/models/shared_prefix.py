@@ -156,11 +156,10 @@ def read_prefixes(vlm: Any, prefixes: Sequence[Prefix], pad_id: int, recompute: 
     """
     device, language = prefixes[0].token_ids.device, vlm.language_model
     multiple = _PLANNED if has_kernel(device, pass_dtype(language)) else 1
-    lengths = torch.tensor([len(p.token_ids) for p in prefixes])
+    lengths = [len(p.token_ids) for p in prefixes]
     ids, seen = pad_right([p.token_ids for p in prefixes], pad_id, multiple)
     positions = pad_right([p.positions.t() for p in prefixes], 0, multiple)[0].permute(2, 0, 1)
-    even = int(lengths.min()) == ids.shape[1]
-    last = sent(lengths - 1, device)
+    even, last = min(lengths) == ids.shape[1], sent(torch.tensor(lengths) - 1, device)
     features = image_features(vlm, prefixes)
     hidden = language.embed_tokens(ids)
     pictured = (ids == vlm.config.image_token_id)[..., None]
