@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from segrl.models import shared_prefix, suffixes
 from segrl.models.suffixes import Segments, SideBySide
@@ -21,9 +20,10 @@ def plain_varlen(query, key, value, query_ends, key_ends, most_queries, most_key
     for q, k, v in zip(*(part.tensor_split(ends[1:-1].tolist()) for part, ends in ((query, query_ends), (key, key_ends), (value, key_ends))), strict=True):  # fmt: skip
         rows, columns = torch.arange(len(q))[:, None], torch.arange(len(k))
         seen = columns <= rows + (len(k) - len(q) if causal_at == "end" else 0)
-        q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
-        said = F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)
-        out.append(said[0].transpose(0, 1))
+        shared = q.shape[1] // k.shape[1]
+        k, v = (part.repeat_interleave(shared, 1).transpose(0, 1).float() for part in (k, v))
+        weights = (scale * q.transpose(0, 1).float() @ k.transpose(1, 2)).masked_fill(~seen, -torch.inf)
+        out.append((weights.softmax(-1) @ v).to(q.dtype).transpose(0, 1))
     return torch.cat(out)
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from segrl.models.first_use import repeats
@@ -30,6 +32,12 @@ def shares_keys(kernel: Callable[..., Any]) -> dict[str, bool]:
     torch 2.11 has no such keyword: its kernel shares them whenever there are fewer key heads than query heads.
     """
     return {"enable_gqa": True} if "enable_gqa" in signature(kernel).parameters else {}
+
+
+def by_flash() -> AbstractContextManager[None]:
+    """Inside, the kernel is FlashAttention's: cuDNN's, which torch 2.15 prefers, is planned anew for every length."""
+    made: AbstractContextManager[None] = sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+    return made
 
 
 _SHARES_KEYS: Any = shares_keys(varlen_attn)
@@ -149,10 +157,11 @@ class Segments(Suffixes):
             _Laid.apply(shared.to(self.dtype), own.to(self.dtype), self)
             for shared, own in zip(prefix, (key, value), strict=True)
         )
-        out: Any = varlen_attn(
-            query[0].transpose(0, 1).to(self.dtype), keys, values, self.query_ends, self.key_ends, self.most_queries, self.most_keys,
-            scale=scaling, window_size=(-1, 0), **_SHARES_KEYS,
-        )  # fmt: skip
+        with by_flash():
+            out: Any = varlen_attn(
+                query[0].transpose(0, 1).to(self.dtype), keys, values, self.query_ends, self.key_ends, self.most_queries,
+                self.most_keys, scale=scaling, window_size=(-1, 0), **_SHARES_KEYS,
+            )  # fmt: skip
         attended: Tensor = out[None]
         return attended
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
 from segrl.models.first_use import repeats
-from segrl.models.suffixes import CLOSE, has_kernel
+from segrl.models.suffixes import CLOSE, by_flash, has_kernel
 
 NAME = "segrl_flash_windows"
 """By which transformers knows it; to a name with `flash` in it, it gives all windows at once."""
@@ -56,7 +56,8 @@ def _by_kernel(
     query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scaling: float
 ) -> Tensor:
     """Attend in one call of torch's kernel, `[L, H, d]`."""
-    out: Any = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling)
+    with by_flash():
+        out: Any = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling)
     attended: Tensor = out
     return attended
 
