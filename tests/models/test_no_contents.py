@@ -157,7 +157,7 @@ def test_sampling_waits_for_its_device_at_every_eighth_token_alone(step, policy,
     hidden = torch.empty(decoder.groups, width, device="cuda")
     head = Product(torch.empty(vocabulary, width, device="cuda"), None)
     pretended = SimpleNamespace(
-        device=hidden.device, pad_id=0, temperature=1.0, stop_ids=moved(policy.stop_ids), never_sampled=moved(policy.never_sampled),
+        device=hidden.device, pad_id=0, temperature=1.0, stop_ids=moved(policy.stop_ids),
         decoder=lambda *_: decoder, head=lambda: head, logits=lambda *given: HFPolicy.logits(pretended, *given),
     )  # fmt: skip
     prefixes = [SimpleNamespace(token_ids=hidden)] * decoder.groups
@@ -254,7 +254,7 @@ def test_the_head_may_round_to_tf32_beside_half_precision_alone(half, monkeypatc
     with FakeTensorMode(), half_precision_on_a_gpu() if half else nullcontext():
         weight, hidden = torch.empty(40, 6, device="cuda"), torch.empty(9, 6, device="cuda")
         never, tokens = (torch.empty(size, dtype=torch.long, device="cuda") for size in (2, 9))
-        pretended = SimpleNamespace(temperature=1.0, never_sampled=never)
+        pretended = SimpleNamespace(temperature=1.0)
         HFPolicy.logits(pretended, hidden, head)
         token_logprobs.token_logprobs(hidden, weight, tokens, never, most=40 * 5)
     assert seen == ["high" if half else "highest"] * (1 + 2)

@@ -219,8 +219,11 @@ class HFPolicy(nn.Module):
         return weight.float()
 
     def head(self) -> Product:
-        """The product that ends in logits, in float32, for sampling."""
-        return Product(self.head_weight().detach(), None)
+        """Return the product that ends in logits, in float32, for sampling; its bias hides what may not be sampled."""
+        weight = self.head_weight().detach()
+        return Product(
+            weight, weight.new_zeros(len(weight)).index_fill_(0, self.never_sampled, float("-inf"))
+        )
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, head: Product) -> Tensor:
@@ -231,8 +234,7 @@ class HFPolicy(nn.Module):
             head: `head()`, made once for all steps.
         """
         with float32_products(hidden.device, may_round(hidden.device)):
-            logits = head(hidden.float() / self.temperature)
-        return logits.index_fill_(-1, self.never_sampled, float("-inf"))
+            return head(hidden.float() / self.temperature)
 
     def read(
         self, prefixes: Sequence[Prefix], completions: Completions, state: PrefixState | None = None
