@@ -14,7 +14,7 @@ JOBS ?= 2
 OUT ?= $(abspath $(RUNS))/gpu
 PARTS ?=
 
-.PHONY: help setup demo seg-r1 test test-slow test-oldest test-zero test-vllm lint types bench bench-gpu bench-metrics train eval sweep mlflow docker assets clean
+.PHONY: help setup demo seg-r1 test test-slow test-oldest test-newest test-zero test-vllm lint types bench bench-gpu bench-metrics train eval sweep mlflow docker assets clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -44,9 +44,15 @@ test-oldest: $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv) ## `make test` with the
 	@$(UV) pip install --quiet --exact --no-deps --python .venv-oldest/bin/python -r tests/oldest.txt -e .
 	@OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow and not gpu and not zero and not vllm"
 
+test-newest: $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv) ## `make test` with Python 3.13 and the newest versions allowed, as they are published today, in an environment of its own (.venv-newest)
+	@$(UV) venv --quiet --allow-existing --python 3.13 .venv-newest
+	@$(UV) pip install --quiet --upgrade --python .venv-newest/bin/python -e . --group dev
+	@OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -q -n $(JOBS) --dist worksteal
+
 test-zero: setup ## DeepSpeed's ZeRO against DDP on two CPU processes, in an environment of its own (.venv-zero); SLOW=1 changes strategy between checkpoints, too
 	@UV_PROJECT_ENVIRONMENT=.venv-zero $(UV) sync --frozen --extra deepspeed
 	@.venv-zero/bin/python -m pytest -q -m "zero$(if $(SLOW),, and not slow)" tests/stages/test_zero.py
+	@$(if $(SLOW),.venv-zero/bin/python -m pytest -q -m gpu --rehearse -k zero tests/gpu)
 
 test-vllm: setup ## rollout=vllm, rollout=vllm_server and exports in vLLM's CPU build, in an environment of its own (.venv-vllm); SLOW=1 starts a second server and kills one, too
 	@UV_PROJECT_ENVIRONMENT=.venv-vllm $(UV) sync --frozen --inexact
@@ -60,11 +66,11 @@ types: setup ## mypy alone
 	@$(PYTHON) -m mypy
 
 bench: setup ## every claim side by side, one JSON line each: a GRPO step beside TRL 1.16 (its own environment), the naive algorithm, the released reward, scaling
-	@for script in shared_prefix grpo_step reward scaling ranks memory floor roofline metrics; do $(PYTHON) benchmarks/$$script.py || failed=1; done; exit $${failed:-0}
+	@for script in shared_prefix grpo_step step_profile patches reward scaling ranks memory floor roofline metrics; do $(PYTHON) benchmarks/$$script.py || failed=1; done; exit $${failed:-0}
 
 bench-gpu: setup ## on a GPU: tests of what it alone does, agreement with a CPU, a step of 3B's shape beside TRL and the floor, a report (PARTS="steps peer"; REHEARSE=1 on a CPU)
 	@PYTHON=$(abspath $(PYTHON)) OUT=$(OUT) PARTS="$(PARTS)" bash benchmarks/gpu_check.sh
-	@$(if $(REHEARSE),,$(PYTHON) benchmarks/gpu_report.py $(OUT)/results.jsonl)
+	@$(if $(REHEARSE),,$(PYTHON) benchmarks/gpu_report.py $(OUT)/results*.jsonl)
 
 bench-metrics: setup ## MAE, S, E, F, weighted F: CPU time beside pysodmetrics, which runs in its own environment
 	@$(PYTHON) benchmarks/metrics.py
@@ -88,4 +94,4 @@ assets: setup ## train the nano weights anew (under an hour on 2 cores)
 	@$(PYTHON) -m segrl.assets --runs $(RUNS)/assets
 
 clean: ## remove what can be made again (not the runs)
-	rm -rf .venv .venv-oldest .venv-zero .venv-vllm .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf .venv .venv-oldest .venv-newest .venv-zero .venv-vllm .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -17,12 +17,14 @@ slower=1
 [ -z "${REHEARSE:-}" ] || slower=5 # a CPU, shared with others
 in_all=${SECONDS_IN_ALL:-$((540 * slower))}
 PARTS=${PARTS:-machine agree tests steps peer demo kernels}
+case " $PARTS " in *" machine "*) ;; *) PARTS="machine $PARTS" ;; esac # a report names the card
 export PYTHON=${PYTHON:-python3} OUT=${OUT:-$(mktemp -d)} SITE=${SITE:-/tmp/site} REHEARSE=${REHEARSE:-}
 export SMALL=${REHEARSE:+--rehearse}
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export MPLCONFIGDIR=${MPLCONFIGDIR:-/tmp/matplotlib}
 [ -z "$REHEARSE" ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_VISIBLE_DEVICES=
 mkdir -p "$OUT"
+[ ! -s "$OUT/results.jsonl" ] || mv "$OUT/results.jsonl" "$OUT/results-$(date +%s).jsonl" # of an earlier call
 : > "$OUT/results.jsonl"
 
 note() { printf '%s\n' "$1" | tee -a "$OUT/results.jsonl"; }
@@ -49,13 +51,13 @@ part() {
 }
 
 lacks() {
-  ! "$PYTHON" -c 'import hydra, peft, pydantic, sam2, transformers as t; assert [*map(int, t.__version__.split(".")[:2])] >= [5, 19]' \
+  ! "$PYTHON" -c 'import beartype, hydra, peft, pycocotools, pydantic, sam2, transformers as t; assert [*map(int, t.__version__.split(".")[:2])] >= [5, 19]' \
     2> /dev/null
 }
 
 install() {
   local these version
-  these=$(cksum .whl/*.whl) || { echo "no wheels here: carry .whl, which benchmarks/gpu_wheels.sh fills"; return 1; }
+  these=$(cksum .whl/*.whl) || { echo ".whl must hold wheels: benchmarks/gpu_wheels.sh fills it, and it has to be carried along"; return 1; }
   [ "$these" != "$(cat "$SITE/.these" 2> /dev/null)" ] || return 0 # a warm machine has them
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$SITE" .whl/*.whl || return
   # The checkout is on the path and not installed: its version stands here.
@@ -122,8 +124,11 @@ PY
 }
 export -f install machine tests demo peer
 
-if compgen -G '.whl/*.whl' > /dev/null && lacks; then part install 60 bash -c install; fi
-export PYTHONPATH="$PWD/src:$SITE"
+export PYTHONPATH="$PWD/src"
+if compgen -G '.whl/*.whl' > /dev/null && lacks; then
+  part install 60 bash -c install
+  PYTHONPATH="$PYTHONPATH:$SITE"
+fi
 for name in $PARTS; do
   case $name in
     machine) part machine 60 bash -c machine ;;

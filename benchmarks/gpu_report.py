@@ -66,6 +66,7 @@ def figures(lines: list[Line]) -> dict[str, Any]:
             for outcome in ("PASSED", "FAILED", "ERROR", "SKIPPED")
         },
         "agreement": {line["name"]: _bare(line) for line in of("agree") if "logprob_off_max" in line},
+        "work": one("steps", "built"),
         "steps": medians,
         "peer": {"steps_s": theirs, "ratio": None if ratio is None else round(ratio, 2), **_peak(of("peer", "step"))},
         "operations": {line["name"]: _bare(line) for line in of("kernels") if "rc" not in line and "error" not in line},
@@ -97,9 +98,8 @@ def name_of(found: dict[str, Any]) -> str:
 
 def before(found: dict[str, Any], folder: Path) -> tuple[str, dict[str, Any]] | None:
     """Return the latest earlier report: of the same card where there is one."""
-    name = name_of(found)
-    earlier = [path for path in sorted(folder.glob("*.json")) if path.stem < name]
-    reports = [(path.stem, json.loads(path.read_text())) for path in earlier]
+    reports = [(path.stem, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    reports = [one for one in reports if one[1]["code"].get("date", "") <= found["code"].get("date", "")]
     same = [report for report in reports if report[1]["card"].get("card") == found["card"].get("card")]
     return next(reversed(same or reports), None)
 
@@ -223,23 +223,25 @@ def _errors(found: dict[str, Any], _: dict[str, Any] | None) -> list[str]:
 
 def sentence(folder: Path) -> str:
     """Return what the docs say of GPUs: the figures of the latest report, or that there is none."""
-    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    if not reports:
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
         return NOT_YET
-    found = reports[-1]
-    name, step, peer = name_of(found), found["steps"].get("graphs"), found["peer"]
+    name, found = paths[-1].stem, json.loads(paths[-1].read_text())
+    step, peer = found["steps"].get("graphs"), found["peer"]
     said = [f"On one {found['card'].get('card', 'GPU')} ([report](benchmarks/gpu/{name}.md), {found['code'].get('date')}):"]
     if step is not None:
-        peak = max((step.get("peaks_gb") or {}).values(), default=None)
+        peak, work = max((step.get("peaks_gb") or {}).values(), default=None), found["work"]
         said.append(
-            f"a step of 3B (8 prompts of 768x768, 8 completions of 256 tokens) {step['step_s']:.2f} s, "
+            f"a step of {work['parameters'] / 1e9:.1f} billion weights ({work['prompts']} prompts of {work['side']}x{work['side']}, "
+            f"{work['group']} completions of {work['tokens']} tokens) {step['step_s']:.2f} s, "
             f"{step.get('times_the_floor', '?')} times its floor, peak {peak} GB;"
         )
     if peer["ratio"] is not None:
         said.append(f"{peer['ratio']} times as fast as TRL 1.16;")
     tests = {outcome: len(names) for outcome, names in found["tests"].items()}
-    said.append(f"{tests['PASSED']} of {tests['PASSED'] + tests['FAILED'] + tests['ERROR']} tests of a GPU pass.")
-    return " ".join(said)
+    if ran := tests["PASSED"] + tests["FAILED"] + tests["ERROR"]:
+        said.append(f"{tests['PASSED']} of {ran} tests of a GPU pass.")
+    return " ".join(said).rstrip(";")
 
 
 def renewed(page: Path, folder: Path) -> str:
@@ -272,7 +274,8 @@ def main() -> int:
             print("gpu_report: results must be a GPU's; these are of a rehearsal or name no card (--print prints them)", file=sys.stderr)
             return 2
         asked.to.mkdir(parents=True, exist_ok=True)
-        path = asked.to / f"{name_of(found)}.md"
+        names = (f"{name_of(found)}{more}" for more in ("", *(f"-{i}" for i in range(2, 100))))
+        path = next(path for path in (asked.to / f"{name}.md" for name in names) if not path.exists())
         path.write_text(page)
         path.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
         print(path)

@@ -109,15 +109,16 @@ def policy(folder: Path, shape: Any, settings: dict[str, Any]) -> Any:
 @contextmanager
 def as_on_a_gpu(kernel: bool = True) -> Iterator[None]:
     """Bfloat16 passes without a cache of casts, as Lightning has them; layouts as on a GPU, and its kernel, which nothing here computes."""
-    from segrl.models import decoder, products, shared_prefix, suffixes, token_logprobs, vision_attention
+    from segrl.models import decoder, products, shared_prefix, suffixes, token_logprobs, tower, vision_attention
 
     def plain(self: Any, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias, self.packed = weight, bias, None
 
     with ExitStack() as stack:
-        for module in (shared_prefix, suffixes, vision_attention):
-            stack.enter_context(mock.patch.object(module, "has_kernel", lambda *_: kernel))
-        stack.enter_context(mock.patch.object(vision_attention, "_kernel_repeats", lambda *_: kernel))
+        stack.enter_context(mock.patch.object(suffixes, "has_kernel", lambda *_: kernel))
+        for module in (vision_attention, tower):
+            stack.enter_context(mock.patch.object(module, "kernel_serves", lambda *_: kernel))
+        stack.enter_context(mock.patch.object(shared_prefix, "padded_to", lambda *_: 32))
         chunk = token_logprobs.chunk_on(torch.device("cuda"))
         stack.enter_context(mock.patch.object(token_logprobs, "chunk_on", lambda _: chunk))
         stack.enter_context(mock.patch.object(decoder.Product, "__init__", plain))

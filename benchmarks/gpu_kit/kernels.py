@@ -138,29 +138,16 @@ def _prefix(bench: Bench, length: int) -> list[Tensor]:
 
 
 def prefixes(bench: Bench) -> None:
-    """Time the attention of prefixes, causal and padded, and say which backend torch takes."""
-    from segrl.models import suffixes
-
+    """Time the causal attention of prefixes, and say which backend torch takes."""
     s = bench.shapes
     query, key, value = given = _prefix(bench, s.prefix)
     work = 2e-9 * s.prompts * s.heads * s.prefix**2 * s.width
     causal = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     bench.both("prefix attention, causal", lambda: causal(query, key, value), given, work)
-    seen = torch.ones(s.prompts, s.prefix, dtype=torch.bool, device=bench.device)
-    seen[0, :5] = False
-    square = torch.ones(s.prefix, s.prefix, dtype=torch.bool, device=bench.device).tril()
-    mask = suffixes.per_head_group(square & seen[:, None, None] | (square & square.t()), s.heads // s.shared)
-    padded = partial(suffixes.grouped_product, mask=mask, scaling=s.width**-0.5)
-    bench.both("prefix attention, padded", lambda: padded(query, key, value), given, 2 * work)
     if bench.device.type == "cuda":  # torch has no public way to ask
+        choice = torch._fused_sdp_choice(query, key, value, is_causal=True, enable_gqa=True)
         names = ("math", "flash", "efficient", "cudnn", "other")
-        grouped = query.reshape(s.prompts, s.shared, -1, s.width)
-        choice = torch._fused_sdp_choice
-        bench.findings.say(
-            name="prefix attention, backend",
-            causal=names[choice(query, key, value, is_causal=True, enable_gqa=True)],
-            padded=names[choice(grouped, key, value, mask)],
-        )
+        bench.findings.say(name="prefix attention, backend", causal=names[choice])
 
 
 @contextmanager
@@ -241,18 +228,17 @@ def sampling(bench: Bench) -> None:
 
 
 def adapters(bench: Bench) -> None:
-    """Time a product with an adapter of rank 64 beside it, and with the adapter merged."""
+    """Time a product with an adapter of rank 64 as sampling has it (its narrow half as more rows of the weight), and with none."""
     s, rank = bench.shapes, 64
-    given, weight = bench.random(s.rows, s.hidden), bench.random(s.inner, s.hidden)
-    narrow, wide = bench.random(rank, s.hidden), bench.random(s.inner, rank)
+    given, joined = bench.random(s.rows, s.hidden), bench.random(s.inner + rank, s.hidden)
+    wide, weight = bench.random(rank, s.inner), bench.random(s.inner, s.hidden)
 
     def beside() -> Tensor:
-        out = F.linear(given, weight)
-        out += F.linear(F.linear(given, narrow), wide)
-        return out
+        out = F.linear(given, joined)
+        return out[:, : s.inner].addmm_(out[:, s.inner :], wide)
 
-    bench.alone("sampling, an adapter beside its weight", beside, 2e-9 * weight.numel())
-    bench.alone("sampling, an adapter merged", lambda: F.linear(given, weight), 2e-9 * weight.numel())
+    bench.alone("sampling, a weight with an adapter", beside, 2e-9 * joined.numel())
+    bench.alone("sampling, a weight without", lambda: F.linear(given, weight), 2e-9 * weight.numel())
 
 
 def head(bench: Bench) -> None:

@@ -50,7 +50,7 @@ class TimedStage(GRPOStage):
                 name="out of memory", kind=self.plan[batch_idx], groups_in_a_pass=self.micro_batch_size, error=reason
             )
             if self.micro_batch_size == 1:
-                raise MemoryError("one group in a pass does not fit either")
+                raise MemoryError("a pass of one group must fit the memory of the GPU, and does not")
             self.micro_batch_size //= 2
 
     def forward(self, part: Any, weights: Any) -> Any:
@@ -178,7 +178,8 @@ def steps(findings: Findings, device: torch.device, rehearse: bool, work: noise.
     wait(device)
     numbers = sum(p.numel() for p in policy.parameters())
     memory = {"allocated_gb": round(torch.cuda.memory_allocated() / 1e9, 2)} if gpu else {}
-    findings.say(name="built", parameters=numbers, **memory)
+    shapes = {"prompts": work.prompts, "group": work.group, "tokens": work.tokens, "side": work.side}
+    findings.say(name="built", parameters=numbers, **shapes, **memory)
     clock, engine = Clock(device), SharedPrefixEngine(work.tokens)
     clock.around(engine, "sample", "sample")
     clock.around(policy, "prefill", "read prefixes")

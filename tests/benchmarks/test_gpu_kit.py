@@ -17,9 +17,9 @@ SAID = {  # names of findings that a part has to have
     "peer": {"built", "step"},
     "demo": {"32-true", "bf16-mixed"},
     "kernels": {
-        "patch embedding, Conv3d", "patch embedding, one product", "tower attention, windows", "prefix attention, padded",
+        "patch embedding, Conv3d", "patch embedding, one product", "tower attention, windows", "prefix attention, causal",
         "prefix attention, a new length each time", "completions' attention, padded", "sampling, softmax and draw",
-        "sampling, an adapter merged", "head of completions, TF32",
+        "sampling, a weight with an adapter", "head of completions, TF32",
     },
 }  # fmt: skip
 
@@ -90,6 +90,7 @@ def findings(step=3.0, date="2026-12-01", card="NVIDIA H100 80GB HBM3"):
         {"part": "tests", "name": "tests/gpu/test_a.py::test_one", "outcome": "PASSED"},
         {"part": "tests", "name": "tests/gpu/test_a.py::test_two - assert 1 | 2", "outcome": "FAILED"},
         line("agree", "float32", logprob_off_max=1e-5, logprob_off_mean=1e-6, gradient_off=1e-5, worst_cosine=1.0, greedy_alike=1.0),
+        line("steps", "built", parameters=3.75e9, prompts=8, group=8, tokens=256, side=768),
         line("steps", "median", kind="graphs", steps=3, step_s=step, parts_s=parts, peaks_gb={"learn": 66.5}, reserved_gb=70.0,
              groups_in_a_pass=8, floor_s={"step": 1.34}, times_the_floor=round(step / 1.34, 2)),
         line("steps", "kernels, sampling", kernels=10, busy_ms=3.0),
@@ -145,6 +146,16 @@ def test_a_report_holds_what_was_found_beside_the_one_before(gpu_report, tmp_pat
     assert "vllm" not in page
 
 
+def test_reports_of_one_day_stand_beside_each_other(gpu_report, tmp_path, monkeypatch):
+    path, reports = written(tmp_path, "a", findings()), tmp_path / "gpu"
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", str(path), "--to", str(reports)])
+    assert [gpu_report.main() for _ in range(2)] == [0, 0]
+    names = sorted(page.stem for page in reports.glob("*.md"))
+    assert names == ["2026-12-01-NVIDIA-H100-80GB-HBM3", "2026-12-01-NVIDIA-H100-80GB-HBM3-2"]
+    assert f"[{names[0]}]({names[0]}.md)" in (reports / f"{names[1]}.md").read_text()
+    assert f"benchmarks/gpu/{names[1]}.md" in gpu_report.sentence(reports)
+
+
 def test_a_later_call_replaces_the_parts_that_it_ran(gpu_report, tmp_path):
     again = [
         line("steps", "median", kind="graphs", steps=3, step_s=2.0, parts_s={}),
@@ -187,7 +198,7 @@ def test_the_docs_take_their_figures_from_the_latest_report(gpu_report, tmp_path
     said = gpu_report.sentence(tmp_path)
     for words in (
         "NVIDIA H100",
-        "3.00 s",
+        "3.8 billion weights (8 prompts of 768x768, 8 completions of 256 tokens) 3.00 s",
         "2.24 times its floor",
         "peak 66.5 GB",
         "10.0 times as fast as TRL",

@@ -30,10 +30,11 @@ SCENES = SyntheticScenes("test", 4, 0, 128, (0.5, 1.0), (1, 1))
 HALF = pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 
 
-def trained(lora=None, recompute=False):
-    """The nano policy that ships; an adapter says something."""
+def trained(lora=None, recompute=False, weights=None, side=128):
+    """The nano policy that ships, a Qwen3-VL, or that of a folder; an adapter says something."""
     torch.manual_seed(0)  # an adapter begins with noise
-    policy = HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", lora, lora is None, recompute)
+    folder = str(weights or asset("policy_nano"))
+    policy = HFPolicy(folder, side, None, 1.0, "float32", lora, lora is None, recompute)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.02)
@@ -69,11 +70,23 @@ def learned(policy, device, half):
     return logprobs.detach().float().cpu(), gradient
 
 
+@pytest.fixture(scope="module", params=["qwen3_vl", "qwen2_5_vl"])
+def policy_of(request, nano_weights):
+    """Makes policies of a family: the one that ships, and an untrained Qwen2.5-VL, whose tower has windows."""
+
+    def make(rank=0, recompute=False):
+        if request.param == "qwen3_vl":
+            return trained(lora_of(rank), recompute)
+        return trained(lora_of(rank), recompute, nano_weights("qwen2_5_vl"), 112)
+
+    return make
+
+
 @pytest.fixture(scope="module")
-def expected():
+def expected(policy_of):
     """What the CPU learns in float32, with and without an adapter."""
     cpu = torch.device("cpu")
-    return {rank: learned(trained(lora_of(rank)), cpu, False) for rank in (0, 4)}
+    return {rank: learned(policy_of(rank), cpu, False) for rank in (0, 4)}
 
 
 def lora_of(rank):
@@ -92,8 +105,8 @@ def test_the_kernels_are_believed_here(gpu):
 @HALF
 @pytest.mark.parametrize("rank", [0, 4], ids=["weights", "adapter"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-def test_what_is_learned_is_what_the_cpu_learns(gpu, expected, half, rank, recompute):
-    logprobs, gradient = learned(trained(lora_of(rank), recompute), gpu, half)
+def test_what_is_learned_is_what_the_cpu_learns(gpu, policy_of, expected, half, rank, recompute):
+    logprobs, gradient = learned(policy_of(rank, recompute), gpu, half)
     of_logprobs, of_gradient = expected[rank]
     off = (logprobs - of_logprobs).abs()
     apart = (gradient - of_gradient).norm() / of_gradient.norm()
@@ -105,21 +118,22 @@ def test_what_is_learned_is_what_the_cpu_learns(gpu, expected, half, rank, recom
 
 @HALF
 @pytest.mark.parametrize("rank", [0, 4], ids=["weights", "adapter"])
-def test_what_is_sampled_is_what_the_training_pass_finds_likely(gpu, half, rank):
+def test_what_is_sampled_is_what_the_training_pass_finds_likely(gpu, policy_of, half, rank):
     """Greedily, with graphs, which must record."""
-    policy = trained(lora_of(rank)).to(gpu)
+    policy = policy_of(rank).to(gpu)
     given = [prefix.to(gpu) for prefix in asked(policy)]
     with torch.no_grad(), passes(gpu, half):
         completions = SharedPrefixEngine(TOKENS, graphs=True).greedy(policy, given)
         logits = policy.logits(policy.read(given, completions), policy.head())
-        alike = (logits.argmax(-1) == completions.tokens)[completions.mask]
-    assert alike.float().mean() > (0.95 if half else 0.999)
+        best, said_so = logits.amax(-1), logits.gather(-1, completions.tokens[..., None])[..., 0]
+    # Where two tokens are nearly as likely, either side may take either.
+    assert (best - said_so)[completions.mask].max() < (0.2 if half else 1e-3)
 
 
 @HALF
-def test_graphs_sample_what_is_sampled_without(gpu, half, monkeypatch):
+def test_graphs_sample_what_is_sampled_without(gpu, policy_of, half, monkeypatch):
     """Over places at which steps are recorded anew, and with stop tokens so frequent that completions leave."""
-    policy = trained().to(gpu)
+    policy = policy_of().to(gpu)
     monkeypatch.setitem(policy._buffers, "stop_ids", torch.arange(0, 400, 40, device=gpu))
     given = [prefix.to(gpu) for prefix in asked(policy)]
     with passes(gpu, half):
@@ -133,14 +147,14 @@ def test_graphs_sample_what_is_sampled_without(gpu, half, monkeypatch):
 
 
 def test_memory_of_graphs_is_used_again(gpu):
-    """The fourth rollout reserves no more than the second."""
+    """The fourth rollout reserves no more than the second, up to a segment of the allocator's."""
     policy, reserved = trained().to(gpu), []
     given = [prefix.to(gpu) for prefix in asked(policy)]
     engine = SharedPrefixEngine(20, graphs=True)
-    for seed in range(4):
-        engine.sample(policy, given, 8, range(16 * seed, 16 * seed + 16))
+    for _ in range(4):
+        engine.sample(policy, given, 8, range(16))
         reserved.append(torch.cuda.memory_reserved() if gpu.type == "cuda" else 0)
-    assert reserved[3] <= reserved[1] * 1.01
+    assert reserved[3] <= reserved[1] + 2**21
 
 
 @HALF
@@ -217,10 +231,15 @@ def test_each_stage_begins_as_on_the_cpu(gpu, cli, tmp_path, stage):
         code, _, err = cli(*STAGES[stage], *SMALL, *how, f"paths.run={tmp_path}/{name}")
         assert code == 0, err
         found[name] = first_update(tmp_path / name)
-    for key in {"sft/loss", "reward/total", "rollout/length"} & found["cpu"].keys():
+    keys = {"sft/loss", "reward/total", "rollout/length", "policy/grad_norm", "critic/loss"} & found[
+        "cpu"
+    ].keys()
+    assert len(keys) >= (1 if stage == "sft" else 3)
+    for key in keys:
         if "float32" in found:
             assert found["float32"][key] == pytest.approx(found["cpu"][key], rel=0.02, abs=0.02), key
-        assert found["bfloat16"][key] == pytest.approx(found["cpu"][key], rel=0.3, abs=0.1), key
+        if key in ("sft/loss", "reward/total"):  # in half precision other tokens may be sampled
+            assert found["bfloat16"][key] == pytest.approx(found["cpu"][key], rel=0.3, abs=0.1), key
     assert all(np.isfinite(value) for row in found.values() for value in row.values() if value is not None)
 
 
@@ -273,8 +292,14 @@ def test_zero_on_one_device_ends_where_plain_training_does(gpu, tmp_path):
         assert done.returncode == 0, (done.stderr + done.stdout)[-4000:]
         path = tmp_path / name / "checkpoints" / "last.ckpt"
         states[name] = torch.load(path, weights_only=True)["state_dict"]
+    start = {f"policy.{name}": value for name, value in trained().state_dict().items()}
+    assert apart(start, states["single"]) > 1e-5
     for name, state in states.items():
-        assert max((state[k] - states["single"][k]).abs().max() for k in state) < 1e-4, name
+        assert state.keys() == states["single"].keys() and apart(state, states["single"]) < 1e-6, name
+
+
+def apart(one, other):
+    return max((value - other[name]).abs().max() for name, value in one.items() if name in other)
 
 
 def test_vllm_in_process_says_what_the_policy_says(gpu, tmp_path):

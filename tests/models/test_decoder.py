@@ -228,7 +228,7 @@ FAILURES = {
 }
 
 
-@pytest.fixture(params=[*FAILURES, "does not repeat"])
+@pytest.fixture(params=[*FAILURES, "does not repeat", "no number"])
 def failing(request, monkeypatch):
     """A GPU on which recording fails, in its ways."""
 
@@ -238,7 +238,8 @@ def failing(request, monkeypatch):
     if request.param in FAILURES:
         monkeypatch.setattr(PretendedRecorder, "_recorded", fail)
     else:
-        monkeypatch.setattr(PretendedRecorder, "spoilt", 0.5)
+        spoilt = float("nan") if request.param == "no number" else 0.5
+        monkeypatch.setattr(PretendedRecorder, "spoilt", spoilt)
     return request.param
 
 
@@ -247,7 +248,12 @@ def test_where_recording_fails_sampling_goes_on_without_and_says_so_once(
 ):
     plain = SharedPrefixEngine(24).sample(policy, prefixes, 8, range(16))
     recorder = recording(monkeypatch)
-    said = {"cannot be recorded": "capturing", "no memory": "memory ran out", "does not repeat": "not repeat"}
+    said = {
+        "cannot be recorded": "capturing",
+        "no memory": "memory ran out",
+        "does not repeat": "not repeat",
+        "no number": "not repeat",
+    }
     with pytest.warns(UserWarning, match=f"rollout.graphs: .*without.*{said[failing]}") as warned:
         for _ in range(2):
             sampled = SharedPrefixEngine(24).sample(policy, prefixes, 8, range(16))
@@ -260,9 +266,30 @@ def test_where_graphs_are_required_failing_names_the_key_and_memory_is_memory(
 ):
     recording(monkeypatch, required=True)
     kind, said = {
-        "cannot be recorded": (ValueError, "rollout.graphs: true .*capturing$"),
+        "cannot be recorded": (ValueError, r"rollout.graphs: must be auto or false .*capturing\)$"),
         "no memory": (torch.OutOfMemoryError, "Tried to allocate"),
-        "does not repeat": (ValueError, "rollout.graphs: true .*does not repeat"),
+        "does not repeat": (ValueError, "rollout.graphs: must be .*does not repeat"),
+        "no number": (ValueError, "rollout.graphs: must be .*does not repeat"),
     }[failing]
     with pytest.raises(kind, match=said):
         SharedPrefixEngine(24).sample(policy, prefixes, 8, range(16))
+
+
+def test_a_rollout_that_is_broken_off_leaves_no_recording_behind(policy, prefixes, monkeypatch):
+    """The next one has other buffers of the same shapes: launched into the old ones it would say something else."""
+    engine, plain = SharedPrefixEngine(24), SharedPrefixEngine(24).sample(policy, prefixes, 8, range(16, 32))
+    recorder = recording(monkeypatch)
+    monkeypatch.setattr(engine, "recorder", recorder)
+    drawn, places = shared_prefix.drawn, []
+
+    def interrupted(probabilities, noise):
+        places.append(1)
+        if len(places) == 5:
+            raise KeyboardInterrupt
+        return drawn(probabilities, noise)
+
+    monkeypatch.setattr(shared_prefix, "drawn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.sample(policy, prefixes, 8, range(16))
+    assert recorder.graph is not None
+    assert torch.equal(engine.sample(policy, prefixes, 8, range(16, 32)).tokens, plain.tokens)

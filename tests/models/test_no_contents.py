@@ -18,7 +18,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from segrl.models import pinned, sam2_head, shared_prefix, token_logprobs, tower, vision_attention
+from segrl.models import pinned, sam2_head, token_logprobs, tower, vision_attention
 from segrl.models.decoder import Decoder, Product
 from segrl.models.hf_vlm import HFPolicy
 from segrl.models.shared_prefix import read_prefixes, read_suffixes
@@ -301,15 +301,13 @@ def test_completions_are_learned_from_in_one_call_of_the_kernel_per_layer(policy
     assert len(calls) == len(vlm.language_model.layers)
 
 
-@pytest.mark.parametrize("kernel", [True, False])
-def test_prefixes_are_read_without_waiting_for_the_device(policy, prefixes, monkeypatch, kernel):
+def test_prefixes_are_read_without_waiting_for_the_device(policy, prefixes, monkeypatch):
     """On a pretended GPU; the tower's layout is made on the host, from grids that never leave it."""
     grid = torch.cat([prefix.grid for prefix in prefixes])
     layout = tower.tower_layout(policy.model.model.visual, grid, torch.device("cpu"))
     monkeypatch.setattr(pinned, "_can_pin", lambda: False)
-    monkeypatch.setattr(shared_prefix, "has_kernel", lambda *_: kernel)
-    monkeypatch.setattr(vision_attention, "has_kernel", lambda *_: True)
-    monkeypatch.setattr(vision_attention, "_kernel_repeats", lambda *_: True)
+    for module in (vision_attention, tower):
+        monkeypatch.setattr(module, "kernel_serves", lambda *_: True)
     model = copy.deepcopy(policy.model.model)
     tokens = (grid.prod(-1) // model.visual.spatial_merge_unit).tolist()
     with FakeTensorMode(), half_precision_on_a_gpu(), torch.no_grad():
@@ -323,7 +321,7 @@ def test_prefixes_are_read_without_waiting_for_the_device(policy, prefixes, monk
         )  # asked of the grids alone, to split features
         state = read_prefixes(model, [moved(p) for p in prefixes], 0, recompute=False)
     assert state.last_hidden.device.type == "cuda" and len(state.keys) == len(model.language_model.layers)
-    assert (state.seen.shape[1] % 32 == 0) or not kernel
+    assert state.seen.shape[1] % 32 == 0
 
 
 def test_the_ledger_counts_what_lives(monkeypatch):

@@ -57,10 +57,10 @@ def test_padding_up_to_a_multiple_changes_nothing(policy, prefixes, monkeypatch)
     tokens = torch.randint(0, 60, (6, 7), generator=torch.Generator().manual_seed(0))
     said = Completions(tokens=tokens, mask=tokens >= 0, texts=[""] * 6, finished=tokens[:, 0] >= 0)
     outcomes = []
-    for kernel in (False, True):
+    for multiple in (1, 32):
         policy.zero_grad()
         with monkeypatch.context() as patched:
-            patched.setattr(shared_prefix, "has_kernel", lambda *_, kernel=kernel: kernel)
+            patched.setattr(shared_prefix, "padded_to", lambda *_, multiple=multiple: multiple)
             state = policy.prefill(prefixes)
             logprobs = policy.logprobs(prefixes, said, state)
         (logprobs * torch.linspace(-1, 1, 42).view_as(logprobs)).sum().backward()

@@ -164,6 +164,14 @@ class Wrong(SideBySide):
         return 1.1 * super().attend(*given)
 
 
+class WrongGradient(SideBySide):
+    """A kernel whose backward pass is not to be believed."""
+
+    def attend(self, *given):
+        out = super().attend(*given)
+        return out + (out - out.detach()) * float("nan")
+
+
 class Raising(SideBySide):
     """A kernel that this machine cannot run."""
 
@@ -171,14 +179,21 @@ class Raising(SideBySide):
         raise RuntimeError("no kernel image is available\nand so on")
 
 
+@pytest.mark.parametrize("inside", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(
-    ("kernel", "said"), [(SideBySide, None), (Wrong, "off by"), (Raising, "no kernel image is available$")]
+    ("kernel", "said"),
+    [
+        (SideBySide, None),
+        (Wrong, "off by"),
+        (WrongGradient, "off by .*nan"),
+        (Raising, "no kernel image is available$"),
+    ],
 )
-def test_a_kernel_is_believed_once_it_has_repeated_padded_attention(kernel, said, monkeypatch, recwarn):
+def test_a_kernel_serves_once_it_has_repeated_padded_attention(kernel, said, inside, monkeypatch, recwarn):
     monkeypatch.setattr(suffixes, "Segments", lambda seen, real, dtype: kernel(seen, real))
     suffixes._kernel_repeats.cache_clear()
     before = torch.get_rng_state()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with inside(), torch.autocast("cpu", torch.bfloat16):
         believed = [suffixes._kernel_repeats(torch.device("cpu"), torch.bfloat16) for _ in range(2)]
     suffixes._kernel_repeats.cache_clear()
     assert believed == [said is None] * 2 and torch.equal(torch.get_rng_state(), before)

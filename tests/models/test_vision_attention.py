@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from segrl.models import vision_attention
+from segrl.models.tower import image_features
 
 SIDES = [(8, 12), (10, 4), (2, 2)]  # patches of three images; windows are cut where they end
 
@@ -19,9 +20,8 @@ def plain_kernel(query, key, value, ends, key_ends, longest, most_keys, scale):
     return torch.cat([part.transpose(0, 1) for part in said])
 
 
-def believe(monkeypatch, where):
-    monkeypatch.setattr(vision_attention, "has_kernel", where)
-    monkeypatch.setattr(vision_attention, "_kernel_repeats", where)
+def serving(monkeypatch, where):
+    monkeypatch.setattr(vision_attention, "kernel_serves", where)
 
 
 def seen(policy, attention):
@@ -51,7 +51,7 @@ def test_windows_in_few_calls_are_windows_one_by_one(policy, monkeypatch, kernel
         return plain_kernel(*given, **settings)
 
     monkeypatch.setattr(vision_attention, "varlen_attn", counted)
-    believe(monkeypatch, lambda *_: kernel)
+    serving(monkeypatch, lambda *_: kernel)
     expected, of_expected = seen(policy, "sdpa")
     found, of_found = seen(policy, vision_attention.NAME)
     assert len(calls) == kernel * len(policy.model.model.visual.blocks)
@@ -68,7 +68,7 @@ def test_a_patch_that_saw_another_window_would_be_noticed(policy, monkeypatch):
         whole = torch.tensor([0, len(query)], dtype=torch.int32)
         return plain_kernel(query, key, value, whole, whole, len(query), len(query), scale)
 
-    believe(monkeypatch, lambda *_: True)
+    serving(monkeypatch, lambda *_: True)
     monkeypatch.setattr(vision_attention, "varlen_attn", everything)
     assert (seen(policy, vision_attention.NAME)[0] - seen(policy, "sdpa")[0]).abs().max() > 1e-3
 
@@ -81,7 +81,7 @@ def test_in_half_precision_the_kernel_gets_half_precision(policy, monkeypatch):
         return plain_kernel(query, key, value, *given, **settings)
 
     expected, _ = seen(policy, "sdpa")
-    believe(monkeypatch, lambda device, dtype: dtype == torch.bfloat16)
+    serving(monkeypatch, lambda device, dtype: dtype == torch.bfloat16)
     monkeypatch.setattr(vision_attention, "varlen_attn", kernel)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         half, _ = seen(policy, vision_attention.NAME)
@@ -108,13 +108,14 @@ def test_the_kernel_says_what_windows_one_by_one_say(gpu, width):
 
 
 @pytest.mark.parametrize("believed", [True, False])
-def test_the_kernel_is_believed_once_it_has_repeated_calls_by_size(believed, monkeypatch, recwarn):
+def test_the_kernel_serves_once_it_has_repeated_calls_by_size(believed, monkeypatch, recwarn):
     def kernel(*given, **settings):
         return plain_kernel(*given, **settings) * (1.0 if believed else 1.2)
 
     monkeypatch.setattr(vision_attention, "varlen_attn", kernel)
     vision_attention._kernel_repeats.cache_clear()
-    found = vision_attention._kernel_repeats(torch.device("cpu"), torch.float32)
+    with torch.inference_mode():
+        found = vision_attention._kernel_repeats(torch.device("cpu"), torch.float32)
     vision_attention._kernel_repeats.cache_clear()
     assert found is believed and len(recwarn) == (not believed)
 
@@ -127,3 +128,23 @@ def test_windows_are_worked_out_once_per_pass(policy, monkeypatch):
     assert len(made) == (2 if "window_size" in config.to_dict() else 1) < config.depth
     seen(policy, vision_attention.NAME)  # other tensors, though equal ones
     assert len(made) == 2 * (2 if "window_size" in config.to_dict() else 1)
+
+
+def test_a_first_use_in_a_pass_that_recomputes_spoils_no_gradient(policy, prefixes, monkeypatch):
+    """The kernel is held against calls by size before the tower is asked: a checkpointed block would keep the tensors of that, too."""
+    monkeypatch.setattr(vision_attention, "varlen_attn", plain_kernel)
+    monkeypatch.setattr(vision_attention, "has_kernel", lambda *_: True)
+    tower, gradients = policy.model.model.visual, []
+    for recompute in (False, True):
+        if recompute:
+            tower.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        policy.zero_grad()
+        vision_attention._kernel_repeats.cache_clear()
+        try:
+            features = torch.cat(image_features(policy.model.model, prefixes).pooler_output)
+            features.square().sum().backward()
+        finally:
+            tower.gradient_checkpointing_disable()
+            vision_attention._kernel_repeats.cache_clear()
+        gradients.append(torch.cat([p.grad.flatten() for p in tower.parameters() if p.grad is not None]))
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-5)

@@ -1,12 +1,16 @@
-"""Fast paths that only some devices have are believed once they have repeated the plain path."""
+"""Fast paths that only some devices have are held against the plain path before they serve."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+FAILURES = (RuntimeError, TypeError, ValueError)
+"""What a kernel raises that this machine, or this release of torch, does not have."""
 
 
 def repeats(
@@ -21,13 +25,14 @@ def repeats(
         close: largest distance of one of them, as a share of its norm.
     """
     try:
-        far = max(distance(one, other) for one, other in zip(fast(), plain(), strict=True))
-    except RuntimeError as error:
+        distances = [distance(one, other) for one, other in zip(fast(), plain(), strict=True)]
+    except FAILURES as error:
         give_up(what, error)
         return False
-    if not far <= close:  # a distance that is no number is none
-        give_up(what, f"its values are off by {far:.1%}")
-    return far <= close
+    same = all(far <= close for far in distances)  # NaN is at no distance
+    if not same:
+        give_up(what, "its values are off by " + ", ".join(f"{far:.1%}" for far in distances))
+    return same
 
 
 def distance(one: Tensor, other: Tensor) -> float:
@@ -36,8 +41,20 @@ def distance(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm().clamp_min(1e-12))
 
 
-def give_up(what: str, reason: RuntimeError | str) -> None:
+@contextmanager
+def learning_apart(device: torch.device) -> Iterator[None]:
+    """Inside, gradients are recorded and nothing is cast, wherever in a pass or an evaluation the caller stands."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def give_up(what: str, reason: Exception | str) -> None:
     """Say in one line that a fast path is not used, and why."""
     if isinstance(reason, torch.OutOfMemoryError):
         reason = "memory ran out"
-    warnings.warn(f"{what}: {str(reason).strip().splitlines()[0]}", stacklevel=3)
+    warnings.warn(f"{what}: {first_line(reason)}", stacklevel=3)
+
+
+def first_line(reason: Exception | str) -> str:
+    """Return the first line of an error, or what kind of error it is where it says nothing."""
+    return next(iter(str(reason).strip().splitlines()), repr(reason))

@@ -20,7 +20,8 @@ from segrl.models.hf_folder import family_of, whole_model
 from segrl.models.norm import fuse_norms
 from segrl.models.products import take_products
 from segrl.models.recorded import Recorder
-from segrl.models.shared_prefix import grouped_attention, pass_dtype, read_prefixes, read_suffixes
+from segrl.models.shared_prefix import grouped_attention, read_prefixes, read_suffixes
+from segrl.models.suffixes import pass_dtype
 from segrl.models.token_logprobs import float32_products, may_round, token_logprobs
 from segrl.models.tower import image_features, rotary_positions
 from segrl.prompts.frames import absolute_pixels, permille

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from segrl.models.first_use import give_up
+from segrl.models.first_use import FAILURES, first_line, give_up
 
 _CLOSE = 0.02  # of a row's norm: kernels may be chosen anew while a step is recorded
 
@@ -23,6 +23,7 @@ class _Place:
         self.pool = torch.cuda.graph_pool_handle()
         self.latest: torch.cuda.CUDAGraph | None = None
         """Holds the pool, which goes with the last graph that uses it, and whose handle is of no use then."""
+        self.failed: list[torch.cuda.CUDAGraph] = []
 
 
 _place = cache(_Place)
@@ -38,8 +39,8 @@ class _Graph(Protocol):
 class Recorder:
     """Calls a function of tokens `[N]` and a size as a CUDA graph, as long as shapes and the buffers it touches stay.
 
-    The first call of a shape computes as ever, records, and replays what was recorded: only what repeats the
-    computed result is believed. So the function must write the same to the same places when it is called twice.
+    The first call of a shape computes as ever, records, and replays what was recorded, which serves if it repeats the
+    computed result. So the function must write the same to the same places when it is called twice.
 
     Args:
         required: raise where a step cannot be recorded, or is not repeated; otherwise say so once and compute from then on.
@@ -78,18 +79,18 @@ class Recorder:
         self.tokens = tokens.clone()
         try:
             self.graph, self.result = self._recorded(lambda: function(self.tokens, size))
-        except RuntimeError as error:  # CUDA's word for what cannot be recorded
+            self.graph.replay()
+        except FAILURES as error:
             self._fail(error)
             return computed
-        self.graph.replay()
-        off = (self.result - computed).norm(dim=-1) > _CLOSE * computed.norm(dim=-1)
-        if bool((off & computed.isfinite().all(-1)).any()):
+        near = (self.result - computed).norm(dim=-1) <= _CLOSE * computed.norm(dim=-1)
+        if not bool((near | ~computed.isfinite().all(-1)).all()):
             self._fail("a recorded step does not repeat the computed one on this GPU")
             return computed
         self.shape = len(tokens), size
         return computed
 
-    def _fail(self, reason: RuntimeError | str) -> None:
+    def _fail(self, reason: Exception | str) -> None:
         self.forget()
         if not self.required:
             self.gave_up = True
@@ -97,9 +98,8 @@ class Recorder:
             return
         if isinstance(reason, torch.OutOfMemoryError):
             raise reason
-        first = str(reason).splitlines()[0]
         raise ValueError(
-            f"rollout.graphs: true needs steps that can be recorded (auto or false go without): {first}"
+            f"rollout.graphs: must be auto or false where steps cannot be recorded; got true ({first_line(reason)})"
         )
 
     def _recorded(self, work: Callable[[], Tensor]) -> tuple[_Graph, Tensor]:
@@ -115,6 +115,7 @@ class Recorder:
             try:
                 result = work()
             except BaseException:
+                place.failed.append(graph)  # the allocator may still ask it whose memory is whose
                 with suppress(RuntimeError):  # what it says would stand in front of the cause
                     graph.capture_end()
                 raise

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segrl.models.embeddings import Embeddings, fingerprint
-from segrl.models.first_use import give_up
+from segrl.models.first_use import FAILURES, give_up
 from segrl.models.pinned import sent
 from segrl.types import MaskPrompt
 
@@ -213,7 +213,7 @@ class Sam2Head(nn.Module):
             self.stream.wait_stream(main)
             with torch.cuda.stream(self.stream):
                 self._features(images)
-        except RuntimeError as error:
+        except FAILURES as error:
             self.beside = False
             give_up("the mask head encodes images when it needs them, not beside the sampling", error)
         for embedding in self.embeddings.latest.values():

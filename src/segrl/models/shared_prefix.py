@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from segrl.models.pinned import sent
-from segrl.models.suffixes import Suffixes, grouped_product, has_kernel, laid_out
+from segrl.models.suffixes import Suffixes, grouped_product, half_on_a_gpu, laid_out, pass_dtype
 from segrl.models.tower import image_features
 from segrl.types import Prefix, PrefixState
 
@@ -75,7 +75,7 @@ def grouped_attention(
         query: `[rows, H, T, d]`.
         key: `[rows, K, S, d]`.
         value: `[rows, K, S, d]`.
-        attention_mask: bool, broadcast to `[rows, 1, T, S]`; none is causal.
+        attention_mask: bool, broadcast to `[rows, 1, T, S]`; None is causal.
         scaling: of the products.
         behind: for completions, their layout and the keys and values `[B, K, P, d]` of their prefixes.
 
@@ -142,6 +142,11 @@ def _pass(through: Callable[..., _Out], layer: Any, recompute: bool, *inputs: An
     return through(layer, *inputs)
 
 
+def padded_to(device: torch.device, dtype: torch.dtype) -> int:
+    """Return the multiple of tokens that prefixes are padded to."""
+    return _PLANNED if half_on_a_gpu(device, dtype) else 1
+
+
 def read_prefixes(vlm: Any, prefixes: Sequence[Prefix], pad_id: int, recompute: bool) -> PrefixState:
     """Read every prefix once: pixels through the vision tower, tokens through the language model.
 
@@ -155,7 +160,7 @@ def read_prefixes(vlm: Any, prefixes: Sequence[Prefix], pad_id: int, recompute: 
         recompute: keep no activations inside of layers (gradient checkpointing).
     """
     device, language = prefixes[0].token_ids.device, vlm.language_model
-    multiple = _PLANNED if has_kernel(device, pass_dtype(language)) else 1
+    multiple = padded_to(device, pass_dtype(language))
     lengths = [len(p.token_ids) for p in prefixes]
     ids, seen = pad_right([p.token_ids for p in prefixes], pad_id, multiple)
     positions = pad_right([p.positions.t() for p in prefixes], 0, multiple)[0].permute(2, 0, 1)
@@ -212,14 +217,6 @@ def read_suffixes(vlm: Any, state: PrefixState, tokens: Tensor, real: Tensor, re
     for layer, keys, values in zip(language.layers, state.keys, state.values, strict=True):
         hidden = _pass(_continued, layer, recompute, hidden, rope, suffixes, keys, values)
     return suffixes.unpack(language.norm(hidden)[0])
-
-
-def pass_dtype(module: Any) -> torch.dtype:
-    """Return the precision of passes through a module of transformers, here and now."""
-    kind = module.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else module.dtype
-    dtype: torch.dtype = autocast
-    return dtype
 
 
 def pad_right(rows: Sequence[Tensor], value: int, multiple: int = 1) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
-from segrl.models.first_use import repeats
+from segrl.models.first_use import learning_apart, repeats
 
 CLOSE = 0.03
 """How far, as a share of its norm, a kernel in half precision may be from the plain path; both round, and each otherwise."""
@@ -53,7 +53,7 @@ class Suffixes(ABC):
 
     def __init__(self, seen: Tensor, real: Tensor) -> None:
         self.shape, self.group = real.shape, len(real) // len(seen)
-        self.places = None if bool(real.all()) else real.flatten().nonzero()[:, 0]  # none: all of them
+        self.places = None if bool(real.all()) else real.flatten().nonzero()[:, 0]  # None: all
 
     def pack(self, padded: Tensor) -> Tensor:
         """`[N, T, ...]` to `[M, ...]`."""
@@ -217,38 +217,50 @@ def laid_out(seen: Tensor, real: Tensor, dtype: torch.dtype) -> Suffixes:
     return Segments(seen, real, dtype) if has_kernel(seen.device, dtype) else SideBySide(seen, real)
 
 
+def half_on_a_gpu(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether passes are in half precision on a GPU."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether torch's kernel for unequal lengths serves passes of this precision there: made for it, and tried."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    made = device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0)
+    made = half_on_a_gpu(device, dtype) and torch.cuda.get_device_capability(device) >= (8, 0)
     return made and _kernel_repeats(device, dtype)
 
 
 @cache
 def _kernel_repeats(device: torch.device, dtype: torch.dtype) -> bool:
     """Hold the kernel against padded attention, values and gradients, once in a process."""
+    with learning_apart(device):
+        return all(_repeats_at(width, device, dtype) for width in (64, 128))
+
+
+def _repeats_at(width: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Hold it against padded attention at one head width."""
     seen = torch.ones(2, 40, dtype=torch.bool, device=device)
     seen[0, 33:] = False
     real = torch.arange(9, device=device) < torch.tensor([5, 1, 9, 0, 7, 3], device=device)[:, None]
-    noise = torch.Generator(device).manual_seed(0)
+    shapes = ((1, 4, 25, width), *[(1, 2, 25, width)] * 2, *[(2, 2, 40, width)] * 2)
 
-    def outcome(layout: Suffixes, width: int) -> list[Tensor]:
-        """Return the output and the gradients of noise of this head width."""
-        noise.manual_seed(width)
-        shapes = ((1, 4, 25, width), *[(1, 2, 25, width)] * 2, *[(2, 2, 40, width)] * 2)
+    def outcome(layout: Suffixes) -> list[Tensor]:
+        """Return the output and the gradients, of the same noise each time."""
+        noise = torch.Generator(device).manual_seed(width)
         given = [torch.randn(s, device=device, dtype=dtype, generator=noise).requires_grad_() for s in shapes]
         query, key, value, *prefix = given
         out = layout.attend(query, key, value, (prefix[0], prefix[1]), width**-0.5)
         return [out, *torch.autograd.grad(out.float().square().sum(), given)]
 
-    def agrees(width: int) -> bool:
-        """Hold one head width against the plain path."""
-        return repeats(
-            f"attention on {device}: padded, not by torch's kernel for unequal lengths",
-            lambda: outcome(Segments(seen, real, dtype), width),
-            lambda: outcome(SideBySide(seen, real), width),
-            CLOSE,
-        )
+    return repeats(
+        f"attention on {device}: padded, not by torch's kernel for unequal lengths",
+        lambda: outcome(Segments(seen, real, dtype)),
+        lambda: outcome(SideBySide(seen, real)),
+        CLOSE,
+    )
 
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        return all(map(agrees, (64, 128)))
+
+def pass_dtype(module: Any) -> torch.dtype:  # noqa: ANN401 - a model of transformers
+    """Return the precision of passes through a module, here and now."""
+    kind = module.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else module.dtype
+    dtype: torch.dtype = autocast
+    return dtype

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from segrl.models.pinned import sent
+from segrl.models.suffixes import pass_dtype
+from segrl.models.vision_attention import kernel_serves
 from segrl.types import Prefix
 
 
@@ -20,6 +22,7 @@ def image_features(vlm: Any, prefixes: Sequence[Prefix]) -> Any:  # noqa: ANN401
         prefixes: their pixels lie on the device of the tower, their grids on the host.
     """
     pixels = torch.cat([p.pixels for p in prefixes]).to(vlm.visual.dtype)
+    kernel_serves(pixels.device, pass_dtype(vlm.visual))
     grid = torch.cat([p.grid for p in prefixes])
     layout = tower_layout(vlm.visual, grid, pixels.device)
     return vlm.get_image_features(pixels, grid, return_dict=True, **layout)

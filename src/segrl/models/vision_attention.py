@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from segrl.models.first_use import repeats
+from segrl.models.first_use import learning_apart, repeats
 from segrl.models.suffixes import CLOSE, by_flash, has_kernel
 
 NAME = "segrl_flash_windows"
@@ -46,10 +46,18 @@ def window_attention(
     device = query.device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else query.dtype
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
-    if has_kernel(device, dtype) and _kernel_repeats(device, dtype):
+    if kernel_serves(device, dtype):
         parts = q.to(dtype), k.to(dtype), v.to(dtype)
         return _by_kernel(*parts, cu_seq_lens_q, max_length_q, scaling)[None], None
     return _by_size(q, k, v, cu_seq_lens_q, scaling)[None], None
+
+
+def kernel_serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether one call of torch's kernel serves windows there.
+
+    To be asked before a pass begins: the first answer takes a pass of its own, which recomputed activations must not hold.
+    """
+    return has_kernel(device, dtype) and _kernel_repeats(device, dtype)
 
 
 def _by_kernel(
@@ -101,24 +109,24 @@ def _windows_of(ends: Tensor) -> _Windows:
 @cache
 def _kernel_repeats(device: torch.device, dtype: torch.dtype) -> bool:
     """Hold the kernel against calls by size, values and gradients, once in a process; widths are those of Qwen's towers."""
-    ends = torch.tensor([0, 64, 128, 160, 176], dtype=torch.int32, device=device)
-    noise = torch.Generator(device)
+    with learning_apart(device):
+        return all(_repeats_at(width, device, dtype) for width in (64, 72, 80))
 
-    def outcome(attend: Callable[..., Tensor], width: int, *longest: int) -> list[Tensor]:
-        """Return the output and the gradients of noise of this head width."""
-        noise.manual_seed(width)
+
+def _repeats_at(width: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Hold it against calls by size at one head width."""
+    ends = torch.tensor([0, 64, 128, 160, 176], dtype=torch.int32, device=device)
+
+    def outcome(attend: Callable[..., Tensor], *longest: int) -> list[Tensor]:
+        """Return the output and the gradients, of the same noise each time."""
+        noise = torch.Generator(device).manual_seed(width)
         qkv = torch.randn(176, 3, 4, width, device=device, dtype=dtype, generator=noise).requires_grad_()
         out = attend(*qkv.unbind(1), ends, *longest, width**-0.5)
         return [out, *torch.autograd.grad(out.float().square().sum(), [qkv])]
 
-    def agrees(width: int) -> bool:
-        """Hold one head width against the plain path."""
-        return repeats(
-            f"the vision tower's windows on {device}: one call per size, not one of torch's kernel",
-            lambda: outcome(_by_kernel, width, 64),
-            lambda: outcome(_by_size, width),
-            CLOSE,
-        )
-
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        return all(map(agrees, (64, 72, 80)))
+    return repeats(
+        f"the vision tower's windows on {device}: one call per size, not one of torch's kernel",
+        lambda: outcome(_by_kernel, 64),
+        lambda: outcome(_by_size),
+        CLOSE,
+    )

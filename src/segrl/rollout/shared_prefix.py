@@ -81,6 +81,7 @@ class SharedPrefixEngine:
     ) -> Completions:  # fmt: skip
         """`first` is the place of the first completion among all of the call."""
         state = state or policy.prefill(prefixes)
+        self.recorder.forget()  # a rollout that was broken off may have left a recording of buffers that are gone
         recorder = self._recorder_on(policy.device)
         stride = None if recorder is None else _STRIDE
         decoder = policy.decoder(state, group_size, self.max_tokens, stride, recorder)
