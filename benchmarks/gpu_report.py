@@ -96,9 +96,13 @@ def name_of(found: dict[str, Any]) -> str:
     return f"{found['code'].get('date', 'undated')}-{re.sub(r'[^A-Za-z0-9]+', '-', card).strip('-')}"
 
 
+def _stem(path: Path) -> str:
+    return path.stem
+
+
 def before(found: dict[str, Any], folder: Path) -> tuple[str, dict[str, Any]] | None:
     """Return the latest earlier report: of the same card where there is one."""
-    reports = [(path.stem, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    reports = [(path.stem, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"), key=_stem)]
     reports = [one for one in reports if one[1]["code"].get("date", "") <= found["code"].get("date", "")]
     same = [report for report in reports if report[1]["card"].get("card") == found["card"].get("card")]
     return next(reversed(same or reports), None)
@@ -223,7 +227,7 @@ def _errors(found: dict[str, Any], _: dict[str, Any] | None) -> list[str]:
 
 def sentence(folder: Path) -> str:
     """Return what the docs say of GPUs: the figures of the latest report, or that there is none."""
-    paths = sorted(folder.glob("*.json"))
+    paths = sorted(folder.glob("*.json"), key=_stem)
     if not paths:
         return NOT_YET
     name, found = paths[-1].stem, json.loads(paths[-1].read_text())
