@@ -11,6 +11,8 @@ from segrl.rollout.shared_prefix import SharedPrefixEngine
 
 @pytest.fixture
 def calls(monkeypatch):
+    """On a CPU where oneDNN is faster, whatever this one is."""
+    monkeypatch.setattr(products, "FASTER", products.HAS_ONEDNN)
     seen, made = [], products._by_onednn
     monkeypatch.setattr(products, "_by_onednn", lambda *given: seen.append(made(*given)) or seen[-1])
     return seen
@@ -52,7 +54,9 @@ def test_half_precision_and_others_are_torchs(calls):
     assert calls and not any(calls)
 
 
-def test_views_are_read_as_they_are():
+@pytest.mark.parametrize("faster", [True, False])
+def test_views_are_read_as_they_are(faster, monkeypatch):
+    monkeypatch.setattr(products, "FASTER", faster and products.HAS_ONEDNN)
     one, other, total = torch.randn(30, 7), torch.randn(30, 11), torch.randn(7, 11)
     torch.testing.assert_close(rows_by_rows(one.t(), other.t()), one.t() @ other, rtol=1e-5, atol=1e-5)
     expected = total + one.t() @ other
@@ -101,6 +105,7 @@ def test_without_onednns_operations_products_are_torchs(policy, prefixes, monkey
     engine = SharedPrefixEngine(12)
     expected = engine.greedy(policy, prefixes)
     monkeypatch.setattr(products, "HAS_ONEDNN", False)
+    monkeypatch.setattr(products, "FASTER", False)
     assert not products._has_ops("_linear_pointwise", "no_such_operation")
     found = engine.greedy(policy, prefixes)
     assert torch.equal(found.tokens, expected.tokens)

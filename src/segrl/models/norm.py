@@ -1,7 +1,7 @@
 """Norms in front of products: a kernel and a cast, instead of six kernels and a cast for each product that reads it.
 
 Under autocast the gradients of those products add up in half precision, and in a tower whose sums are in half precision weights are
-rounded, too: the noise of half precision grows by a fifth.
+rounded, too: the noise of half precision grows by a fifth. benchmarks/roofline.py counts the kernels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Linear layers, and the patch embedding, as products; of float32 on a CPU by oneDNN, on some processors twice as fast as torch's."""
+"""Linear layers, and the patch embedding, as products; of float32 by oneDNN on CPUs where it is faster."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ def _has_ops(*names: str) -> bool:
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and _has_ops("_linear_pointwise", "_reorder_linear_weight")
 """Whether oneDNN can be asked; without it products are torch's."""
+
+FASTER = HAS_ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512"
+"""Whether oneDNN multiplies large matrices faster than the library that torch calls: with AVX-512 on AMD twice as fast (a quarter
+off a step of benchmarks/grpo_step.py), with AVX2 a sixth slower in the learning part of benchmarks/step_profile.py."""
 
 
 def rows_by_rows(one: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -42,7 +46,7 @@ def add_columns_by_columns(total: Tensor, one: Tensor, other: Tensor) -> None:
 
 def _by_onednn(one: Tensor, other: Tensor) -> bool:
     on_cpu = one.device.type == "cpu" and one.dtype == other.dtype == torch.float32
-    return HAS_ONEDNN and on_cpu and one.numel() > 0 and not torch.is_autocast_enabled("cpu")
+    return FASTER and on_cpu and one.numel() > 0 and not torch.is_autocast_enabled("cpu")
 
 
 class _Linear(torch.autograd.Function):
@@ -66,7 +70,7 @@ class _Linear(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """A linear layer that is torch's but for float32 on a CPU.
+    """A linear layer that is torch's but for float32 on a CPU where oneDNN is faster.
 
     Args:
         linear: its weights are shared.
@@ -86,6 +90,9 @@ class Linear(nn.Linear):
 
 class Patches(nn.Conv3d):
     """A convolution over patches that do not overlap, as one product: convolutions of so many small images are slow.
+
+    Buys a third of the nano tower's CPU time in float32 and nearly all of the patch embedding's in bfloat16
+    (benchmarks/patches.py; on a GPU: the part `kernels` of benchmarks/gpu_parts.py).
 
     Args:
         convolution: its weights are shared; its kernel is as large as each patch.

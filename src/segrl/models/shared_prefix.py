@@ -6,7 +6,8 @@
                   `---------------- c c
 
 Cost grows with P + G*T, not with G*(P + T). In training the gradients of the whole group add up in the prefix's keys
-and values and flow back through it once. In sampling (`decoder.py`) the prefix's keys and values are stored once.
+and values and flow back through it once: on a CPU an update of the nano policy takes 3.4 times less time than with a row per
+completion (benchmarks/shared_prefix.py). In sampling (`decoder.py`) the prefix's keys and values are stored once.
 
 The layers are transformers' own; what they attend to is given from here, and of a prefix's last layer only the row that predicts is
 gone through.
