@@ -130,7 +130,7 @@ class Prefix:
     positions: Tensor
     """int64 `[3, P]`, rotary positions along time, height, width."""
     grid: Tensor
-    """int64 `[1, 3]`, patches along time, height, width; stays on the host, where layouts are made from it."""
+    """int64 `[1, 3]`, patches along time, height, width; stays on the host, where layouts are made."""
     frame: Frame
 
     def to(self, device: torch.device | str) -> Prefix:

@@ -1,4 +1,4 @@
-"""Copies from the host to a GPU, out of pinned memory: from other memory a copy waits for all that the device was given before."""
+"""Copies from the host to a GPU, out of pinned memory: from other memory a copy waits for the device."""
 
 from __future__ import annotations
 

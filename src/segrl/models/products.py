@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 
 def _has_ops(*names: str) -> bool:
-    """Return whether this torch has oneDNN's operations of these names, which are not in its public interface."""
+    """Return whether this torch has oneDNN's operations of these names; they are not in its public interface."""
     try:
         return all(getattr(torch.ops.mkldnn, name) is not None for name in names)
     except AttributeError:
@@ -21,8 +21,9 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available() and _has_ops("_linear_pointwis
 """Whether oneDNN can be asked; without it products are torch's."""
 
 FASTER = HAS_ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512"
-"""Whether oneDNN multiplies large matrices faster than the library that torch calls: with AVX-512 on AMD twice as fast (a quarter
-off a step of benchmarks/grpo_step.py), with AVX2 a sixth slower in the learning part of benchmarks/step_profile.py."""
+"""Whether oneDNN multiplies large matrices faster than the library that torch calls. With AVX-512 on AMD it is twice as
+fast (a quarter off a step of benchmarks/grpo_step.py); with AVX2 it is slower (a sixth of the learning part of
+benchmarks/step_profile.py)."""
 
 
 def rows_by_rows(one: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -112,7 +113,7 @@ class Patches(nn.Conv3d):
 
 
 def take_products(model: nn.Module) -> None:
-    """Make `Linear` of every linear layer, and `Patches` of a tower's first convolution; weights keep their names."""
+    """Make `Linear` of every linear layer and `Patches` of a tower's first convolution; names of weights stay."""
     for layer in list(model.modules()):
         for name, inner in list(layer.named_children()):
             if type(inner) is nn.Linear:

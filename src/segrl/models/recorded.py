@@ -43,7 +43,7 @@ class Recorder:
     computed result. So the function must write the same to the same places when it is called twice.
 
     Args:
-        required: raise where a step cannot be recorded, or is not repeated; otherwise say so once and compute from then on.
+        required: raise where a step cannot be recorded, or is not repeated; otherwise say so once and compute all steps.
     """
 
     def __init__(self, required: bool) -> None:

@@ -33,7 +33,7 @@ _Passed = tuple[Tensor, Tensor, Tensor]
 """Hidden states behind a layer, its keys, its values."""
 _Out = TypeVar("_Out")
 _PLANNED = 32
-"""On a GPU in half precision prefixes are padded to a multiple of so many tokens: cuDNN plans its attention anew for every length."""
+"""On a GPU in half precision prefixes are padded to a multiple of so many tokens: cuDNN plans anew for every length."""
 
 
 class _Kept:
@@ -151,8 +151,8 @@ def padded_to(device: torch.device, dtype: torch.dtype) -> int:
 def read_prefixes(vlm: Any, prefixes: Sequence[Prefix], pad_id: int, recompute: bool) -> PrefixState:
     """Read every prefix once: pixels through the vision tower, tokens through the language model.
 
-    Shorter prefixes are padded on the right, where causality alone hides the padding from what is real: no mask is needed, and
-    so the fastest kernels serve.
+    Shorter prefixes are padded on the right, where causality alone hides the padding from what is real: no mask is
+    needed, and so the fastest kernels serve.
 
     Args:
         vlm: a Qwen2.5-VL or Qwen3-VL of transformers, without its head.

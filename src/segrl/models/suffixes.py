@@ -23,7 +23,7 @@ from torch.nn.attention.varlen import varlen_attn
 from segrl.models.first_use import learning_apart, repeats
 
 CLOSE = 0.03
-"""How far, as a share of its norm, a kernel in half precision may be from the plain path; both round, and each otherwise."""
+"""How far a kernel in half precision may be from the plain path, as a share of its norm: both round, each otherwise."""
 
 
 def shares_keys(kernel: Callable[..., Any]) -> dict[str, bool]:
@@ -223,7 +223,7 @@ def half_on_a_gpu(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether torch's kernel for unequal lengths serves passes of this precision there: made for it, and tried."""
+    """Return whether torch's kernel for unequal lengths serves passes of this precision on a device."""
     made = half_on_a_gpu(device, dtype) and torch.cuda.get_device_capability(device) >= (8, 0)
     return made and _kernel_repeats(device, dtype)
 

@@ -1,6 +1,7 @@
 """The language model's head in training: log-probabilities of chosen tokens, without the logits of a vocabulary each.
 
-Buys memory: of 16,384 tokens and 151,936 words 10 GB of logits in float32, and as much again for their gradient (benchmarks/memory.py).
+Buys memory: logits of 16,384 tokens and 151,936 words are 10 GB in float32, and as much again for their gradient
+(benchmarks/memory.py).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from segrl.models.products import add_columns_by_columns, rows_by_rows
 
 _CHUNK = {"cpu": 2**26, "cuda": 2**28}
-"""Probabilities (float32) of one chunk, by kind of device: a pass of no more keeps them for its backward pass, a longer one computes
-them again. Each chunk reads and writes the gradient of the whole head, which on a GPU is most of what small ones would take."""
+"""Probabilities (float32) of one chunk, by kind of device: a pass of no more keeps them for its backward pass, a longer one
+computes them again. Each chunk reads and writes the gradient of the whole head: on a GPU most of what small ones would take."""
 
 
 def chunk_on(device: torch.device) -> int:
@@ -104,7 +105,8 @@ def token_logprobs(
         weight: float32 `[V, D]`, the head.
         tokens: int64, none of `never`.
         never: int64, tokens without probability.
-        most: numbers in one chunk of logits; a pass of no more keeps them, a longer one computes them again. None: by the device.
+        most: numbers in one chunk of logits; a pass of no more keeps them, a longer one computes them again. If None,
+            takes what suits the device.
     """
     most = chunk_on(hidden.device) if most is None else most
     tf32 = may_round(hidden.device)

@@ -1,4 +1,4 @@
-"""A vision tower, asked without waiting for its device: where patches stand is worked out on the host, from the grids of images."""
+"""A vision tower, asked without waiting for its device: the host works out where patches stand, from grids of images."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def tower_layout(tower: Any, grid: Tensor, device: torch.device) -> dict[str, Te
 def rotary_positions(token_types: Tensor, grid: Tensor, merge: int) -> Tensor:
     """Return rotary positions int64 `[3, P]` (time, height, width) of a prefix with one image.
 
-    Text advances all three axes by one. The image's tokens stand on their grid, counted from the position behind the text in
-    front; the text behind goes on after the image's largest position.
+    Text advances all three axes by one. The image's tokens stand on their grid, counted from the position behind the
+    text in front; the text behind goes on after the image's largest position.
 
     Args:
         token_types: int64 `[P]`, 1 on image tokens.

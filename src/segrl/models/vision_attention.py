@@ -55,7 +55,7 @@ def window_attention(
 def kernel_serves(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether one call of torch's kernel serves windows there.
 
-    To be asked before a pass begins: the first answer takes a pass of its own, which recomputed activations must not hold.
+    To be asked before a pass begins: the first answer takes a pass of its own, which a checkpoint must not record.
     """
     return has_kernel(device, dtype) and _kernel_repeats(device, dtype)
 
@@ -108,7 +108,7 @@ def _windows_of(ends: Tensor) -> _Windows:
 
 @cache
 def _kernel_repeats(device: torch.device, dtype: torch.dtype) -> bool:
-    """Hold the kernel against calls by size, values and gradients, once in a process; widths are those of Qwen's towers."""
+    """Hold the kernel against calls by size, values and gradients, once in a process, at the widths of Qwen's towers."""
     with learning_apart(device):
         return all(_repeats_at(width, device, dtype) for width in (64, 72, 80))
 

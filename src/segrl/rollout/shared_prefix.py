@@ -25,7 +25,8 @@ class SharedPrefixEngine:
 
     Args:
         max_tokens: a completion is cut off after this many.
-        graphs: whether a step is recorded as a CUDA graph on a GPU: "auto" goes on without where that fails, True raises ValueError.
+        graphs: whether a step is recorded as a CUDA graph on a GPU. Where that fails, "auto" goes on without and True raises
+            ValueError.
         prefixes_at_once: those whose completions advance together; fewer take less memory and more time, None takes all, and so does a
             `state` in which they have been read.
     """
@@ -81,7 +82,7 @@ class SharedPrefixEngine:
     ) -> Completions:  # fmt: skip
         """`first` is the place of the first completion among all of the call."""
         state = state or policy.prefill(prefixes)
-        self.recorder.forget()  # a rollout that was broken off may have left a recording of buffers that are gone
+        self.recorder.forget()  # one that was broken off may have left its buffers' recording
         recorder = self._recorder_on(policy.device)
         stride = None if recorder is None else _STRIDE
         decoder = policy.decoder(state, group_size, self.max_tokens, stride, recorder)
