@@ -11,7 +11,7 @@ SUITE ?=
 SCALE ?= nano
 SLOW ?=
 JOBS ?= 2
-OUT ?= $(abspath $(RUNS))/gpu
+OUT ?= $(abspath $(RUNS))/$(if $(REHEARSE),rehearsal,gpu)
 PARTS ?=
 
 .PHONY: help setup demo seg-r1 test test-slow test-oldest test-newest test-zero test-vllm lint types bench bench-gpu bench-metrics train eval sweep mlflow docker assets clean
@@ -70,7 +70,7 @@ bench: setup ## every claim side by side, one JSON line each: a GRPO step beside
 
 bench-gpu: setup ## on a GPU: tests of what it alone does, agreement with a CPU, a step of 3B's shape beside TRL and the floor, a report (PARTS="steps peer"; REHEARSE=1 on a CPU)
 	@PYTHON=$(abspath $(PYTHON)) OUT=$(OUT) PARTS="$(PARTS)" bash benchmarks/gpu_check.sh
-	@$(if $(REHEARSE),,$(PYTHON) benchmarks/gpu_report.py $(OUT)/results*.jsonl)
+	@$(if $(REHEARSE),,$(PYTHON) benchmarks/gpu_report.py $(OUT))
 
 bench-metrics: setup ## MAE, S, E, F, weighted F: CPU time beside pysodmetrics, which runs in its own environment
 	@$(PYTHON) benchmarks/metrics.py

@@ -1,22 +1,28 @@
 #!/usr/bin/env bash
-# First contact with a GPU: what cannot be seen without one, in order of value, in at most 9 minutes.
+# First contact with a GPU: what cannot be seen without one, in order of value, as much as fits into 9 minutes.
 #
 #   here:            bash benchmarks/gpu_wheels.sh            fills .whl/
 #   on the GPU:      bash benchmarks/gpu_check.sh             .whl carried along; $OUT gets results.jsonl and logs
 #   some parts:      PARTS="agree steps" bash benchmarks/gpu_check.sh
 #   without a GPU:   REHEARSE=1 OUT=/tmp/out bash benchmarks/gpu_check.sh
-#   afterwards:      python benchmarks/gpu_report.py $OUT/results.jsonl
+#   afterwards:      python benchmarks/gpu_report.py FOLDER   (the one that it names at its end)
 #
-# $PYTHON runs everything (python3). What it lacks is installed from .whl/ to $SITE, and nothing else is.
+# $PYTHON runs everything (python3). What it lacks is installed from .whl/ to $SITE, and nothing else is. Exit code 2: nothing
+# could be asked; 1: a part failed.
 # A part has its own limit (or $MOST seconds) and that of all (SECONDS_IN_ALL); one that fails or hangs does not stop the next, and what it
 # found by then is kept.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-began=$SECONDS
+began=$SECONDS failed=0
 slower=1
+[ "${REHEARSE:-}" != 0 ] || REHEARSE=
 [ -z "${REHEARSE:-}" ] || slower=5 # a CPU, shared with others
 in_all=${SECONDS_IN_ALL:-$((540 * slower))}
-PARTS=${PARTS:-machine agree tests steps peer demo kernels}
+KNOWN="machine agree tests steps peer demo kernels"
+PARTS=${PARTS:-$KNOWN}
+for name in $PARTS; do
+  case " $KNOWN " in *" $name "*) ;; *) echo "gpu_check: PARTS must be among $KNOWN; got $name" >&2; exit 2 ;; esac
+done
 case " $PARTS " in *" machine "*) ;; *) PARTS="machine $PARTS" ;; esac # a report names the card
 export PYTHON=${PYTHON:-python3} OUT=${OUT:-$(mktemp -d)} SITE=${SITE:-/tmp/site} REHEARSE=${REHEARSE:-}
 export SMALL=${REHEARSE:+--rehearse}
@@ -47,17 +53,42 @@ part() {
   wait "$group" || code=$?
   kill -KILL -- "-$group" 2> /dev/null # what outlives it would hold the GPU's memory
   note "{\"part\": \"$name\", \"name\": \"end\", \"rc\": $code, \"seconds\": $((SECONDS - start))}"
+  [ "$code" = 0 ] || failed=1
   [ "$code" = 0 ] || tail -n 15 "$log" | cut -c1-300
 }
 
+# Prints what $PYTHON lacks for the parts; fails where it lacks something.
 lacks() {
-  ! "$PYTHON" -c 'import beartype, hydra, peft, pycocotools, pydantic, sam2, transformers as t; assert [*map(int, t.__version__.split(".")[:2])] >= [5, 19]' \
-    2> /dev/null
+  "$PYTHON" - <<'PY'
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+needed = "torch torchvision lightning torchmetrics transformers peft hydra omegaconf pydantic sam2 iopath portalocker pycocotools"
+needed += " scipy cv2 skimage pyarrow matplotlib PIL safetensors jaxtyping beartype hypothesis pytest requests regex"
+missing = [name for name in needed.split() if find_spec(name) is None]
+least = {"torch": (2, 11), "transformers": (5, 19), "tokenizers": (0, 22), "safetensors": (0, 8)}
+for name, low in least.items():
+    try:
+        have = version(name)
+        if tuple(int(part) for part in have.split("+")[0].split(".")[:2]) < low:
+            missing.append(f"{name}>={'.'.join(map(str, low))} (it has {have})")
+    except PackageNotFoundError:
+        missing.append(name) if name not in missing else None
+if missing:
+    print(f"{sys.executable} must have {', '.join(missing)}")
+sys.exit(0 if missing else 1)
+PY
+}
+
+# Whether TRL, the peer, is neither here nor can be had by uv.
+lacks_peer() {
+  ! "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("trl") is None)' && ! command -v uv .uv/bin/uv > /dev/null
 }
 
 install() {
   local these version
-  these=$(cksum .whl/*.whl) || { echo ".whl must hold wheels: benchmarks/gpu_wheels.sh fills it, and it has to be carried along"; return 1; }
+  these=$(cksum .whl/*.whl)
   [ "$these" != "$(cat "$SITE/.these" 2> /dev/null)" ] || return 0 # a warm machine has them
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$SITE" .whl/*.whl || return
   # The checkout is on the path and not installed: its version stands here.
@@ -77,7 +108,9 @@ machine() {
 # The tests of what a GPU alone does; rehearsed, the same tests on a CPU.
 tests() {
   local code=0
-  "$PYTHON" -m pytest -m gpu $SMALL -rA -q --durations=10 -p no:cacheprovider tests > "$OUT/tests.tmp" 2>&1 || code=$?
+  local files
+  mapfile -t files < <(grep -rl --include='*.py' 'mark\.gpu' tests) # others may need what is not here
+  "$PYTHON" -m pytest -m gpu $SMALL -rA -q --durations=10 -p no:cacheprovider "${files[@]}" > "$OUT/tests.tmp" 2>&1 || code=$?
   cat "$OUT/tests.tmp"
   "$PYTHON" - "$OUT/tests.tmp" <<'PY' >> "$OUT/results.jsonl"
 import json, re, sys
@@ -125,9 +158,13 @@ PY
 export -f install machine tests demo peer
 
 export PYTHONPATH="$PWD/src"
-if compgen -G '.whl/*.whl' > /dev/null && lacks; then
+if { lacks > /dev/null || lacks_peer; } && compgen -G '.whl/*.whl' > /dev/null; then
   part install 60 bash -c install
   PYTHONPATH="$PYTHONPATH:$SITE"
+fi
+if missing=$(lacks) || ! "$PYTHON" -c pass; then
+  echo "gpu_check: ${missing:-PYTHON must name a Python that runs; got $PYTHON}; benchmarks/gpu_wheels.sh fills .whl/ with what has to be carried along" >&2
+  exit 2
 fi
 for name in $PARTS; do
   case $name in
@@ -141,10 +178,11 @@ for name in $PARTS; do
     kernels) part kernels 60 "$PYTHON" benchmarks/gpu_parts.py kernels $SMALL ;;
     steps) part steps 170 "$PYTHON" benchmarks/gpu_parts.py steps $SMALL --seconds 130 ;;
     peer) part peer 130 bash -c peer ;;
-    *) note "{\"part\": \"$name\", \"name\": \"end\", \"skipped\": \"there is no such part\"}" ;;
   esac
 done
 
 echo "== $((SECONDS - began)) s; in $OUT:"
 ls -l "$OUT"
 "$PYTHON" benchmarks/gpu_report.py "$OUT/results.jsonl" --print | head -n 120
+[ -n "$REHEARSE" ] || echo "file it with: python benchmarks/gpu_report.py $OUT"
+exit "$failed"

@@ -15,7 +15,7 @@ import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE / "gpu"
@@ -28,18 +28,60 @@ Line = dict[str, Any]
 
 
 def read(paths: list[Path]) -> list[Line]:
-    """Return the findings; of each part those of the last file that has it."""
+    """Return the findings; of each part those of the last file that has it.
+
+    Files of another commit, card or rehearsal than the last are left out, and named.
+    """
+    files = [(path, lines_of(path)) for path in paths]
+    of_last = _made_by(files[-1][1])
     parts: dict[str, list[Line]] = {}
-    for path in paths:
+    for path, lines in files:
+        if _made_by(lines) != of_last:
+            print(f"gpu_report: {path} is left out, for it is of another commit, card or rehearsal", file=sys.stderr)
+            continue
         here: dict[str, list[Line]] = defaultdict(list)
-        for number, text in enumerate(path.read_text().splitlines(), 1):
-            try:
-                line = json.loads(text)
-                here[line["part"]].append(line)
-            except (ValueError, KeyError, TypeError):
-                sys.exit(f"{path}:{number}: a JSON object with a part must stand on each line; got {text[:80]!r}")
+        for line in lines:
+            here[line["part"]].append(line)
         parts.update(here)
     return [line for lines in parts.values() for line in lines]
+
+
+def _made_by(lines: list[Line]) -> list[Any]:
+    """Return what findings must have in common to stand in one report."""
+    found = {line.get("name"): line for line in lines if line["part"] == "machine"}
+    code, card = found.get("code", {}), found.get("card", {})
+    return [code.get("commit"), code.get("rehearsal"), card.get("card")]
+
+
+def lines_of(path: Path) -> list[Line]:
+    """Return the findings in a file; exits with 2 where it holds none. A last line that was cut off is left out."""
+    try:
+        texts = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        _refuse(f"{path} must be the results.jsonl of gpu_check.sh ({error})")
+    lines: list[Line] = []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+            line["part"]
+        except (ValueError, KeyError, TypeError):
+            if number == len(texts):
+                break
+            _refuse(f"{path}:{number}: a JSON object with a part must stand on each line; got {text[:80]!r}")
+        lines.append(line)
+    if not lines:
+        _refuse(f"{path} must hold findings of gpu_check.sh; it holds none")
+    return lines
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"gpu_report: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def files_in(paths: list[Path]) -> list[Path]:
+    """Return the files of results, of folders those of all calls in their order."""
+    return [file for path in paths for file in (sorted(path.glob("results*.jsonl")) if path.is_dir() else [path])]
 
 
 def figures(lines: list[Line]) -> dict[str, Any]:
@@ -263,13 +305,15 @@ def renewed(page: Path, folder: Path) -> str:
 def main() -> int:
     """Write or print a report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="*", type=Path, help="results.jsonl of one or more calls of gpu_check.sh")
+    parser.add_argument("results", nargs="*", type=Path, help="results.jsonl of calls of gpu_check.sh, or their folder")
     parser.add_argument("--print", action="store_true", help="print the report and write nothing")
     parser.add_argument("--docs", action="store_true", help="renew README.md and docs/speed.md from the latest report")
     parser.add_argument("--to", type=Path, default=FOLDER, help="folder of the reports")
     asked = parser.parse_args()
     if asked.results:
-        found = figures(read(asked.results))
+        if not (files := files_in(asked.results)):
+            _refuse(f"{asked.results[0]} must hold the results.jsonl of gpu_check.sh")
+        found = figures(read(files))
         page = report(found, before(found, asked.to))
         if asked.print:
             print(page)

@@ -9,14 +9,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 TARGET=${TARGET:-3.12}
 WHEELS=(transformers peft hydra-core omegaconf pydantic pydantic-core annotated-types typing-inspection typing-extensions
-  pycocotools beartype)
+  pycocotools beartype
+  regex portalocker)
 SOURCES=(antlr4-python3-runtime iopath sam2) # they publish no wheel; all are pure Python
 # TRL asks for no newer pyarrow than 21 with this datasets; both are new enough for TRL 1.16.
-PEERS=(trl==1.16.0 datasets==4.7.0 dill==0.4.0 multiprocess==0.70.18)
+PEERS=(trl==1.16.0 datasets==4.7.0 dill==0.4.0 multiprocess==0.70.18 xxhash==4.1.0 pandas==3.1.1 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0)
 
-rm -rf .whl && mkdir .whl
-git rev-parse HEAD > .whl/commit # the GPU machine may have no git history
-[ -z "$(git status --porcelain)" ] || echo "with changes" >> .whl/commit
+new=$(mktemp -d)
+git rev-parse HEAD > "$new/commit" # the GPU machine may have no git history
+[ -z "$(git status --porcelain)" ] || echo "with changes" >> "$new/commit"
 work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
 
 # "name==version --hash=... --hash=..." of the lock; of two versions the newer, which is the one without vLLM
@@ -40,14 +41,15 @@ pip=("$work/venv/bin/python" -m pip --disable-pip-version-check)
 "${pip[@]}" install -q setuptools wheel
 binary=(--no-deps --only-binary=:all: --python-version "$TARGET" --implementation cp
   --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64
-  --platform manylinux2014_x86_64 --platform manylinux1_x86_64 -d .whl)
+  --platform manylinux2014_x86_64 --platform manylinux1_x86_64 -d "$new")
 locked "${WHEELS[@]}" > "$work/wheels.txt"
 "${pip[@]}" download -q "${binary[@]}" --require-hashes -r "$work/wheels.txt"
 locked "${SOURCES[@]}" > "$work/sources.txt"
 # Without build isolation, or sam2 would fetch a torch of several GB to build nothing with it.
-SAM2_BUILD_CUDA=0 "${pip[@]}" wheel -q --no-deps --no-binary=:all: --no-build-isolation --require-hashes -w .whl -r "$work/sources.txt"
+SAM2_BUILD_CUDA=0 "${pip[@]}" wheel -q --no-deps --no-binary=:all: --no-build-isolation --require-hashes -w "$new" -r "$work/sources.txt"
 [ "${PEER:-1}" = 0 ] || "${pip[@]}" download -q "${binary[@]}" "${PEERS[@]}"
 
+rm -rf .whl && mv "$new" .whl
 for wheel in .whl/*.whl; do
   case $wheel in
     *-none-any.whl | *-cp"${TARGET/./}"-*x86_64.whl | *-abi3-*x86_64.whl) ;;
@@ -56,7 +58,7 @@ for wheel in .whl/*.whl; do
 done
 twice=$(ls .whl | sed 's/-.*//' | sort | uniq -d)
 [ -z "$twice" ] || { echo "gpu_wheels: two versions of $twice" >&2; exit 1; }
-ls -l .whl | awk 'NR > 1 {printf "%9.1f KB  %s\n", $5 / 1024, $9}'
+ls -l .whl/*.whl | awk 'NR > 0 {printf "%9.1f KB  %s\n", $5 / 1024, $9}'
 tree=$(git ls-files -co --exclude-standard -z | xargs -0 du -cb 2> /dev/null | awk '$2 == "total" {s += $1} END {print s + 0}')
 wheels=$(du -cb .whl/*.whl | awk 'END {print $1}')
 awk -v t="$tree" -v w="$wheels" 'BEGIN { m = 2^20; printf "tree %.1f + wheels %.1f = %.1f MiB\n", t / m, w / m, (t + w) / m }'

@@ -24,7 +24,7 @@ SAID = {  # names of findings that a part has to have
 }  # fmt: skip
 
 
-def check(out, part, **settings):
+def check(out, part, code=0, **settings):
     """Run a part through the script that a GPU machine runs; the findings."""
     there = {
         **os.environ,
@@ -37,7 +37,7 @@ def check(out, part, **settings):
     done = subprocess.run(
         ["bash", str(BENCHMARKS / "gpu_check.sh")], capture_output=True, text=True, env=there, check=False
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()], done.stdout
 
 
@@ -67,10 +67,9 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path):
         f'#!/bin/sh\ncase "$*" in *kernels*) exit 7 ;; *agree*) sleep 1000 ;; *) exec {sys.executable} "$@" ;; esac\n'
     )
     python.chmod(0o755)
-    found, _ = check(tmp_path, "kernels agree nonsense", PYTHON=str(python), MOST="3")
+    found, _ = check(tmp_path, "kernels agree", 1, PYTHON=str(python), MOST="3")
     ends = {line["part"]: line for line in found if line.get("name") == "end"}
     assert ends["kernels"]["rc"] == 7 and ends["agree"]["rc"] in (124, 137)
-    assert ends["nonsense"]["skipped"] == "there is no such part"
 
 
 # --- the report
@@ -158,6 +157,7 @@ def test_reports_of_one_day_stand_beside_each_other(gpu_report, tmp_path, monkey
 
 def test_a_later_call_replaces_the_parts_that_it_ran(gpu_report, tmp_path):
     again = [
+        *findings()[:4],
         line("steps", "median", kind="graphs", steps=3, step_s=2.0, parts_s={}),
         line("steps", "end", rc=0, seconds=5),
     ]
@@ -168,13 +168,65 @@ def test_a_later_call_replaces_the_parts_that_it_ran(gpu_report, tmp_path):
     assert found["kernels"]["kernels, sampling"] == [] and found["speeds"]["tflops"] == 798
 
 
-def test_a_line_that_is_no_finding_is_named(gpu_report, tmp_path):
-    path = tmp_path / "broken"
-    path.write_text(json.dumps(findings()[0]) + "\nnot json\n")
-    with pytest.raises(
-        SystemExit, match="broken:2: a JSON object with a part must stand on each line; got 'not json'"
-    ):
+def test_files_of_another_commit_or_a_rehearsal_stand_in_no_report(gpu_report, tmp_path, capsys):
+    other = [
+        line("machine", "code", commit="abc123", date="2026-12-01", rehearsal=True),
+        line("peer", "step", step_s=1.0),
+    ]
+    found = gpu_report.figures(
+        gpu_report.read([written(tmp_path, "a", other), written(tmp_path, "b", findings())])
+    )
+    assert found["peer"]["steps_s"] == [40.0, 30.0] and "a is left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"not json\n{}\n", "bad:1: a JSON object with a part must stand on each line; got 'not json'"),
+        (b"", "bad must hold findings of gpu_check.sh; it holds none"),
+        (b"\xff\xfe", "bad must be the results.jsonl of gpu_check.sh"),
+        (None, "bad must be the results.jsonl of gpu_check.sh"),
+    ],
+)
+def test_what_is_no_file_of_findings_is_refused_in_one_line(gpu_report, tmp_path, capsys, content, said):
+    path = tmp_path / "bad"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
         gpu_report.read([path])
+    (only,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and said in only
+
+
+def test_a_last_line_that_was_cut_off_loses_nothing_else(gpu_report, tmp_path):
+    path = written(tmp_path, "a", findings())
+    path.write_text(path.read_text() + '{"part": "kernels", "na')
+    assert gpu_report.figures(gpu_report.read([path]))["peer"]["ratio"] == 10.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"PARTS": "kernels nonsense"},
+            "PARTS must be among machine agree tests steps peer demo kernels; got nonsense",
+        ),
+        ({"PYTHON": "/no/such/python"}, "PYTHON must name a Python that runs; got /no/such/python"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_in_one_line_before_anything_runs(tmp_path, settings, said):
+    there = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "OUT": str(tmp_path),
+        "REHEARSE": "1",
+        "PARTS": "machine",
+        **settings,
+    }
+    done = subprocess.run(
+        ["bash", str(BENCHMARKS / "gpu_check.sh")], capture_output=True, text=True, env=there, check=False
+    )
+    assert done.returncode == 2 and said in done.stderr.splitlines()[-1], done.stderr
 
 
 def test_a_rehearsal_is_printed_and_never_filed(gpu_report, tmp_path, monkeypatch, capsys):
