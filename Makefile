@@ -13,6 +13,7 @@ SLOW ?=
 JOBS ?= 2
 OUT ?= $(abspath $(RUNS))/$(if $(REHEARSE),rehearsal,gpu)
 PARTS ?=
+TESTS ?= tests
 
 .PHONY: help setup demo seg-r1 test test-slow test-oldest test-newest test-zero test-vllm lint types bench bench-gpu bench-metrics train eval sweep mlflow docker assets clean
 
@@ -39,10 +40,10 @@ test-slow: setup ## learning and kill tests (minutes each)
 	@$(PYTHON) -m pytest -q -m "slow and not vllm and not zero"
 
 # tests/oldest.txt: the lowest versions that pyproject.toml allows; its first lines hold the command that makes it anew.
-test-oldest: $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv) ## `make test` with the lowest versions allowed (tests/oldest.txt: Python 3.11, torch 2.11 ...; Linux on x86-64), in an environment of its own (.venv-oldest), and a rehearsal of the GPU checks
+test-oldest: $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv) ## `make test` with the lowest versions allowed (tests/oldest.txt: Python 3.11, torch 2.11 ...; Linux on x86-64), in an environment of its own (.venv-oldest), and a rehearsal of the GPU checks; TESTS="tests/models" runs some
 	@$(UV) venv --quiet --allow-existing --python 3.11 .venv-oldest
 	@$(UV) pip install --quiet --exact --no-deps --python .venv-oldest/bin/python -r tests/oldest.txt -e .
-	@OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow and not gpu and not zero and not vllm"
+	@OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow and not gpu and not zero and not vllm and not counted" $(TESTS)
 
 test-newest: $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv) ## `make test` with Python 3.13 and the newest versions allowed, as they are published today, in an environment of its own (.venv-newest)
 	@$(UV) venv --quiet --allow-existing --python 3.13 .venv-newest
