@@ -206,7 +206,8 @@ SMALL = ("logger=csv", "data.workers=0", "data.batch_size=2", "data.test_length=
          "trainer.max_steps=1")  # fmt: skip
 STAGES = {
     "grpo": ("+experiment=demo", "stage.micro_batch_size=2"),
-    "ppo": ("+experiment=demo", "stage=ppo", "stage.critic_warmup=0", "reference=frozen_copy", "stage.schedule=null"),
+    "ppo": ("+experiment=demo", "stage=ppo", "stage.critic_warmup=0", "reference=frozen_copy", "stage.schedule=null",
+            "stage.updates_per_rollout=1"),
     "sft": ("+experiment=nano_sft", f"policy.weights={asset('policy_nano')}"),
 }  # fmt: skip
 
