@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 FAILURES = (RuntimeError, TypeError, ValueError)
-"""What a kernel raises that this machine, or this release of torch, does not have."""
+"""Errors of a kernel that this machine, or this release of torch, lacks; any of them means the plain path."""
 
 
 def repeats(

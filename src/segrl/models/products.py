@@ -18,11 +18,11 @@ def _has_ops(*names: str) -> bool:
 
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and _has_ops("_linear_pointwise", "_reorder_linear_weight")
-"""Whether oneDNN can be asked; without it products are torch's."""
+"""True where this torch has oneDNN's operations; False leaves every product to torch."""
 
 FASTER = HAS_ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512"
-"""Whether oneDNN multiplies large matrices faster than the library that torch calls. With AVX-512 on AMD it is twice as
-fast (a quarter off a step of benchmarks/grpo_step.py); with AVX2 it is slower (a sixth of the learning part of
+"""True where oneDNN multiplies large matrices faster than the library that torch calls. With AVX-512 on AMD it is twice
+as fast (a quarter off a step of benchmarks/grpo_step.py); with AVX2 it is slower (a sixth of the learning part of
 benchmarks/step_profile.py)."""
 
 
