@@ -90,7 +90,7 @@ def test_resume_is_exact_with_a_critic_two_updates_and_a_reward_that_remembers(
         "callbacks.checkpoint.every_n_steps=2",
     )
     arguments += ("stage.critic_warmup=3",) if stage.startswith("ppo") else ()
-    schedule = "stage.schedule={_target_: torch.optim.lr_scheduler.OneCycleLR, _partial_: true, max_lr: 1e-3, cycle_momentum: false}"
+    schedule = "stage.schedule={_target_: segrl.stages.schedule.one_cycle, _partial_: true, pct_start: 0.3, cycle_momentum: false}"
     arguments = (*arguments, schedule)
     code, _, err = cli(*arguments, f"paths.run={tmp_path}/whole")
     assert code == 0, err
@@ -152,3 +152,30 @@ def test_the_critic_is_told_the_truth_and_the_policy_is_not(cli, tmp_path, monke
     assert code == 0, err
     assert told[0].shape == (12, 5) and ((told[0] >= 0) & (told[0] <= 1)).all()
     assert (told[0][:3] == told[0][0]).all() and not torch.equal(told[0][0], told[0][3])
+
+
+def test_under_a_schedule_the_critic_peaks_at_its_own_rate(cli, tmp_path, monkeypatch):
+    rates = []
+    update = PolicyGradientStage.update
+
+    def watched(self, minibatch):
+        rates.append([group["lr"] for group in self.optimizers().param_groups])
+        return update(self, minibatch)
+
+    monkeypatch.setattr(PolicyGradientStage, "update", watched)
+    one_cycle = "stage.schedule={_target_: segrl.stages.schedule.one_cycle, _partial_: true, pct_start: 0.5, cycle_momentum: false}"
+    ppo = (*RUN[:-1], "stage=ppo", *REFERENCE, "stage.critic_lr=1e-2", "trainer.max_steps=8", one_cycle)
+    code, _, err = cli(*ppo, f"paths.run={tmp_path}/run")
+    assert code == 0, err
+    policy, critic = zip(*rates, strict=True)
+    assert max(policy) == pytest.approx(1e-3)
+    assert max(critic) == pytest.approx(1e-2)
+
+
+def test_a_schedule_that_puts_one_peak_on_all_groups_is_refused(cli, tmp_path):
+    one_peak = "stage.schedule={_target_: torch.optim.lr_scheduler.OneCycleLR, _partial_: true, max_lr: 1e-3}"
+    code, _, err = cli(
+        *RUN[:-1], "~stage.schedule", "stage=ppo", *REFERENCE, "stage.critic_lr=1e-2", f"+{one_peak}"
+    )
+    assert code == 2
+    assert "stage.schedule: it must peak at stage.optimizer.lr" in err and "0.01" in err

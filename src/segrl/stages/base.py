@@ -80,9 +80,14 @@ class Stage(lightning.LightningModule):
         return self.scheduled(self.make_optimizer([p for p in self.parameters() if p.requires_grad]))
 
     def scheduled(self, optimizer: torch.optim.Optimizer) -> Any:  # noqa: ANN401 - Lightning's own union
-        """The optimizer with its schedule, if there is one."""
+        """Return the optimizer with its schedule, if there is one.
+
+        Raises:
+            ValueError: if the schedule cannot be made, or puts another peak in place of a group's own learning rate.
+        """
         if self.make_schedule is None:
             return optimizer
+        own = [group["lr"] for group in optimizer.param_groups]
         try:
             schedule = self.make_schedule(optimizer, total_steps=self.total_updates)
         except (ValueError, ArithmeticError) as fault:
@@ -90,6 +95,12 @@ class Stage(lightning.LightningModule):
                 f"stage.schedule: it cannot be laid over the run's {self.total_updates} updates ({fault}); "
                 f"change its keys or trainer.max_steps"
             ) from fault
+        peaks = [group.get("max_lr", lr) for group, lr in zip(optimizer.param_groups, own, strict=True)]
+        if peaks != own:
+            raise ValueError(
+                f"stage.schedule: it must peak at stage.optimizer.lr and at the rates of other groups, {own}; it sets {peaks} "
+                "(segrl.stages.schedule.one_cycle takes them as they are)"
+            )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @property
