@@ -27,9 +27,19 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _module() -> str:
-    """Of the process: `segrl.train` for .../segrl/train.py."""
-    return f"segrl.{Path(sys.argv[0]).stem.removeprefix('segrl-')}"
+def command() -> str:
+    """Return the command line that repeats this run: of a sweep's job, that of the job alone."""
+    from hydra._internal.utils import get_args_parser
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    words = sys.argv[1:]
+    module = f"segrl.{Path(sys.argv[0]).stem.removeprefix('segrl-')}"
+    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        said = get_args_parser().parse_args(words)
+        elsewhere = [] if said.config_dir is None else ["--config-dir", said.config_dir]
+        words = [*elsewhere, *HydraConfig.get().overrides.task]
+    return " ".join(["python -m", module, *(shlex.quote(word) for word in words)])
 
 
 def _version(package: str) -> str:
@@ -41,10 +51,10 @@ def _version(package: str) -> str:
 
 
 def provenance(config_yaml: str) -> dict[str, str]:
-    """Tags of a run: command, commit, whether the tree differs from it, hash of the configuration, versions."""
+    """Return the tags of a run: command, commit, whether the tree differs from it, hash of the configuration, versions."""
     packages = ("segrl", "torch", "transformers", "lightning", "sam2")
     return {
-        "command": " ".join(["python -m", _module(), *(shlex.quote(argument) for argument in sys.argv[1:])]),
+        "command": command(),
         "git.commit": _git("rev-parse", "HEAD") or "unknown",
         "git.dirty": str(bool(_git("status", "--porcelain"))).lower(),
         "config.sha256": hashlib.sha256(config_yaml.encode()).hexdigest(),
