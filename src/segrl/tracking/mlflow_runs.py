@@ -23,7 +23,7 @@ ARTIFACTS = (
 
 
 def open_logger(
-    folder: Path, tags: Mapping[str, str], *, tracking_uri: str, artifacts: str, experiment: str, checkpoints: bool
+    folder: Path, tags: Mapping[str, str], *, tracking_uri: str, artifacts: str, experiment: str, checkpoints: bool = False
 ) -> Logger:  # fmt: skip
     """Return the logger of a run folder, which need not be there yet; its run in MLflow is made at the first use.
 
@@ -32,11 +32,15 @@ def open_logger(
     """
     from segrl.tracking.mlflow_logger import RUN_ID, MlflowRun
 
+    if not isinstance(checkpoints, bool):
+        raise ValueError(f"logger.checkpoints: it must be true or false; got {checkpoints!r}")
     place = Place(tracking_uri=tracking_uri, artifacts=artifacts, experiment=experiment)
     if not any((folder / name).is_file() for name in (RUN_ID, "history.jsonl")):
         place.connect()
     parent = {"mlflow.parentRunId": os.environ[_PARENT]} if _PARENT in os.environ else {}
-    return MlflowRun(place, folder, {**tags, **parent}, os.environ.get(_JOB, folder.name), checkpoints)
+    return MlflowRun(
+        place, folder, {**tags, **parent}, os.environ.get(_JOB, folder.absolute().name), checkpoints
+    )
 
 
 def open_csv(folder: Path, tags: Mapping[str, str]) -> CSVLogger:
@@ -97,7 +101,7 @@ def bring_in(folder: Path, place: Place, config: Mapping[str, object], checkpoin
     named = folder / RUN_ID
     known = named.read_text(errors="replace").strip() if named.is_file() else None
     try:
-        run = Run.begin(place, folder, tags, known, folder.name)
+        run = Run.begin(place, folder, tags, known, folder.absolute().name)
         named.write_text(run.run_id)
         run.describe(config)
         step = int(final.get("steps", 0))
@@ -173,10 +177,10 @@ def close_parent(run: Run, best: str, objective: float | None, status: str) -> N
 
 def name_job(name: str | None) -> None:
     """Name the run that the next `open_logger` of this process, or of its children, makes; None takes its folder's name."""
-    if name:
-        os.environ[_JOB] = name
-    else:
+    if name is None:
         os.environ.pop(_JOB, None)
+    else:
+        os.environ[_JOB] = name
 
 
 def fail_job(place: Place, folder: Path) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import platform
 import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+JOB_OVERRIDES = "SEGRL_JOB_OVERRIDES"
+"""Variable that holds the overrides of a sweep's job, as JSON, while it runs."""
 
 
 def _git(*arguments: str) -> str:
@@ -29,16 +34,16 @@ def _git(*arguments: str) -> str:
 
 def command() -> str:
     """Return the command line that repeats this run: of a sweep's job, that of the job alone."""
-    from hydra._internal.utils import get_args_parser
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
     words = sys.argv[1:]
     module = f"segrl.{Path(sys.argv[0]).stem.removeprefix('segrl-')}"
-    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
-        said = get_args_parser().parse_args(words)
-        elsewhere = [] if said.config_dir is None else ["--config-dir", said.config_dir]
-        words = [*elsewhere, *HydraConfig.get().overrides.task]
+    if JOB_OVERRIDES in os.environ:
+        flags = ("--config-dir", "-cd")
+        elsewhere = [
+            words[i : i + 2] if word in flags else [word]
+            for i, word in enumerate(words)
+            if word.startswith(flags)
+        ]
+        words = [*(word for some in elsewhere for word in some), *json.loads(os.environ[JOB_OVERRIDES])]
     return " ".join(["python -m", module, *(shlex.quote(word) for word in words)])
 
 

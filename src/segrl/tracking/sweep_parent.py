@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from segrl.metrics.direction import higher_is_better
+from segrl.tracking.provenance import JOB_OVERRIDES
 
 if TYPE_CHECKING:
     from segrl.tracking.mlflow_store import Place, Run
@@ -82,6 +84,7 @@ class SweepParent(Callback):
         of = "" if self.total is None else f" of {self.total}"
         print(f"\njob {config.hydra.job.num + 1}{of}: {differs}", flush=True)
         name_job(differs)
+        os.environ[JOB_OVERRIDES] = json.dumps(list(config.hydra.overrides.task))
         folder = str(config.paths.run)
         self.others = folder if Path(folder).exists() else ""
 
@@ -127,6 +130,7 @@ class SweepParent(Callback):
 
         atexit.unregister(self._end)
         name_job(None)
+        os.environ.pop(JOB_OVERRIDES, None)
         folder = Path(config.hydra.sweep.dir)
         file = folder / "jobs.jsonl"
         rows = [Row(**json.loads(line)) for line in file.read_text().splitlines()] if file.is_file() else []
