@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -44,6 +45,7 @@ class MlflowRun(Logger):
         self.off = False
         self.run: Run | None = None
         self._trainer: lightning.Trainer | None = None
+        self._last = (0, 0.0)  # update that was logged, and when
 
     @property
     def name(self) -> str:
@@ -71,7 +73,19 @@ class MlflowRun(Logger):
         if validated:
             with (self.folder / VALIDATION).open("a") as file:
                 file.write(json.dumps({"step": at, **validated}) + "\n")
-        self._attempt(lambda run: run.log([(at, dict(metrics))]))
+        scalars = {**metrics, **({} if validated else self._pace(at))}
+        self._attempt(lambda run: run.log([(at, scalars)]))
+
+    def _pace(self, at: int) -> dict[str, float]:
+        """The next update's learning rate, of the first group, and seconds since the last one: for MLflow alone, for times do not repeat."""
+        if self._trainer is None or not self._trainer.training or not self._trainer.optimizers:
+            return {}
+        now, (before, then) = time.monotonic(), self._last
+        self._last = (at, now)
+        pace = {"run/learning_rate": float(self._trainer.optimizers[0].param_groups[0]["lr"])}
+        if 0 < before < at:
+            pace["run/seconds"] = (now - then) / (at - before)
+        return pace
 
     def finalize(self, status: str) -> None:
         """Mark a run that an error ended as FAILED, one that was stopped as KILLED; Lightning's "success" is of a part of the run."""
@@ -86,6 +100,7 @@ class MlflowRun(Logger):
         lacking, self.off = self.off, False
 
         def bring(run: Run) -> None:
+            """Add what is missing, then the files."""
             run.log_missing([*(rows(self.folder) if lacking else []), (step, dict(metrics))])
             run.attach(paths, self.checkpoints)
 

@@ -83,12 +83,12 @@ class Place:
 
     @property
     def url(self) -> str:
-        """The address as SQLAlchemy reads it: it decodes `%`, and cuts a path at `?`."""
-        if self.database is None:
+        """The address as SQLAlchemy reads it: it decodes `%`, and cuts a path at `?`. Said with a driver, MLflow leaves its folder alone."""
+        if self.database is None or not {"%", "?"} & set(self.tracking_uri):
             return self.tracking_uri
         from sqlalchemy import URL
 
-        return URL.create("sqlite", database=str(self.database)).render_as_string()
+        return URL.create("sqlite+pysqlite", database=str(self.database)).render_as_string()
 
     def connect(self) -> tuple[MlflowClient, str]:
         """Open the database, made if missing, and find the experiment, made if missing, restored if deleted: client and id.
