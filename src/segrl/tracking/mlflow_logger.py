@@ -88,11 +88,16 @@ class MlflowRun(Logger):
         return pace
 
     def finalize(self, status: str) -> None:
-        """Mark a run that an error ended as FAILED, one that was stopped as KILLED; Lightning's "success" is of a part of the run."""
-        if status != "failed":
-            return
+        """Mark a run that an error ended as FAILED, one that was stopped as KILLED.
+
+        Args:
+            status: "failed" or "KILLED"; Lightning's "success" is of a part of the run, and says nothing here.
+        """
         stopped = isinstance(sys.exc_info()[1], SIGTERMException | KeyboardInterrupt | SystemExit)
-        self._end("KILLED" if stopped else "FAILED")
+        if status == "KILLED" or (status == "failed" and stopped):
+            self._end("KILLED")
+        elif status == "failed":
+            self._end("FAILED")
 
     def conclude(self, paths: list[Path], metrics: Mapping[str, float]) -> None:
         """Bring in what MLflow lacks, the final numbers and the files, and mark the run as FINISHED."""

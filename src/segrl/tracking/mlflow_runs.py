@@ -105,7 +105,7 @@ def bring_in(folder: Path, place: Place, config: Mapping[str, object], checkpoin
         named.write_text(run.run_id)
         run.describe(config)
         step = int(final.get("steps", 0))
-        added = run.log_missing([*rows(folder), *([(step, _numbers(final))] if final else [])])
+        added = run.log_missing([*rows(folder), *([(step, numbers(final))] if final else [])])
         run.attach([folder / name for name in ARTIFACTS], checkpoints)
         run.end("FINISHED" if final else "KILLED")
     except failures() as error:
@@ -128,7 +128,7 @@ def _json(file: Path) -> dict[str, object]:
     return held
 
 
-def _numbers(final: Mapping[str, object]) -> dict[str, float]:
+def numbers(final: Mapping[str, object]) -> dict[str, float]:
     """Return the final numbers in a metrics.json, of a run or of an evaluation, by their logged names."""
     found = _node(final.get("metrics")) | {"objective": final.get("objective")}
     for name, scored in _node(final.get("datasets")).items():

@@ -174,10 +174,12 @@ def table(rows: Sequence[Row], metric: str | None) -> str:
 
 def _metrics(rows: Sequence[Row]) -> list[str]:
     """The scores that a job's metrics.json has, an S-measure first."""
+    from segrl.tracking.mlflow_runs import numbers
+
     for row in rows:
         file = Path(row.folder) / "metrics.json"
         if row.folder and file.is_file():
-            names = [name for name in json.loads(file.read_text())["metrics"] if name.startswith("test/")]
+            names = [name for name in numbers(json.loads(file.read_text())) if name.startswith("test/")]
             return sorted(names, key=lambda name: not name.endswith("/sm"))
     return []
 
