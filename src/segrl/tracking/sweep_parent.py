@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import prod
+from math import isnan, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +113,7 @@ class SweepParent(Callback):
                 job_return.status, job_return.return_value = JobStatus.COMPLETED, None
         row = Row(
             job=config.hydra.job.num + 1, differs=_differs(list(job_return.overrides or []), self.swept),
-            objective=value if isinstance(value, float) else None, failed=why, folder=folder,
+            objective=value if isinstance(value, float) and not isnan(value) else None, failed=why, folder=folder,
         )  # fmt: skip
         with (Path(config.hydra.sweep.dir) / "jobs.jsonl").open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")
