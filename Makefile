@@ -15,7 +15,7 @@ OUT ?= $(abspath $(RUNS))/$(if $(REHEARSE),rehearsal,gpu)
 PARTS ?=
 TESTS ?= tests
 
-.PHONY: help setup demo seg-r1 test test-slow test-oldest test-newest test-zero test-vllm lint types bench bench-gpu bench-metrics train eval sweep mlflow docker assets clean
+.PHONY: help setup demo seg-r1 test test-slow test-oldest test-newest test-zero test-vllm lint types bench bench-gpu bench-metrics train eval sweep mlflow track docker assets clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -86,8 +86,11 @@ eval: setup ## make eval MODEL=FOLDER SUITE=cod: score a policy on benchmarks (c
 sweep: setup ## make sweep ARGS="+experiment=demo stage.group_size=4,8 seed=1,2"
 	@$(PYTHON) -m segrl.train -m paths.runs=$(RUNS) $(ARGS)
 
-mlflow: setup ## open the recorded runs at http://127.0.0.1:5000
-	@MLFLOW_DISABLE_TELEMETRY=true .venv/bin/mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(RUNS)/mlflow.db
+mlflow: setup ## open the recorded runs at http://127.0.0.1:5000 (a run prints the address of its own page)
+	@MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow server --host 127.0.0.1 --port 5000 --workers 1 --backend-store-uri sqlite:///$(RUNS)/mlflow.db
+
+track: setup ## make track RUN=FOLDER: bring a run folder into MLflow that was tracked in part, or not at all
+	@$(PYTHON) -m segrl.track $(RUN)
 
 docker: ## build the CUDA image from uv.lock
 	docker build -f docker/Dockerfile -t segrl .

@@ -93,12 +93,12 @@ class Evaluation:
         logger = None
         if self.fabric.is_global_zero:
             text = OmegaConf.to_yaml(self.cfg)
+            made = provenance(text)
+            logger = instantiate(self.cfg.logger)(self.folder, made)  # refuses before anything is made
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(text)
             (self.folder / _STAMPS).write_text(json.dumps(_stamps(self.cfg), indent=2) + "\n")
-            made = provenance(text)
             (self.folder / "provenance.json").write_text(json.dumps(made, indent=2) + "\n")
-            logger = instantiate(self.cfg.logger)(self.folder, made)
             say(
                 f"{self.cfg.suite.name}: {sum(map(len, self.sets.values()))} samples; results in {self.folder}"
             )

@@ -11,16 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from segrl import licences
 from segrl.front_door import asset, enter, scored_checkpoint
 
 if TYPE_CHECKING:
     from segrl.models.hf_vlm import HFPolicy
     from segrl.protocols import Grammar
 
+_QUERIES: dict[str, tuple[str | None, ...]] = {
+    "ReferringExpressions": ("QUERY",), "ReasonSeg": ("QUERY",), "Listed": (None, "QUERY"),
+}  # fmt: skip
+"""By loader, the queries that a card shows: its samples have one each, or some may; every other loader's have none."""
+
 
 def job(cfg: DictConfig) -> None:
     """Export, and say where."""
-    ckpt, out = Path(cfg.ckpt), Path(cfg.out)
+    ckpt, out = (
+        Path(cfg.ckpt).absolute(),
+        Path(cfg.out),
+    )  # a run's files lie around it, also for `last.ckpt` said there
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise ValueError(f"out: a new folder is needed; {out} is there")
     export_policy(ckpt, out, "A policy that writes mask prompts for a promptable segmenter.")
@@ -29,14 +38,17 @@ def job(cfg: DictConfig) -> None:
     )
 
 
-def export_policy(ckpt: Path, out: Path, note: str, head_checkpoint: str | None = None) -> None:
+def export_policy(
+    ckpt: Path, out: Path, note: str, head_checkpoint: str | None = None, licence: str | None = None
+) -> None:
     """Write the policy of a checkpoint as weights, processor, generation config, `segrl.json` and model card.
 
     Args:
         ckpt: in the `checkpoints` folder of a run.
         out: folder to write.
         note: first paragraph of the model card.
-        head_checkpoint: of the mask head, as `segrl.json` names it; none takes the run's.
+        head_checkpoint: of the mask head, as `segrl.json` names it; None takes the run's.
+        licence: of the weights, for whoever owns them; None says what follows from the base model and the data.
 
     Raises:
         ValueError: if `ckpt` is no checkpoint of a run, or holds no policy.
@@ -63,8 +75,8 @@ def export_policy(ckpt: Path, out: Path, note: str, head_checkpoint: str | None 
     policy.take_over(learned)
     policy.save(out, cfg.rollout.max_tokens)
     pretrained.write(out, parts)
-    asked = _asked(policy, instantiate(cfg.grammar))
-    (out / "README.md").write_text(card(run, note, ckpt, asked))
+    asked = _asked(policy, instantiate(cfg.grammar), str(cfg.data.module.train._target_))
+    (out / "README.md").write_text(card(run, note, ckpt, asked, licence))
 
 
 def described(cfg: DictConfig, head_checkpoint: str | None) -> dict[str, dict[str, Any]]:
@@ -93,26 +105,42 @@ def _named(path: str) -> str:
     return path if path.startswith("configs/") else f"weights:{Path(path).name}"
 
 
-def _asked(policy: HFPolicy, grammar: Grammar) -> str:
-    """The text in front of a completion, for whoever generates with other tools."""
-    messages = grammar.messages("QUERY")
-    chat: str = policy.encoder.processor.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True
-    )
+def _asked(policy: HFPolicy, grammar: Grammar, loader: str) -> str:
+    """The text in front of a completion, for whoever generates with other tools; with a query only where it was trained with some."""
     side = policy.encoder.image_side
     squashed = "" if side is None else f", with the image resized to {side}x{side} (bicubic)"
-    return f"What it is asked{squashed}:\n\n```\n{chat.strip()}\n```\n"
+    told = []
+    for query in _QUERIES.get(loader.rpartition(".")[2], (None,)):
+        chat: str = policy.encoder.processor.apply_chat_template(
+            grammar.messages(query), tokenize=False, add_generation_prompt=True
+        )
+        what = "What it is asked" if query is None else "What it is asked about a QUERY"
+        told.append(f"{what}{squashed}:\n\n```\n{chat.strip()}\n```\n")
+    return "\n".join(told)
 
 
-def card(run: Path, note: str, ckpt: Path | None = None, asked: str = "") -> str:
-    """Markdown: what it is and is asked, what it was trained on and by which command, the scores of the run, the configuration."""
-    config = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))  # unresolved: no path of one machine
-    assert isinstance(config, dict)
+def card(run: Path, note: str, ckpt: Path | None = None, asked: str = "", licence: str | None = None) -> str:
+    """Return Markdown: what it is and is asked, its licence, what it was trained on and by which command, scores, configuration.
+
+    Args:
+        run: run folder.
+        note: first paragraph.
+        ckpt: what is exported of a policy; None where the card is of a mask head.
+        asked: paragraphs about what a policy is asked.
+        licence: see `export_policy`.
+    """
+    loaded = OmegaConf.load(run / "config.yaml")
+    config = OmegaConf.to_container(loaded)  # unresolved: no path of one machine
+    assert isinstance(config, dict) and isinstance(loaded, DictConfig)
     wanted = ("stage", "rollout", "reward", "data", "trainer")
     settings = OmegaConf.to_yaml(OmegaConf.create({k: config[k] for k in wanted}))
-    lines = [
-        f"---\nlicense: apache-2.0\npipeline_tag: image-segmentation\n---\n# {config['name']}\n\n{note}\n"
-    ]
+    front, terms = ({"license": licence}, "") if licence is not None else licences.of(loaded)
+    if ckpt is None:
+        front["pipeline_tag"] = "image-segmentation"
+    else:
+        front |= {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
+    head = OmegaConf.to_yaml(OmegaConf.create(front))
+    lines = [f"---\n{head}---\n# {config['name']}\n\n{note}\n{terms and chr(10) + terms + chr(10)}"]
     if ckpt is not None and not _scored(run, ckpt):
         lines.append(
             f"Trained by segrl. This checkpoint, `{ckpt.name}`, has not been scored: the run's scores are of another."

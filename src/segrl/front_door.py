@@ -69,6 +69,7 @@ def enter(config_name: str, job: Callable[[DictConfig], object]) -> None:
         try:
             return job(cfg)
         except known as error:
+            _fail_job(error, config_name)
             _tell(error, config_name)
             raise
 
@@ -112,6 +113,19 @@ def _sweep_jobs(arguments: list[str]) -> list[list[str]]:
         return []
     overrides = OverridesParser.create().parse_overrides(parsed.overrides)
     return [list(job) for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
+
+
+def _fail_job(error: BaseException, config_name: str) -> None:
+    """In a sweep, raise the line of a known mistake for the sweep's callback: it ends the job, not the sweep."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if HydraConfig.get().mode is RunMode.MULTIRUN and os.environ.get("SEGRL_TRACE") != "1":
+        from segrl.tracking.sweep_parent import JobFailedError
+
+        line = explain(error, config_name, sys.argv[1:])
+        if line is not None:
+            raise JobFailedError(line) from error
 
 
 def _tell(error: BaseException, config_name: str) -> None:

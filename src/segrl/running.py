@@ -17,7 +17,7 @@ import lightning
 import torch
 import torch.distributed.nn
 from hydra.utils import get_class, instantiate
-from lightning.pytorch.loggers import Logger, MLFlowLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
@@ -31,7 +31,7 @@ from segrl.tracking import report
 from segrl.tracking.callbacks import read_history
 from segrl.tracking.checkpoints import AtomicCheckpointIO, read_checkpoint
 from segrl.tracking.figures import curves
-from segrl.tracking.mlflow_runs import keep
+from segrl.tracking.mlflow_runs import ARTIFACTS, keep, where
 from segrl.tracking.provenance import provenance
 
 _FOLDER = "SEGRL_RUN_FOLDER"  # processes that Lightning starts find the first one's folder here
@@ -151,15 +151,14 @@ class Run:
             return None
         # Unresolved, so that an override of a resumed run reaches all that refers to it.
         text = OmegaConf.to_yaml(cfg)
-        new = not folder.exists()
+        made = provenance(text)
+        logger: Logger = instantiate(cfg.logger)(folder, made)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(text)
-        made = provenance(text)
         if not (folder / "provenance.json").is_file():
             (folder / "provenance.json").write_text(json.dumps(made, indent=2) + "\n")
-        logger: Logger = instantiate(cfg.logger)(folder, made)
-        if new:  # MLflow's parameters are written once; a resumed run has its changes in config.yaml
-            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+        # MLflow's parameters are written once; a resumed run has its changes in config.yaml
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
         return logger
 
     @staticmethod
@@ -295,7 +294,7 @@ class Run:
         metrics = report.means(self._test(self._seg_stage, "after"))
         if self.trainer.is_global_zero:
             report.print_means(metrics)
-        return self._keep(metrics, {}, [])
+        return self._keep(metrics, {})
 
     def _take_best(self, stage: SegStage) -> None:
         """Go back to the checkpoint that validated best, where one was kept."""
@@ -316,7 +315,7 @@ class Run:
             metrics = report.means(scores)
         if not self.trainer.is_global_zero:
             return None
-        drawn = curves(read_history(folder / "history.jsonl"), _CURVES, folder / "reward_curve.png")
+        curves(read_history(folder / "history.jsonl"), _CURVES, folder / "reward_curve.png")
         if stage is not None:
             before, after = (folder / "evaluation" / f"{name}.jsonl" for name in ("before", "after"))
             if before.is_file():
@@ -326,9 +325,9 @@ class Run:
                 report.print_means(metrics)
             report.draw(next(iter(self.data.test.values())), before, after, folder / "before_after.png")
         metrics |= {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
-        return self._keep(metrics, table, [drawn] if drawn else [])
+        return self._keep(metrics, table)
 
-    def _keep(self, metrics: dict[str, float], table: report.Table, drawn: list[Path]) -> float | None:
+    def _keep(self, metrics: dict[str, float], table: report.Table) -> float | None:
         """Write metrics.json, copy everything to the tracker, say where it is."""
         folder = self.folder
         objective = metrics.get(self.cfg.objective_metric or "")
@@ -341,21 +340,10 @@ class Run:
             "seconds": round(time.monotonic() - self.began, 1),
         }  # fmt: skip
         (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
-        kept = (
-            "metrics.json",
-            "config.yaml",
-            "provenance.json",
-            "before_after.png",
-            "sheets",
-            "evaluation",
-            "checkpoints",
-        )
         final = metrics if objective is None else {**metrics, "objective": objective}
-        keep(self.logger, [*(folder / name for name in kept), *drawn], final)
+        keep(self.logger, [folder / name for name in ARTIFACTS], final)
         self.logger.finalize("success")
-        runs = self.cfg.paths.runs
-        where = "" if runs == "runs" else f" RUNS={runs}"
         say(f"\nresults in {folder}")
-        if isinstance(self.logger, MLFlowLogger):
-            say(f"open MLflow: make mlflow{where} (then http://127.0.0.1:5000)")
+        if line := where(self.logger, self.cfg.paths.runs):
+            say(line)
         return objective

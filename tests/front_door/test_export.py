@@ -79,8 +79,13 @@ def test_plain_transformers_generates_the_same_text(exported, lora):
     assert text == segmenter.segment(scene.image).text
 
 
-def test_the_card_says_where_the_numbers_come_from(exported):
-    _, out = exported()
+def test_the_card_says_where_the_numbers_come_from(exported, cli, tmp_path):
+    run, out = exported()
+    inside = cli(
+        "ckpt=last.ckpt", f"out={tmp_path}/inside", module="export", runs=None, cwd=run / "checkpoints"
+    )
+    assert inside[0] == 0, inside[2]
+    assert (tmp_path / "inside" / "README.md").read_text() == (out / "README.md").read_text()
     card = (out / "README.md").read_text()
     for words in (
         " +experiment=demo logger=csv",
@@ -95,6 +100,9 @@ def test_the_card_says_where_the_numbers_come_from(exported):
     weights = out / "model.safetensors"
     assert weights.stat().st_mode == (out / "config.json").stat().st_mode
     assert "<|im_start|>user" in card and "128x128" in card  # what it is asked
+    assert "QUERY" not in card  # it was trained with none
+    front = card.split("---")[1].splitlines()
+    assert {"license: apache-2.0", "library_name: transformers"} <= set(front)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 SEED = 1
+_LICENCE = "apache-2.0"  # the scenes are drawn by segrl, and the weights start from nothing
 
 
 def _train(experiment: str, runs: Path, *overrides: str) -> subprocess.Popen[bytes]:
@@ -102,13 +103,13 @@ def export(runs: Path, out: Path) -> None:
         runs / "nano_sft" / "checkpoints" / "last.ckpt", out / "policy_nano",
         f"Qwen3-VL's classes at 2.5 million parameters: an early cold start, left for reinforcement learning to improve. "
         f"It imitates annotators who draw loose boxes. {made} On 256 held-out scenes: {scores}.",
-        "asset:sam2_nano.safetensors",
+        "asset:sam2_nano.safetensors", _LICENCE,
     )  # fmt: skip
     weights = read_checkpoint(runs / "nano_head" / "checkpoints" / "last.ckpt", "--runs")["state_dict"]
     head = {k.removeprefix("head.model."): v.to(torch.float16).contiguous() for k, v in weights.items()}
     save_file(head, out / "sam2_nano.safetensors", metadata={"format": "pt"})
     note = f"SAM 2.1 (`sam2_nano.yaml`), stored in half precision. {made} The score is the mean IoU from true boxes."
-    (out / "sam2_nano.md").write_text(card(runs / "nano_head", note))
+    (out / "sam2_nano.md").write_text(card(runs / "nano_head", note, licence=_LICENCE))
 
 
 def main() -> None:
