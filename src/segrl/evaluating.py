@@ -28,6 +28,7 @@ from segrl.tracking.checkpoints import learned_policy
 from segrl.tracking.figures import Cell, sheet
 from segrl.tracking.mlflow_runs import keep
 from segrl.tracking.provenance import provenance
+from segrl.tracking.report import tell
 from segrl.types import Answer, Sample
 
 _STAMPS = "weights.json"
@@ -109,7 +110,15 @@ class Evaluation:
         if not self.fabric.is_global_zero:
             return None
         metrics = self._conclude()
-        kept = ("metrics.json", "per_sample.jsonl", "config.yaml", "provenance.json", "overlays", "masks")
+        kept = (
+            "metrics.json",
+            "table.txt",
+            "per_sample.jsonl",
+            "config.yaml",
+            "provenance.json",
+            "overlays",
+            "masks",
+        )
         keep(logger, [self.folder / name for name in kept], metrics)
         if logger is not None:
             logger.finalize("success")
@@ -191,27 +200,33 @@ class Evaluation:
             name: [line for one in members for line in rows[one]]
             for name, members in self.cfg.suite.unions.items()
         }
+        clusters = {name: per_sample.clusters(found) for name, found in {**rows, **joined}.items()}
         tables = {
             name: scores(
                 self.family,
                 [per_sample.parts_of(line) for line in found],
                 self.cfg.suite.draws,
                 self.cfg.seed,
+                clusters[name],
             )
             for name, found in {**rows, **joined}.items()
         }
+        images = {name: int(numbers.max()) + 1 for name, numbers in clusters.items()}
         counts = {name: len(found) for name, found in {**rows, **joined}.items()}
         faults = {
             name: float(np.mean([line["fault"] is not None for line in found]))
             for name, found in {**rows, **joined}.items()
         }
-        per_sample.print_tables(tables, counts, faults)
-        say(", ".join(f"{key} {value}" for key, value in self._identity().items()))
+        tell(
+            f"{per_sample.tables_text(tables, counts, faults, images)}\n"
+            + "\n".join(f"{key}: {value}" for key, value in self._identity().items()),
+            self.folder / "table.txt",
+        )
         report = {
             **self._identity(), "seconds": round(time.monotonic() - self.began, 1),
             "datasets": {
                 name: {
-                    "n": counts[name], "published": _published(self.cfg, name), "fault_rate": faults[name],
+                    "n": counts[name], "images": images[name], "published": _published(self.cfg, name), "fault_rate": faults[name],
                     "scores": {key: score.as_json() for key, score in table.items()},
                 }
                 for name, table in tables.items()
@@ -234,7 +249,7 @@ class Evaluation:
             "suite": cfg.suite.name, "weights": Path(cfg.policy.weights).name,
             "checkpoint": None if cfg.init_from is None else str(cfg.init_from),
             "grammar": str(cfg.grammar._target_).rpartition(".")[2], "head": Path(str(cfg.head.checkpoint)).name,
-            "image_side": cfg.policy.image_side, "precision": str(cfg.trainer.precision),
+            "image_side": cfg.policy.image_side, "precision": str(cfg.trainer.precision), "head_precision": cfg.head.get("precision", "float32"),
             "answers": "greedy" if cfg.suite.greedy else f"sampled, seed {cfg.seed}", "convention": self.family.convention,
         }  # fmt: skip
 

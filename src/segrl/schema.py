@@ -77,6 +77,12 @@ class Policy(_Node):
     gradient_checkpointing: bool = Field(False, strict=True)
 
 
+class Head(_Node):
+    """`head`."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+
 class Rollout(_Node):
     """`rollout`."""
 
@@ -153,7 +159,7 @@ class TrainConfig(BaseModel):
     stage: Stage
     policy: Policy
     reference: dict[str, Any] | None
-    head: dict[str, Any]
+    head: Head
     grammar: dict[str, Any]
     reward: Reward
     rollout: Rollout
