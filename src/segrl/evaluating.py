@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from segrl.data.batching import Collate
+from segrl.departures import of_counts, published
 from segrl.metrics.parts import Family, scores
 from segrl.protocols import SampleSet
 from segrl.running import memory_said, quiet, run_folder, say
@@ -103,6 +104,9 @@ class Evaluation:
             say(
                 f"{self.cfg.suite.name}: {sum(map(len, self.sets.values()))} samples; results in {self.folder}"
             )
+            if not self.cfg.testsets:  # a suite's would have been refused
+                for line in of_counts(self.cfg, self.sets):
+                    say(f"  {line}")
         self.fabric.barrier()
         for name, samples in self.sets.items():
             self._segment(name, samples)
@@ -226,7 +230,7 @@ class Evaluation:
             **self._identity(), "seconds": round(time.monotonic() - self.began, 1),
             "datasets": {
                 name: {
-                    "n": counts[name], "images": images[name], "published": _published(self.cfg, name), "fault_rate": faults[name],
+                    "n": counts[name], "images": images[name], "published": published(self.cfg, name), "fault_rate": faults[name],
                     "scores": {key: score.as_json() for key, score in table.items()},
                 }
                 for name, table in tables.items()
@@ -283,10 +287,10 @@ def _test_sets(cfg: DictConfig, family: Family) -> dict[str, SampleSet]:
     sets: dict[str, SampleSet] = {name: instantiate(node) for name, node in nodes.items()}
     for name, samples in sets.items():
         _check_ids(name, samples.ids, cfg.suite.masks or cfg.suite.overlays)
-        published = _published(cfg, name)
-        if published is not None and published != len(samples):
+        owners = published(cfg, name)
+        if cfg.testsets and owners is not None and owners != len(samples):
             raise ValueError(
-                f"testsets.{name}: {published} samples are published, {len(samples)} are here (python -m segrl.prepare check "
+                f"testsets.{name}: {owners} samples are published, {len(samples)} are here (python -m segrl.prepare check "
                 f"looks into a download; testsets.{name}.published=null scores what is here)"
             )
     return sets
@@ -304,9 +308,3 @@ def _check_ids(name: str, ids: Sequence[str], files: bool) -> None:
             raise ValueError(
                 f"suite.masks and overlays: ids that can name files are needed; {name} has {one!r}"
             )
-
-
-def _published(cfg: DictConfig, name: str) -> int | None:
-    """How many samples the owners of a test set publish; none where it is not known."""
-    count: int | None = OmegaConf.select(cfg, f"testsets.{name}.published")
-    return count

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from segrl.data.datamodule import SegDataModule
 from segrl.data.survey import OnDisk
+from segrl.departures import of_batch, of_counts
 from segrl.front_door import asset, scored_checkpoint
 from segrl.metrics.saliency import NAMES
 from segrl.stages.base import SegStage, Stage
@@ -241,6 +242,8 @@ class Run:
         """Say what runs where."""
         learned = sum(p.numel() for p in self.stage.parameters() if p.requires_grad)
         say(f"{self.cfg.name}: {learned / 1e6:.1f} M parameters learn; results in {self.folder}")
+        for line in (*of_batch(self.cfg, self.trainer.world_size), *of_counts(self.cfg, self.data.test)):
+            say(f"  {line}")
         if (
             isinstance(self.stage, PolicyGradientStage)
             and self.cfg.reference

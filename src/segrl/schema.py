@@ -112,6 +112,7 @@ class Data(_Node):
     """`data`."""
 
     batch_size: Count
+    global_batch: Count | None = None
     workers: int = Field(ge=0, strict=True)
 
 
