@@ -30,8 +30,8 @@ setup: $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv) ## get uv if missing and make
 demo: setup ## GRPO on the embedded default, then the table before / after (about 5 minutes on 2 cores)
 	@$(PYTHON) -m segrl.train +experiment=demo paths.runs=$(RUNS) $(ARGS)
 
-seg-r1: setup ## SFT, pre-RL, GRPO, SOD in a row, relatives beside them, one table (SCALE=nano, about an hour; SCALE=paper)
-	@$(PYTHON) -m segrl.recipe recipes/seg_r1_$(SCALE).yaml --runs $(RUNS)/seg_r1_$(SCALE) --at-once $(if $(filter nano,$(SCALE)),2,1)
+seg-r1: setup ## SFT, pre-RL, GRPO, SOD in a row, relatives beside them, one table (SCALE=nano, about an hour; SCALE=paper: 8 GPUs of 80 GB)
+	@$(PYTHON) -m segrl.recipe recipes/seg_r1_$(SCALE).yaml --runs $(RUNS)/seg_r1_$(SCALE) --at-once $(if $(filter nano,$(SCALE)),2,1) $(ARGS)
 
 test: setup ## unit, contract, config, stage and house tests (under 10 minutes on 2 cores; JOBS=2 at once)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(JOBS) --dist worksteal

@@ -64,7 +64,10 @@ def _take_model(cfg: DictConfig, folder: Path) -> None:
     for part in PARTS:
         if part in card and part not in chosen:
             cfg[part] = {name: located(value, cfg.paths.weights) for name, value in card[part].items()}
-    if card and not chosen & {"policy", "trainer", "trainer.precision"}:
+    if card and not chosen & {
+        "policy",
+        "trainer.precision",
+    }:  # a trainer group says where it runs, not how exactly
         cfg.trainer.precision = card["precision"]["passes"]
     OmegaConf.update(cfg, "policy.weights", str(folder), force_add=True)
     for override in said:  # what the command line says stands above the card

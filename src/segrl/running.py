@@ -23,7 +23,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from segrl.data.datamodule import SegDataModule
-from segrl.front_door import scored_checkpoint
+from segrl.data.survey import OnDisk
+from segrl.departures import of_batch, of_counts
+from segrl.front_door import asset, scored_checkpoint
 from segrl.metrics.saliency import NAMES
 from segrl.stages.base import SegStage, Stage
 from segrl.stages.policy_gradient import PolicyGradientStage
@@ -239,6 +241,8 @@ class Run:
         """Say what runs where."""
         learned = sum(p.numel() for p in self.stage.parameters() if p.requires_grad)
         say(f"{self.cfg.name}: {learned / 1e6:.1f} M parameters learn; results in {self.folder}")
+        for line in (*of_batch(self.cfg, self.trainer.world_size), *of_counts(self.cfg, self.data.test)):
+            say(f"  {line}")
         if (
             isinstance(self.stage, PolicyGradientStage)
             and self.cfg.reference
@@ -250,6 +254,12 @@ class Run:
     def _seg_stage(self) -> SegStage | None:
         """The stage, if it can be scored on test sets."""
         return self.stage if isinstance(self.stage, SegStage) and self.data.test else None
+
+    @property
+    def _only_scenes(self) -> bool:
+        """Whether the policy is the one that ships, which has seen drawn scenes alone, and a test set is of photographs."""
+        photographs = any(isinstance(samples, OnDisk) for samples in self.data.test.values())
+        return photographs and str(self.cfg.policy.weights) == asset("policy_nano")
 
     def _test(self, stage: SegStage, name: str) -> report.Scores:
         """Score the test sets, one line per sample into the run folder; on every rank the scores of all."""
@@ -293,7 +303,7 @@ class Run:
             raise ValueError("data: test sets are needed to score a policy; this dataset has none")
         metrics = report.means(self._test(self._seg_stage, "after"))
         if self.trainer.is_global_zero:
-            report.print_means(metrics)
+            report.tell(report.means_text(metrics), self.folder / "table.txt")
         return self._keep(metrics, {})
 
     def _take_best(self, stage: SegStage) -> None:
@@ -311,18 +321,18 @@ class Run:
         table: report.Table = {}
         if stage is not None:
             self._take_best(stage)
-            scores = self._test(stage, "after")
-            metrics = report.means(scores)
+            metrics = report.means(self._test(stage, "after"))
         if not self.trainer.is_global_zero:
             return None
         curves(read_history(folder / "history.jsonl"), _CURVES, folder / "reward_curve.png")
         if stage is not None:
             before, after = (folder / "evaluation" / f"{name}.jsonl" for name in ("before", "after"))
             if before.is_file():
-                table = report.compare(report.load(before), scores, self.cfg.seed)
-                report.print_table(table)
+                table = report.conclude(
+                    folder, self.cfg.seed, self.step, self.cfg.stage.optimizer.lr, self._only_scenes
+                )
             else:
-                report.print_means(metrics)
+                report.tell(report.means_text(metrics), folder / "table.txt")
             report.draw(next(iter(self.data.test.values())), before, after, folder / "before_after.png")
         metrics |= {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
         return self._keep(metrics, table)

@@ -77,6 +77,12 @@ class Policy(_Node):
     gradient_checkpointing: bool = Field(False, strict=True)
 
 
+class Head(_Node):
+    """`head`."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+
 class Rollout(_Node):
     """`rollout`."""
 
@@ -106,6 +112,7 @@ class Data(_Node):
     """`data`."""
 
     batch_size: Count
+    global_batch: Count | None = None
     workers: int = Field(ge=0, strict=True)
 
 
@@ -153,7 +160,7 @@ class TrainConfig(BaseModel):
     stage: Stage
     policy: Policy
     reference: dict[str, Any] | None
-    head: dict[str, Any]
+    head: Head
     grammar: dict[str, Any]
     reward: Reward
     rollout: Rollout

@@ -36,6 +36,9 @@ class Sample:
     """File of the image; none where it was drawn."""
     trace: Parsed | None = None
     """What an annotator answered, where the dataset has it; such samples may have an empty mask."""
+    cluster: str | None = None
+    """What samples that are not independent have in common: their image. Intervals draw a cluster with all of its samples.
+    `None` where no other sample of the dataset is of the same image."""
 
     def counted(self, mask: np.ndarray) -> np.ndarray:
         """A mask bool `[H, W]` without the pixels that no score looks at."""

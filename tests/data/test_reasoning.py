@@ -89,6 +89,7 @@ def test_the_first_sentence_is_asked_or_each_is_a_sample_of_its_own(tmp_path: Pa
     every = sample_of(tmp_path, every_sentence=True)
     assert every.ids == [every[i].id for i in range(4)] == ["a#1-0", "b-0", "b-1", "b-2"]
     assert [every[i].query for i in range(4)] == ["the cup", "Which?", "What?", "Where?"]
+    assert [every[i].cluster for i in range(4)] == ["a#1", "b", "b", "b"]
     assert {int(every[i].mask.sum()) for i in range(1, 4)} == {64}
     assert len(ReasonSeg.survey(str(tmp_path), "train", True, None).pieces) == 2, (
         "photographs are what is counted"

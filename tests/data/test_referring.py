@@ -108,6 +108,8 @@ def test_every_sentence_of_a_split_is_a_sample_stripped_and_in_lower_case(tmp_pa
     assert [found[i].query for i in range(3)] == ["the left", "left", "top"]
     assert found.ids == ["1-10", "1-11", "3-30"]
     assert [int(found[i].mask.sum()) for i in range(3)] == [192, 192, 192]
+    images = [f"image {found.annotations.refs[k]['image_id']}" for k in (0, 0, 1)]
+    assert [found[i].cluster for i in range(3)] == images, "an image's sentences are drawn together"
 
 
 def test_grefcoco_names_one_object_several_or_none_and_refs_without_a_sentence_are_skipped(tmp_path):

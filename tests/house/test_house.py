@@ -19,7 +19,7 @@ LEVELS = {
     "rollout": 3, "segmenter": 3,
     "stages": 4,
     "tracking": 5,
-    "front_door": 6, "schema": 6, "running": 6, "train": 6, "evaluate": 6, "evaluating": 6, "score": 6, "export": 6, "prepare": 6, "recipe": 6, "assets": 6, "serve": 6, "track": 6, "licences": 6,
+    "front_door": 6, "schema": 6, "running": 6, "train": 6, "evaluate": 6, "evaluating": 6, "departures": 6, "score": 6, "export": 6, "prepare": 6, "recipe": 6, "assets": 6, "serve": 6, "track": 6, "licences": 6,
 }  # fmt: skip
 # Third-party packages that have one place.
 HOMES = {

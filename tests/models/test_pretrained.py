@@ -137,6 +137,46 @@ def test_the_card_says_how_and_the_command_line_stands_above_it(cli, tmp_path, m
     assert [r["text"] for r in rows(tmp_path / "d")] == [r["text"] for r in rows(tmp_path / "b")]
 
 
+@pytest.mark.parametrize(
+    ("said", "precision"),
+    [
+        ((), "bf16-mixed"),
+        (("trainer=cpu",), "bf16-mixed"),
+        (("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"), "bf16-mixed"),
+        (("trainer=deepspeed_zero2",), "bf16-mixed"),
+        (("trainer.devices=1",), "bf16-mixed"),
+        (("+experiment=demo",), "bf16-mixed"),
+        (("trainer=ddp", "trainer.precision=32-true"), "32-true"),
+        (("policy=nano",), "32-true"),
+    ],
+)
+def test_a_cards_precision_survives_all_but_a_precision_and_a_policy(
+    cli, model, monkeypatch, said, precision
+):
+    """A group of the trainer says where an evaluation runs; how exactly, the card says."""
+    from segrl import evaluating
+
+    taken = []
+
+    class Stub:
+        """In place of an evaluation: what it would have been built from."""
+
+        @staticmethod
+        def build(cfg):
+            taken.append(cfg)
+            return Stub()
+
+        def run(self):
+            return None
+
+    monkeypatch.setattr(evaluating, "Evaluation", Stub)
+    folder = model(changed("precision", "passes", value="bf16-mixed"))
+    arguments = [a for a in EVAL if a != "trainer=cpu"]
+    code, _, err = cli(*arguments, *said, f"model={folder}", module="evaluate")
+    assert code == 0, err
+    assert [cfg.trainer.precision for cfg in taken] == [precision]
+
+
 BAD = {
     "no json": ("{", ["JSON"]),
     "a list": ([], ["policy, grammar, head, rollout, precision"]),

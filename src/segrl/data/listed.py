@@ -48,8 +48,8 @@ def _line(path: Path, number: int, text: bytes) -> Line:
 
 
 def _read(image: Path, mask: Path, line: Line, name: str) -> Sample:
-    """One sample at its own size."""
-    return replace(read_pair(image, mask, line.query), id=name)
+    """Read one sample at its own size; lines of the same image are one cluster."""
+    return replace(read_pair(image, mask, line.query), id=name, cluster=line.image)
 
 
 class Listed(Pieces):

@@ -80,7 +80,7 @@ def _read(image: Path, annotation: Annotation, sentence: int, name: str) -> Samp
     pixels = read_image(image, shown_size(image))
     mask, ignore = draw(annotation.shapes, *pixels.shape[:2])
     return Sample(
-        id=name, image=pixels, mask=mask, query=annotation.text[sentence].strip(), path=image,
+        id=name, image=pixels, mask=mask, query=annotation.text[sentence].strip(), path=image, cluster=image.stem,
         ignore=ignore if ignore.any() else None,
     )  # fmt: skip
 

@@ -144,7 +144,7 @@ class Annotations:
             )
         return Sample(
             id=name_of(ref, sentence), image=image, mask=mask, query=str(sentence["sent"]).strip().lower(), path=path,
-            objects=np.stack(objects) if objects else np.zeros((0, *size), bool),
+            objects=np.stack(objects) if objects else np.zeros((0, *size), bool), cluster=f"image {ref['image_id']}",
         )  # fmt: skip
 
 

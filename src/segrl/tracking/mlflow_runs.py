@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _PARENT = "SEGRL_PARENT_RUN"
 _JOB = "SEGRL_JOB_NAME"
 ARTIFACTS = (
-    "metrics.json", "config.yaml", "provenance.json", "history.jsonl", "validation.jsonl", "reward_curve.png",
+    "metrics.json", "table.txt", "config.yaml", "provenance.json", "history.jsonl", "validation.jsonl", "reward_curve.png",
     "before_after.png", "sheets", "evaluation", "per_sample.jsonl", "overlays", "masks", "checkpoints",
 )  # fmt: skip
 """What of a run folder is copied into the artifacts."""
