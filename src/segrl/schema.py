@@ -77,6 +77,21 @@ class Policy(_Node):
     gradient_checkpointing: bool = Field(False, strict=True)
 
 
+class Grammar(_Node):
+    """`grammar`."""
+
+    target: str = Field(alias="_target_")
+    instructions: Any = None
+
+    @model_validator(mode="after")
+    def _texts(self) -> Grammar:
+        """A file, or its sections, whose texts the grammar's constructor looks at."""
+        given = self.instructions
+        if given is not None and not isinstance(given, str | dict):
+            raise ValueError(f"grammar.instructions: null or a YAML file of texts is needed; got {given!r}")
+        return self
+
+
 class Rollout(_Node):
     """`rollout`."""
 
@@ -154,7 +169,7 @@ class TrainConfig(BaseModel):
     policy: Policy
     reference: dict[str, Any] | None
     head: dict[str, Any]
-    grammar: dict[str, Any]
+    grammar: Grammar
     reward: Reward
     rollout: Rollout
     data: Data
