@@ -97,7 +97,7 @@ class Parsed:
     prompt: MaskPrompt | None = None
     fault: ParseFault | None = None
     rest: str = ""
-    """What stands in front of the thought and behind the answer, beside a fault, too; it does not spoil the answer."""
+    """What stands behind the answer (in JSON, in front of the thought, too), beside a fault, too; it does not spoil the answer."""
     loose: bool = False
     """Whether the answer was read although it is not written as the grammar asks; no format reward pays for it."""
     partly: float = 0.0

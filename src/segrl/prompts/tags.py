@@ -108,7 +108,8 @@ class SegR1Tags:
     """`<think> ... </think> <bbox>[x1,y1,x2,y2]</bbox>, <points>[[x,y],...]</points>, <labels>[1,0,...]</labels>`.
 
     Several objects are several `<bbox>` fields; points are one list for all of them. Coordinates outside the
-    image are clamped to its border. Source: Seg-R1 (arXiv 2506.22624), released `grpo.py`.
+    image are clamped to its border. Words in front of the thought are legal, as in the released code.
+    Source: Seg-R1 (arXiv 2506.22624), released `grpo.py`.
 
     Args:
         max_boxes: more are a fault (each box is one more mask to decode).
@@ -156,7 +157,7 @@ class SegR1Tags:
             return Parsed(thought=thoughts[0].strip() if thoughts else "", fault=kind)
         begin = text.find("<think>")
         answer = text[text.find("</think>", begin) + len("</think>") :]
-        outer = Parsed(thought=thoughts[0].strip(), rest=f"{text[:begin]} {_rest(answer)}".strip())
+        outer = Parsed(thought=thoughts[0].strip(), rest=_rest(answer))
         try:
             if not answer.strip():
                 raise Fault(ParseFault.NO_ANSWER)
