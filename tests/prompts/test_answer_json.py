@@ -267,7 +267,7 @@ def test_a_fault_after_the_thought_keeps_the_thought(grammar: Grammar, payload: 
 @every_grammar
 def test_words_around_a_faulty_answer_are_kept_too(grammar: Grammar, payload: str) -> None:
     parsed = grammar.parse("oh " + answered(payload.replace("bbox", "box")) + " and so on", FRAME)
-    assert (parsed.fault, parsed.rest) == (ParseFault.NO_BOX, "oh  and so on")
+    assert (parsed.fault, parsed.rest) == (ParseFault.NO_BOX, "oh and so on")
     assert grammar.parse("oh " + answered(payload), FRAME).rest == "oh"
 
 

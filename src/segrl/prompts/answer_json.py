@@ -81,7 +81,7 @@ def _outer(text: str) -> tuple[Parsed, str]:
         return Parsed(thought=thought, fault=ParseFault.DUPLICATE_FIELD), ""
     start = text.find("<answer>", behind) + len("<answer>")
     rest = text[start + len(answers[0]) + len("</answer>") :]
-    return Parsed(thought=thought, rest=f"{text[:begin]} {rest}".strip()), answers[0]
+    return Parsed(thought=thought, rest=f"{text[:begin].strip()} {rest.strip()}".strip()), answers[0]
 
 
 def _numbers(value: object, count: int) -> list[float]:

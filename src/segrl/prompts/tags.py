@@ -84,13 +84,13 @@ def _read_points(text: str, frame: Frame, limit: int) -> tuple[np.ndarray, np.nd
     pairs = [_PAIR.fullmatch(pair) for pair in points[2:-2].split("],[")]
     if any(pair is None for pair in pairs):
         raise Fault(ParseFault.BAD_NUMBERS)
-    values = [_WHOLE.fullmatch(value) for value in labels[1:-1].split(",")]
-    if any(value is None for value in values):
+    values = labels[1:-1].split(",")
+    if any(_WHOLE.fullmatch(value) is None for value in values):
         raise Fault(ParseFault.BAD_LABEL)
     if len(values) != len(pairs):
         raise Fault(ParseFault.LABEL_COUNT)
     xy = np.array([[float(v) for v in pair.groups()] for pair in pairs if pair is not None])
-    return to_unit(xy, frame), np.array([int(value[1]) for value in values if value is not None], np.int64)
+    return to_unit(xy, frame), np.array([int(value[0]) for value in values], np.int64)
 
 
 def _write_points(prompt: MaskPrompt, frame: Frame, between: str, limit: int) -> str:
