@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from segrl.front_door import check, enter
+from segrl.front_door import check, enter, take_in_instructions
 
 
 def job(cfg: DictConfig) -> float | None:
@@ -23,6 +23,7 @@ def job(cfg: DictConfig) -> float | None:
     if OmegaConf.is_missing(cfg.data, "train"):  # a list to learn from is not asked for
         cfg.data.train = None
     check(cfg)
+    take_in_instructions(cfg)
     from segrl.evaluating import Evaluation
 
     return Evaluation.build(cfg).run()

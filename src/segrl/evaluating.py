@@ -65,7 +65,7 @@ class Evaluation:
                 raise ValueError(
                     f"resume: the weights with which {folder} was begun are needed; {changed[0]} is another file now"
                 )
-        policy = instantiate(cfg.policy)
+        grammar, policy = instantiate(cfg.grammar), instantiate(cfg.policy)
         if cfg.init_from is not None:
             learned = learned_policy(Path(cfg.init_from), "init_from")
             try:
@@ -74,9 +74,7 @@ class Evaluation:
                 raise ValueError(
                     f"init_from: a policy of this architecture is needed; {cfg.init_from} has another ({error})"
                 ) from None
-        segmenter = Segmenter(
-            policy.eval(), instantiate(cfg.grammar), instantiate(cfg.rollout), instantiate(cfg.head)
-        )
+        segmenter = Segmenter(policy.eval(), grammar, instantiate(cfg.rollout), instantiate(cfg.head))
         trainer = cfg.trainer
         try:
             fabric = Fabric(

@@ -41,7 +41,7 @@ def job(cfg: DictConfig) -> None:
 def export_policy(
     ckpt: Path, out: Path, note: str, head_checkpoint: str | None = None, licence: str | None = None
 ) -> None:
-    """Write the policy of a checkpoint as weights, processor, generation config, `segrl.json` and model card.
+    """Write the policy of a checkpoint as weights, processor, generation config, instructions, `segrl.json` and model card.
 
     Args:
         ckpt: in the `checkpoints` folder of a run.
@@ -56,6 +56,7 @@ def export_policy(
     from hydra.utils import instantiate
 
     from segrl.models import pretrained
+    from segrl.prompts import instructions
     from segrl.tracking.checkpoints import learned_policy
 
     run = ckpt.parent.parent
@@ -70,12 +71,20 @@ def export_policy(
     cfg = OmegaConf.load(run / "config.yaml")
     assert isinstance(cfg, DictConfig)
     learned = learned_policy(ckpt, "ckpt")
-    parts = pretrained.checked(described(cfg, head_checkpoint), run / "config.yaml")
+    grammar = instantiate(cfg.grammar)
+    described_parts = described(cfg, head_checkpoint)
+    described_parts["grammar"]["instructions"] = {
+        grammar.section: grammar.texts
+    }  # the texts, not where they stood
+    parts = pretrained.checked(described_parts, run / "config.yaml")
     policy = instantiate(cfg.policy)
     policy.take_over(learned)
     policy.save(out, cfg.rollout.max_tokens)
     pretrained.write(out, parts)
-    asked = _asked(policy, instantiate(cfg.grammar), str(cfg.data.module.train._target_))
+    (out / instructions.NAME).write_text(
+        instructions.written(grammar.section, grammar.texts), encoding="utf-8"
+    )
+    asked = _asked(policy, grammar, str(cfg.data.module.train._target_))
     (out / "README.md").write_text(card(run, note, ckpt, asked, licence))
 
 
@@ -85,6 +94,7 @@ def described(cfg: DictConfig, head_checkpoint: str | None) -> dict[str, dict[st
         part: dict(OmegaConf.to_container(cfg[part], resolve=False))  # type: ignore[arg-type]
         for part in ("policy", "grammar", "head", "rollout")
     }
+    parts["grammar"].pop("instructions", None)  # whoever writes the card knows the texts
     parts["policy"] |= {"weights": ".", "lora": None}  # an adapter was merged
     parts["rollout"] = {  # whatever sampled in training: it needs no more than segrl itself
         "_target_": "segrl.rollout.shared_prefix.SharedPrefixEngine", "max_tokens": cfg.rollout.max_tokens

@@ -17,6 +17,9 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from segrl.prompts.instructions import NAME as INSTRUCTIONS
+from segrl.prompts.instructions import read as read_instructions
+
 _HERE = Path(__file__).resolve().parent
 
 
@@ -46,9 +49,27 @@ def scored_checkpoint(run: Path) -> Path:
     return best if best.is_file() else run / "checkpoints" / "last.ckpt"
 
 
+def instructions_of(weights: str) -> str | None:
+    """Return the file of instructions that lies beside a policy's weights, or None where there is none."""
+    beside = Path(weights) / INSTRUCTIONS
+    return str(beside) if beside.is_file() else None
+
+
 def register_resolvers() -> None:
-    """`${asset:NAME}` in a configuration is `asset(NAME)`."""
+    """Let a configuration say `${asset:NAME}` for `asset(NAME)`, and `${instructions_of:FOLDER}` for `instructions_of(FOLDER)`."""
     OmegaConf.register_new_resolver("asset", asset, replace=True)
+    OmegaConf.register_new_resolver("instructions_of", instructions_of, replace=True)
+
+
+def take_in_instructions(cfg: DictConfig) -> None:
+    """Put the texts of `grammar.instructions` in place of their file, so that a run's folder says what was asked.
+
+    Raises:
+        ValueError: if the file is not there, or is damaged.
+    """
+    given = OmegaConf.select(cfg, "grammar.instructions")
+    if isinstance(given, str):
+        cfg.grammar.instructions = read_instructions(Path(given))
 
 
 def enter(config_name: str, job: Callable[[DictConfig], object]) -> None:

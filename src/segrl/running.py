@@ -16,7 +16,7 @@ from typing import Any
 import lightning
 import torch
 import torch.distributed.nn
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -165,8 +165,8 @@ class Run:
 
     @staticmethod
     def _check_words(cfg: DictConfig) -> None:
-        """A grammar must be able to say what the reward looks at; no weights are loaded yet."""
-        grammar: Any = get_class(cfg.grammar._target_)
+        """A grammar must have its instructions, and be able to say what the reward looks at; no weights are loaded yet."""
+        grammar = type(instantiate(cfg.grammar))
         wanted = {f"reward.terms.{name}": term.get("needs", []) for name, term in cfg.reward.terms.items()}
         if cfg.stage.get("shaping") is not None:
             wanted["stage.shaping"] = ["steps"]

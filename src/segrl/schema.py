@@ -83,6 +83,21 @@ class Head(_Node):
     precision: Literal["float32", "bfloat16"] = "float32"
 
 
+class Grammar(_Node):
+    """`grammar`."""
+
+    target: str = Field(alias="_target_")
+    instructions: Any = None
+
+    @model_validator(mode="after")
+    def _texts(self) -> Grammar:
+        """A file, or its sections, whose texts the grammar's constructor looks at."""
+        given = self.instructions
+        if given is not None and not isinstance(given, str | dict):
+            raise ValueError(f"grammar.instructions: null or a YAML file of texts is needed; got {given!r}")
+        return self
+
+
 class Rollout(_Node):
     """`rollout`."""
 
@@ -161,7 +176,7 @@ class TrainConfig(BaseModel):
     policy: Policy
     reference: dict[str, Any] | None
     head: Head
-    grammar: dict[str, Any]
+    grammar: Grammar
     reward: Reward
     rollout: Rollout
     data: Data

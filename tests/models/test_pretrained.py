@@ -177,6 +177,16 @@ def test_a_cards_precision_survives_all_but_a_precision_and_a_policy(
     assert [cfg.trainer.precision for cfg in taken] == [precision]
 
 
+def test_a_card_asks_with_its_own_texts_or_with_those_beside_the_weights(model):
+    beside = pretrained.read(model(CARD))["grammar"]["instructions"]
+    shipped = json.loads((Path(asset("policy_nano")) / "segrl.json").read_text())["grammar"]["instructions"]
+    assert beside["seg_r1_tags"] == shipped["seg_r1_tags"]
+    asked = {"seg_r1_tags": {"user": "All?"}}
+    folder = model(changed("grammar", "instructions", value=asked), "asked")
+    said = Segmenter.from_pretrained(folder).grammar.messages(None)
+    assert said[-1]["content"][-1]["text"] == "All?"
+
+
 BAD = {
     "no json": ("{", ["JSON"]),
     "a list": ([], ["policy, grammar, head, rollout, precision"]),
@@ -185,6 +195,8 @@ BAD = {
     "a part more": ({**CARD, "data": {}}, ["data"]),
     "a place to write to": (changed("head", "embeddings_folder", value="/srv/theirs"), ["head.embeddings_folder", "/srv/theirs"]),
     "foreign code": (changed("grammar", "_target_", value="os.system"), ["grammar._target_", "os.system"]),
+    "instructions of this machine": (changed("grammar", "instructions", value="/etc/hostname"), ["grammar.instructions", "/etc/hostname"]),
+    "instructions that are none": (changed("grammar", "instructions", value={"seg_r1_tags": {"refer": "x"}}), ["seg_r1_tags.refer", "{query}"]),
     "another room": (changed("grammar", "_target_", value="segrl.models.nano.write"), ["grammar._target_"]),
     "a longer path": (changed("grammar", "_target_", value="segrl.prompts.tags.re.compile"), ["grammar._target_"]),
     "what is only imported there": (changed("policy", "_target_", value="segrl.models.hf_vlm.Path"), ["policy._target_"]),

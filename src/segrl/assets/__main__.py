@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -49,14 +50,17 @@ def blank(folder: Path) -> Path:
     from segrl.prompts.tags import SegR1Tags
 
     annotate, grammar = Annotator(0.25, 32, 3), SegR1Tags(16, 64)
+    texts = instructions.read(HERE / "policy_nano" / instructions.NAME)
     scenes = SyntheticScenes("vocabulary", 300, SEED, 128, (0.3, 1.0), (1, 3))
     answers = [
         grammar.render(annotate(scenes[i], np.random.default_rng(i)), permille(128, 128))
         for i in range(len(scenes))
     ]
-    asked = [instructions.SEG_R1_SYSTEM, instructions.SEG_R1_USER, instructions.SEG_R1_POINTS_USER]
+    asked = [texts["seg_r1_tags"]["system"], texts["seg_r1_tags"]["user"], texts["seg_r1_points"]["user"]]
     torch.manual_seed(SEED)
-    return nano.write(folder, nano.qwen3_vl(nano.vocabulary_texts(asked, answers)))
+    written = nano.write(folder, nano.qwen3_vl(nano.vocabulary_texts(asked, answers)))
+    shutil.copy(HERE / "policy_nano" / instructions.NAME, written)  # so that its trainings ask with them
+    return written
 
 
 def box_scores(run: Path) -> dict[str, float]:

@@ -95,7 +95,10 @@ def _within(prompt: MaskPrompt, box: np.ndarray) -> MaskPrompt:
 
 
 def split_by_box(prompt: MaskPrompt) -> list[MaskPrompt]:
-    """One prompt per box, points assigned to the boxes that hold them; without boxes, the prompt as it is."""
+    """Return one prompt per box, with its own point or with the points it holds; without boxes, the prompt as it is."""
+    if prompt.paired:
+        objects = zip(prompt.boxes, prompt.points, prompt.labels, strict=True)
+        return [MaskPrompt.of([box], [point], [label]) for box, point, label in objects]
     if len(prompt.boxes):
         return [_within(prompt, box) for box in prompt.boxes]
     return [prompt] if len(prompt.points) else []
