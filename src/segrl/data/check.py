@@ -7,17 +7,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from io import BytesIO
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from PIL import Image
-
 from segrl.data.survey import Piece, Survey, first_names
-from segrl.data.transforms import UNDECODABLE, mask_kind
-
-_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF
+from segrl.data.boundary import reading
+from segrl.data.pictures import NEEDED, header
+from segrl.data.transforms import mask_kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,18 +42,17 @@ class Finding:
 def look(piece: Piece) -> Finding:
     """Read one sample as its loader does, and remember what it is; what is unfit is a finding, not an error."""
     try:
-        content = piece.image.read_bytes() if piece.content is None else piece.content()
-        with Image.open(BytesIO(content)) as image:
-            size, orientation = image.size, image.getexif().get(_ORIENTATION, 1)
-    except (*UNDECODABLE, ValueError) as error:
-        return Finding(
-            id=piece.id, fault=f"{piece.image}: an image is needed; the file cannot be decoded ({error})"
-        )
+        with reading(piece.image, NEEDED):
+            content = piece.image.read_bytes() if piece.content is None else piece.content()
+        image = header(piece.image, content)
+    except ValueError as error:
+        return Finding(id=piece.id, fault=" ".join(str(error).split()))
     digest = hashlib.sha1(content, usedforsecurity=False).hexdigest()
-    seen: dict[str, Any] = {"id": piece.id, "digest": digest, "size": size, "turned": orientation != 1}
+    seen: dict[str, Any] = {"id": piece.id, "digest": digest, "size": image.size, "turned": image.turn != 1}
     try:
-        wanted = _size(piece.mask) if piece.mask is not None else piece.size
-        if wanted is not None and size != wanted and not (orientation in _SIDEWAYS and size[::-1] == wanted):
+        wanted = header(piece.mask).shown if piece.mask is not None else piece.size
+        size = image.size
+        if wanted is not None and wanted not in (size, image.shown):
             whose = "the annotations say" if piece.mask is None else "mask"
             seen["other_size"] = f"{piece.id}: image {size[0]}x{size[1]}, {whose} {wanted[0]}x{wanted[1]}"
         if piece.mask is not None:
@@ -69,15 +65,6 @@ def look(piece: Piece) -> Finding:
         share=None if sample.trace is not None else float(sample.mask.mean()),
         ignored=sample.ignore is not None,
     )
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """Width and height by the header; ValueError naming what is no image."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except UNDECODABLE as error:
-        raise ValueError(f"{path}: an image is needed; the file cannot be decoded ({error})") from None
 
 
 @dataclass(slots=True, kw_only=True)

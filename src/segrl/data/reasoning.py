@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from segrl.data.survey import Piece, Pieces, Survey, first_names
-from segrl.data.transforms import read_image, shown_size
+from segrl.data.transforms import read_image
 from segrl.types import Sample
 
 _TARGET, _IGNORED = 1, 255
@@ -77,7 +77,7 @@ def draw(shapes: list[Shape], height: int, width: int) -> tuple[np.ndarray, np.n
 
 def _read(image: Path, annotation: Annotation, sentence: int, name: str) -> Sample:
     """One sample, upright as the camera meant it: the polygons were drawn on the photograph as it is shown."""
-    pixels = read_image(image, shown_size(image))
+    pixels = read_image(image, upright=True)
     mask, ignore = draw(annotation.shapes, *pixels.shape[:2])
     return Sample(
         id=name, image=pixels, mask=mask, query=annotation.text[sentence].strip(), path=image,
