@@ -11,8 +11,9 @@ from layouts import coco, ref
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from segrl.data.annotations import read_refs, read_segmentation
 from segrl.data.chat_traces import AsWritten, ChatTraces
-from segrl.data.referring import ReferringExpressions, belongs, read_refs, read_segmentation
+from segrl.data.referring import ReferringExpressions, belongs
 from segrl.data.traces import Annotator
 from segrl.prompts.tags import SegR1Tags
 from segrl.types import Sample

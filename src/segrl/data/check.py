@@ -7,13 +7,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from segrl.data.survey import Piece, Survey, first_names
 from segrl.data.boundary import reading
 from segrl.data.pictures import NEEDED, header
+from segrl.data.survey import Piece, Survey, counted, first_names
 from segrl.data.transforms import mask_kind
 
 
@@ -57,7 +56,7 @@ def look(piece: Piece) -> Finding:
             seen["other_size"] = f"{piece.id}: image {size[0]}x{size[1]}, {whose} {wanted[0]}x{wanted[1]}"
         if piece.mask is not None:
             seen["kind"] = mask_kind(piece.mask)
-        sample = piece.read()
+        sample = piece.sample()
     except ValueError as error:
         return Finding(**seen, fault=" ".join(str(error).split()))
     return Finding(
@@ -88,6 +87,8 @@ class SplitReport:
     full: list[str]
     ignored: int
     """Samples with pixels that no score looks at."""
+    unread: dict[str, int]
+    """What the folders also hold and nobody reads: by suffix, "hidden", "sub folders"."""
 
     @property
     def wrong(self) -> bool:
@@ -115,6 +116,8 @@ class SplitReport:
             told.append(
                 f"  {'object share':<18}least {self.share[0]:.4f}, median {self.share[1]:.4f}, largest {self.share[2]:.4f}"
             )
+        if self.unread:
+            told.append(f"  {'not read':<18}{counted(Counter(self.unread))}")
         if self.ignored:
             told.append(f"  {'ignored regions':<18}in {self.ignored}")
         told.append(f"  {'UNFIT' if self.faults else 'unfit':<18}{len(self.faults)}")
@@ -163,7 +166,7 @@ def _gathered(name: str, survey: Survey, published: int | None, found: list[Find
         kinds=dict(Counter(one.kind for one in found if one.kind is not None)),
         share=(min(shares), median(shares), max(shares)) if shares else None,
         empty=[one.id for one in found if one.share == 0], full=[one.id for one in found if one.share == 1],
-        ignored=sum(one.ignored for one in found),
+        ignored=sum(one.ignored for one in found), unread=dict(survey.unread),
     )  # fmt: skip
 
 
