@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from segrl.data.boundary import is_file, reading
+from segrl.data.boundary import is_file, is_text, reading
 
 _KEYS = {"ref_id", "ann_id", "image_id", "split", "sentences"}
 _LONGEST = 1_000_000  # pixels of one outline: pycocotools makes five points of each
@@ -125,11 +125,6 @@ def is_id(value: object) -> bool:
     return isinstance(value, int) or is_text(value)
 
 
-def is_text(value: object) -> bool:
-    """Return whether a value is text that can be written: JSON also knows halves of letters."""
-    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
-
-
 def read_instances(path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]]:
     """Return objects and pictures of COCO's `instances.json`, each by id. Raises ValueError naming what is none."""
     with reading(path, "COCO's annotations are needed; it holds none"):
@@ -188,15 +183,14 @@ def _from_runs(segmentation: dict[str, Any], height: int, width: int) -> np.ndar
         )
     if isinstance(counts, str | bytes):
         counts = _uncompressed(counts if isinstance(counts, bytes) else counts.encode())
-    whole = isinstance(counts, list) and all(
-        type(run) is int and 0 <= run <= height * width for run in counts
-    )
-    if not whole or sum(counts) != height * width:
+    runs = counts if isinstance(counts, list) else []
+    whole = all(type(run) is int and 0 <= run <= height * width for run in runs)
+    if not whole or sum(runs) != height * width:
         raise ValueError(
             f"run lengths that add up to {height * width} pixels are needed; got {_short(counts)}"
         )
-    values = np.arange(len(counts)) % 2 == 1
-    return np.ascontiguousarray(np.repeat(values, counts).reshape(width, height).T)
+    values = np.arange(len(runs)) % 2 == 1
+    return np.ascontiguousarray(np.repeat(values, runs).reshape(width, height).T)
 
 
 def _uncompressed(text: bytes) -> list[int]:

@@ -70,3 +70,8 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # too long, or with a NUL
         return False
+
+
+def is_text(value: object) -> bool:
+    """Return whether a value is text that can be written: JSON and file systems also know halves of letters."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)

@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from segrl.data.boundary import reading
+from segrl.data.chat_traces import names_places
 from segrl.data.pictures import NEEDED, header
 from segrl.data.survey import Piece, Survey, counted, first_names
 from segrl.data.transforms import mask_kind
@@ -34,6 +35,8 @@ class Finding:
     share: float | None = None
     """Of the image that is object; none where there is no mask."""
     ignored: bool = False
+    places: bool | None = None
+    """Whether its thought names coordinates; None where it has no thought."""
     fault: str | None = None
     """Why it cannot be read."""
 
@@ -63,6 +66,7 @@ def look(piece: Piece) -> Finding:
         **seen,
         share=None if sample.trace is not None else float(sample.mask.mean()),
         ignored=sample.ignore is not None,
+        places=None if sample.trace is None else names_places(sample.trace.thought),
     )
 
 
@@ -87,6 +91,10 @@ class SplitReport:
     full: list[str]
     ignored: int
     """Samples with pixels that no score looks at."""
+    thoughts: int
+    """Samples with a thought to imitate."""
+    places: int
+    """Those whose thought names coordinates."""
     unread: dict[str, int]
     """What the folders also hold and nobody reads: by suffix, "hidden", "sub folders"."""
 
@@ -118,6 +126,11 @@ class SplitReport:
             )
         if self.unread:
             told.append(f"  {'not read':<18}{counted(Counter(self.unread))}")
+        if self.thoughts:
+            told.append(
+                f"  {'thoughts':<18}{self.thoughts}, of which {self.places} name coordinates: those stay as written, "
+                "while solutions are rescaled to the policy's frame"
+            )
         if self.ignored:
             told.append(f"  {'ignored regions':<18}in {self.ignored}")
         told.append(f"  {'UNFIT' if self.faults else 'unfit':<18}{len(self.faults)}")
@@ -167,6 +180,7 @@ def _gathered(name: str, survey: Survey, published: int | None, found: list[Find
         share=(min(shares), median(shares), max(shares)) if shares else None,
         empty=[one.id for one in found if one.share == 0], full=[one.id for one in found if one.share == 1],
         ignored=sum(one.ignored for one in found), unread=dict(survey.unread),
+        thoughts=sum(one.places is not None for one in found), places=sum(bool(one.places) for one in found),
     )  # fmt: skip
 
 

@@ -85,7 +85,7 @@ def _left(unread: Counter[str]) -> str:
 def _files(folder: Path, keep: str, faults: list[str], unread: Counter[str]) -> dict[str, Path]:
     """Stem (its letters composed) to file; two files of one stem are a fault."""
     found: dict[str, Path] = {}
-    for path in listed(folder, SUFFIXES, unread):
+    for path in listed(folder, SUFFIXES, unread, faults):
         stem = normalize("NFC", path.stem)
         if normalize("NFC", keep) not in stem:
             continue

@@ -123,8 +123,8 @@ def header(path: Path, content: bytes | None = None) -> Header:
             with Image.open(path if content is None else BytesIO(content), formats=_formats()) as image:
                 return Header(size=image.size, turn=orientation(image), mode=image.mode)
         except ValueError:
-            image = decoded(path, content)
-            return Header(size=image.size, turn=orientation(image), mode=image.mode)
+            whole = decoded(path, content)
+            return Header(size=whole.size, turn=orientation(whole), mode=whole.mode)
 
 
 def orientation(image: Image.Image) -> int:

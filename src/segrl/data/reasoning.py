@@ -141,7 +141,7 @@ class ReasonSeg(Pieces):
             return found
         images: dict[str, Path] = {}
         texts: dict[str, Path] = {}
-        for path in listed(folder, {*SUFFIXES, ".json"}, found.unread):
+        for path in listed(folder, {*SUFFIXES, ".json"}, found.unread, found.faults):
             of, stem = texts if path.suffix.lower() == ".json" else images, normalize("NFC", path.stem)
             if stem in of:
                 found.faults.append(

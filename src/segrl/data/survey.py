@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from segrl.data.boundary import reading
+from segrl.data.boundary import is_text, reading
 from segrl.data.transforms import squash
 from segrl.types import Sample
 
@@ -101,8 +101,15 @@ def first_names(names: set[str] | list[str]) -> str:
     return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def listed(folder: Path, suffixes: Iterable[str], unread: Counter[str]) -> list[Path]:
-    """Return the folder's files of those suffixes, in order; count in `unread` what else there is."""
+def listed(folder: Path, suffixes: Iterable[str], unread: Counter[str], faults: list[str]) -> list[Path]:
+    """Return the folder's files of those suffixes, in order.
+
+    Args:
+        folder: read flat.
+        suffixes: in lower case.
+        unread: counts what else there is.
+        faults: is told of names that are no text.
+    """
     taken, files = frozenset(suffixes), []
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
@@ -111,6 +118,8 @@ def listed(folder: Path, suffixes: Iterable[str], unread: Counter[str]) -> list[
             unread["sub folders"] += 1
         elif path.suffix.lower() not in taken:
             unread[path.suffix.lower() or "no suffix"] += 1
+        elif not is_text(path.name):
+            faults.append(f"{folder}: file names in UTF-8 are needed; got {path.name!a}")
         else:
             files.append(path)
     return files
