@@ -54,14 +54,26 @@ def reason(error: BaseException) -> str:
 
 
 def found_at(path: Path) -> Path:
-    """Return the path under which the file exists: as it is written, or with its letters composed or taken apart (NFC, NFD).
+    """Return the path under which the file exists: as it is written, or with letters of its parts composed or taken apart.
 
     A path under which nothing exists, or that no file can have, is returned as it is.
     """
-    for text in dict.fromkeys((str(path), normalize("NFC", str(path)), normalize("NFD", str(path)))):
-        if is_file(Path(text)):
-            return Path(text)
-    return path
+    if is_file(path):
+        return path
+    at = Path(path.anchor)
+    for part in path.parts[bool(path.anchor) :]:
+        forms = [at / form for form in dict.fromkeys((part, normalize("NFC", part), normalize("NFD", part)))]
+        if (there := next((form for form in forms if _exists(form)), None)) is None:
+            return path
+        at = there
+    return at
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, or with a NUL
+        return False
 
 
 def is_file(path: Path) -> bool:
