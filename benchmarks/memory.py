@@ -30,16 +30,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 CASES = (
-    "+experiment=grpo_cod10k_lora",
-    "+experiment=grpo_cod10k_lora stage.group_size=8",
-    "+experiment=sft_fcot_lora",
-    "+experiment=sam_r1_refcocog_lora",
+    "+experiment=sft_fcot trainer=deepspeed_zero2 data.batch_size=16 policy.gradient_checkpointing=true",
+    "+experiment=grpo_cod10k trainer=deepspeed_zero2 data.batch_size=3 policy.gradient_checkpointing=true",
     "+experiment=grpo_cod10k trainer=deepspeed_zero2 data.batch_size=3",
-    "+experiment=grpo_cod10k trainer=deepspeed_zero2 data.batch_size=3 stage.group_size=8",
-    "+experiment=grpo_cod10k trainer=deepspeed_zero2 data.batch_size=3 stage.group_size=8 policy.gradient_checkpointing=true",
+    "+experiment=prerl_dis5k trainer=deepspeed_zero2 data.batch_size=3",
+    "+experiment=seg_zero_refcocog trainer=deepspeed_zero2 data.batch_size=2 policy.gradient_checkpointing=true",
     "+experiment=sam_r1_refcocog trainer=deepspeed_zero2 data.batch_size=4 policy.gradient_checkpointing=true",
+    "+experiment=vision_reasoner_multi trainer=deepspeed_zero2 data.batch_size=2 policy.gradient_checkpointing=true",
     "+experiment=sam_r1_refcocog trainer=deepspeed_zero3 data.batch_size=4 policy.gradient_checkpointing=true",
     "+experiment=sam_r1_refcocog trainer=deepspeed_zero3 data.batch_size=4 policy.gradient_checkpointing=true stage.kl_weight=0",
+    "+experiment=sft_fcot policy.gradient_checkpointing=true",
+    "+experiment=grpo_cod10k",
+    "+experiment=seg_zero_refcocog policy.gradient_checkpointing=true",
+    "+experiment=sft_fcot_lora",
+    "+experiment=grpo_cod10k_lora",
+    "+experiment=sam_r1_refcocog_lora",
 )
 EVALUATED = 16  # data.eval_batch_size
 CONTEXT = 1.0e9  # CUDA's own

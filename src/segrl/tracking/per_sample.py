@@ -122,7 +122,8 @@ def tables_text(
         for dataset, table in tables.items():
             cells = "".join(f"{_cell(table[name]):>{wide}}" for name in shown)
             told.append(f"  {dataset:<16}{counts[dataset]:>7}{cells}")
-    if together := [name for name in images or {} if images[name] != counts[name]]:
+    images = {} if images is None else images
+    if together := [name for name in images if images[name] != counts[name]]:
         drawn = ", ".join(f"{name} {images[name]:,} images of {counts[name]:,} samples" for name in together)
         told.append(f"\n  intervals draw images, each with all of its samples: {drawn}")
     if faults is not None:
