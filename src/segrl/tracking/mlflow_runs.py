@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from segrl.tracking.mlflow_store import CannotTrackError, Place, Run, failures, reason
 
@@ -104,7 +104,8 @@ def bring_in(folder: Path, place: Place, config: Mapping[str, object], checkpoin
         run = Run.begin(place, folder, tags, known, folder.absolute().name)
         named.write_text(run.run_id)
         run.describe(config)
-        step = int(final.get("steps", 0))
+        steps = final.get("steps")  # an evaluation has none
+        step = steps if isinstance(steps, int) else 0
         added = run.log_missing([*rows(folder), *([(step, numbers(final))] if final else [])])
         run.attach([folder / name for name in ARTIFACTS], checkpoints)
         run.end("FINISHED" if final else "KILLED")
@@ -115,7 +116,7 @@ def bring_in(folder: Path, place: Place, config: Mapping[str, object], checkpoin
     return run, added
 
 
-def _json(file: Path) -> dict[str, object]:
+def _json(file: Path) -> dict[str, Any]:
     """Return what a JSON file of a run folder holds; nothing where there is none. Raises ValueError naming a damaged one."""
     if not file.is_file():
         return {}
