@@ -6,6 +6,7 @@ Everything here may raise one of `failures()`; who calls it says so, and goes on
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import re
@@ -109,6 +110,8 @@ class Place:
                 "paths.runs: it must be a folder that can be written, for MLflow's database stands in it; "
                 f"{file} cannot be made ({str(error.strerror).lower()})"
             ) from None
+        if file is not None:  # takes seconds; others shall wait for the database alone
+            importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
         try:
             with _one_at_a_time(file):
                 return self._opened()
