@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _QUERIES: dict[str, tuple[str | None, ...]] = {
     "ReferringExpressions": ("QUERY",), "ReasonSeg": ("QUERY",), "Listed": (None, "QUERY"),
 }  # fmt: skip
-"""By loader, the queries that a card shows: its samples have one each, or some may; every other loader's have none."""
+"""By loader, the queries that a card shows: its samples have one each, or may; those of others have none."""
 
 
 def job(cfg: DictConfig) -> None:
@@ -116,7 +116,7 @@ def _named(path: str) -> str:
 
 
 def _asked(policy: HFPolicy, grammar: Grammar, loader: str) -> str:
-    """The text in front of a completion, for whoever generates with other tools; with a query only where it was trained with some."""
+    """The text in front of a completion, for other tools; with a query only where it was trained with some."""
     side = policy.encoder.image_side
     squashed = "" if side is None else f", with the image resized to {side}x{side} (bicubic)"
     told = []
@@ -130,7 +130,7 @@ def _asked(policy: HFPolicy, grammar: Grammar, loader: str) -> str:
 
 
 def card(run: Path, note: str, ckpt: Path | None = None, asked: str = "", licence: str | None = None) -> str:
-    """Return Markdown: what it is and is asked, its licence, what it was trained on and by which command, scores, configuration.
+    """Return Markdown: what it is and is asked, its licence, data, command, scores and configuration.
 
     Args:
         run: run folder.

@@ -1,4 +1,4 @@
-"""Under which terms trained weights may be given on: those of the base model and of the data, as far as they are known."""
+"""Under which terms trained weights may be given on: those of base model and data, as far as they are known."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _TEXTS = {"apache-2.0": r"Apache License\s+Version 2\.0", "mit": r"MIT License"}
 def of(config: DictConfig) -> tuple[dict[str, Any], str]:
     """Return what a card's head says of base model and licence, and the sentence that explains it.
 
-    The base model's licence is the card's where the weights name it and all that was learned from was drawn by segrl; else it is
-    `other`, and the sentence names the terms of both, or says that they are not stated.
+    The base model's licence is the card's where its folder states it and all that was learned from was drawn by
+    segrl; else it is `other`, and the sentence names the terms of both, or says that they are not stated.
 
     Args:
         config: of the run, as it was saved.
@@ -47,7 +47,7 @@ def base_of(config: DictConfig) -> tuple[str | None, Path]:
 
 
 def stated(weights: Path) -> dict[str, Any]:
-    """Return `license` and, where there are some, `license_name` and `license_link` of a weights folder: of its card, or of its LICENSE."""
+    """Return `license`, and its name and link if given, of a weights folder: from its card, or its LICENSE."""
     card = weights / "README.md"
     head = (
         re.match(r"---\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL) if card.is_file() else None
@@ -68,7 +68,7 @@ def stated(weights: Path) -> dict[str, Any]:
 
 
 def learned_from(config: DictConfig) -> list[str]:
-    """Return what else than segrl's own scenes the weights were trained on, with its terms: by this run, and by those that it started from."""
+    """Return the data, with its terms, that this run and those it started from saw, but for segrl's own scenes."""
     found: list[str] = []
     seen: set[Path] = set()
     here: DictConfig | None = config

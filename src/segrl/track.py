@@ -1,6 +1,7 @@
 """`python -m segrl.track RUN [RUN ...]`: bring run folders into MLflow that it lacks, in whole or in part.
 
-Parameters, tags, the scalars of history.jsonl and validation.jsonl, the final numbers and the files; a second call adds nothing.
+Parameters, tags, the scalars of history.jsonl and validation.jsonl, the final numbers and the files; a second
+call adds nothing.
 For runs that have ended: one that still runs is marked as KILLED until it ends.
 """
 

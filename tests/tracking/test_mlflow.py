@@ -1,4 +1,4 @@
-"""MLflow that is locked, gone, of another schema, or lacks a run stops no run that could go on, and refuses in one line what cannot begin."""
+"""MLflow that is locked, gone, of another schema, or lacks a run stops no run that could go on."""
 
 import json
 import shutil

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 LOWER_IS_BETTER = frozenset({"mae", "fault_rate", "hce"})
-"""Errors, faults and the effort of a correction; of every other metric of this room, and of a user's own, more is better."""
+"""Errors, faults and the effort of a correction; of every other metric, and of a user's own, more is better."""
 
 
 def higher_is_better(metric: str) -> bool:

@@ -24,8 +24,8 @@ VALIDATION = "validation.jsonl"
 class MlflowRun(Logger):
     """Tracks a run folder in MLflow.
 
-    The run in MLflow is made at the first use, when the folder is there. A failure is said once; from then on nothing is
-    asked of MLflow until the run ends, when what it lacks is brought in, or `python -m segrl.track` is left to do it.
+    The run in MLflow is made at the first use, when the folder is there. A failure is said once; from then on
+    nothing is asked of MLflow until the run ends. Then what it lacks is brought in, or is left to `segrl.track`.
     It is RUNNING until `conclude`, then FINISHED; FAILED by an error; KILLED where the process was stopped.
 
     Args:
@@ -67,7 +67,7 @@ class MlflowRun(Logger):
         self._attempt(lambda run: run.describe(config))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # type: ignore[override]
-        """Log scalars at the updates done by now, as history.jsonl counts them; those of a validation go into the folder, too."""
+        """Log scalars at the updates done by now, as history.jsonl counts them; a validation's also into the folder."""
         at = (step or 0) if self._trainer is None else self._trainer.global_step
         validated = {name: float(value) for name, value in metrics.items() if name.startswith("val/")}
         if validated:
@@ -77,7 +77,7 @@ class MlflowRun(Logger):
         self._attempt(lambda run: run.log([(at, scalars)]))
 
     def _pace(self, at: int) -> dict[str, float]:
-        """The next update's learning rate, of the first group, and seconds since the last one: for MLflow alone, for times do not repeat."""
+        """The next update's learning rate, of the first group, and seconds an update; for MLflow alone."""
         if self._trainer is None or not self._trainer.training or not self._trainer.optimizers:
             return {}
         now, (before, then) = time.monotonic(), self._last
@@ -91,7 +91,7 @@ class MlflowRun(Logger):
         """Mark a run that an error ended as FAILED, one that was stopped as KILLED.
 
         Args:
-            status: "failed" or "KILLED"; Lightning's "success" is of a part of the run, and says nothing here.
+            status: "failed" or "KILLED"; Lightning's "success" is of a part of the run, and ignored.
         """
         stopped = isinstance(sys.exc_info()[1], SIGTERMException | KeyboardInterrupt | SystemExit)
         if status == "KILLED" or (status == "failed" and stopped):
@@ -124,13 +124,13 @@ class MlflowRun(Logger):
             self.off = True
             if not said:
                 print(
-                    f"MLflow: {reason(error)}; scalars go on in {self.folder}/history.jsonl; bring them in later with: "
-                    f"python -m segrl.track {self.folder}",
+                    f"MLflow: {reason(error)}; scalars go on in {self.folder}/history.jsonl; "
+                    f"bring them in later with: python -m segrl.track {self.folder}",
                     flush=True,
                 )
 
     def _begun(self) -> Run:
-        """The run in MLflow: the one that the folder names, or a new one, with all that the folder holds by now."""
+        """The run in MLflow: the one that the folder names, or a new one with all that the folder holds."""
         if self.run is None:
             file = self.folder / RUN_ID
             known = file.read_text(errors="replace").strip() if file.is_file() else None

@@ -1,4 +1,7 @@
-"""MLflow: one run per training, gone on with after a resume; one parent per sweep. Its failures stop no run that could go on."""
+"""MLflow: one run per training, gone on with after a resume; one parent per sweep.
+
+Its failures stop no run that could go on.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from segrl.tracking.mlflow_store import CannotTrackError, Place, Run, failures, reason
 
@@ -23,12 +26,13 @@ ARTIFACTS = (
 
 
 def open_logger(
-    folder: Path, tags: Mapping[str, str], *, tracking_uri: str, artifacts: str, experiment: str, checkpoints: bool = False
+    folder: Path, tags: Mapping[str, str], *, tracking_uri: str, artifacts: str, experiment: str,
+    checkpoints: bool = False,
 ) -> Logger:  # fmt: skip
-    """Return the logger of a run folder, which need not be there yet; its run in MLflow is made at the first use.
+    """Return the logger of a run folder, which need not be there yet; its run in MLflow is made when it is used.
 
     Raises:
-        ValueError: naming the key, if a new run cannot be tracked. A run that is gone on with says so, and goes on.
+        ValueError: naming the key, if a new run cannot be tracked. A run that is gone on with says so instead.
     """
     from segrl.tracking.mlflow_logger import RUN_ID, MlflowRun
 
@@ -72,7 +76,7 @@ def where(logger: Logger | None, runs: str) -> str:
 
 
 def link(run: Run) -> str:
-    """Return the address of a run's page while `make mlflow` serves; without its end MLflow shows a page for traces of chats."""
+    """Return the address of a run's page while `make mlflow` serves; without its end MLflow shows traces of chats."""
     return (
         f"http://127.0.0.1:5000/#/experiments/{run.experiment_id}/runs/{run.run_id}"
         "?workflowType=machine_learning"
@@ -80,7 +84,9 @@ def link(run: Run) -> str:
 
 
 def bring_in(folder: Path, place: Place, config: Mapping[str, object], checkpoints: bool) -> tuple[Run, int]:
-    """Bring what a run folder holds into MLflow: parameters, tags, scalars, final numbers, files; a second call adds nothing.
+    """Bring what a run folder holds into MLflow; a second call adds nothing.
+
+    Parameters, tags, scalars, final numbers, files.
 
     Args:
         folder: of a run or an evaluation.
@@ -104,7 +110,8 @@ def bring_in(folder: Path, place: Place, config: Mapping[str, object], checkpoin
         run = Run.begin(place, folder, tags, known, folder.absolute().name)
         named.write_text(run.run_id)
         run.describe(config)
-        step = int(final.get("steps", 0))
+        steps = final.get("steps")  # an evaluation has none
+        step = steps if isinstance(steps, int) else 0
         added = run.log_missing([*rows(folder), *([(step, numbers(final))] if final else [])])
         run.attach([folder / name for name in ARTIFACTS], checkpoints)
         run.end("FINISHED" if final else "KILLED")
@@ -115,8 +122,8 @@ def bring_in(folder: Path, place: Place, config: Mapping[str, object], checkpoin
     return run, added
 
 
-def _json(file: Path) -> dict[str, object]:
-    """Return what a JSON file of a run folder holds; nothing where there is none. Raises ValueError naming a damaged one."""
+def _json(file: Path) -> dict[str, Any]:
+    """Return what a JSON file holds, nothing where there is none; raises ValueError naming a damaged one."""
     if not file.is_file():
         return {}
     try:
@@ -163,7 +170,7 @@ def open_parent(place: Place, tags: Mapping[str, str]) -> Run:
 
 
 def close_parent(run: Run, best: str, objective: float | None, status: str) -> None:
-    """End the run above a sweep's jobs, and say which job was best; what MLflow refuses is said in one line."""
+    """End the run above a sweep's jobs, with the best job as a tag; what MLflow refuses is said in one line."""
     os.environ.pop(_PARENT, None)
     try:
         if best:
@@ -176,7 +183,7 @@ def close_parent(run: Run, best: str, objective: float | None, status: str) -> N
 
 
 def name_job(name: str | None) -> None:
-    """Name the run that the next `open_logger` of this process, or of its children, makes; None takes its folder's name."""
+    """Name the run that the next `open_logger` of this process makes; None takes its folder's name."""
     if name is None:
         os.environ.pop(_JOB, None)
     else:

@@ -6,6 +6,7 @@ Everything here may raise one of `failures()`; who calls it says so, and goes on
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import re
@@ -28,7 +29,7 @@ Rows = list[tuple[int, dict[str, float]]]
 
 
 def quiet() -> None:
-    """No telemetry, no log lines of a migration, no traceback of what is told in one line, and a server that is gone is given up soon."""
+    """Turn off telemetry, log lines of migrations and tracebacks of what is told in one line; wait less for servers."""
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
@@ -43,7 +44,7 @@ def quiet() -> None:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """Return what MLflow, its database, its migrations and its server raise, and what `Place.connect` makes of it."""
+    """Return what MLflow, its database, migrations and server raise, and what `Place.connect` makes of it."""
     from alembic.util.exc import CommandError
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -83,7 +84,10 @@ class Place:
 
     @property
     def url(self) -> str:
-        """The address as SQLAlchemy reads it: it decodes `%`, and cuts a path at `?`. Said with a driver, MLflow leaves its folder alone."""
+        """The address as SQLAlchemy reads it: it decodes `%`, and cuts a path at `?`.
+
+        With a driver in it, MLflow makes no folder of the encoded name.
+        """
         if self.database is None or not {"%", "?"} & set(self.tracking_uri):
             return self.tracking_uri
         from sqlalchemy import URL
@@ -91,7 +95,7 @@ class Place:
         return URL.create("sqlite+pysqlite", database=str(self.database)).render_as_string()
 
     def connect(self) -> tuple[MlflowClient, str]:
-        """Open the database, made if missing, and find the experiment, made if missing, restored if deleted: client and id.
+        """Return a client and the experiment's id; both are made if missing, a deleted experiment is restored.
 
         Raises:
             CannotTrackError: naming the key, if runs cannot be tracked there.
@@ -103,16 +107,18 @@ class Place:
                 file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CannotTrackError(
-                f"paths.runs: it must be a folder that can be written, for MLflow's database stands in it; {file} cannot be made "
-                f"({str(error.strerror).lower()})"
+                "paths.runs: it must be a folder that can be written, for MLflow's database stands in it; "
+                f"{file} cannot be made ({str(error.strerror).lower()})"
             ) from None
+        if file is not None:  # takes seconds; others shall wait for the database alone
+            importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
         try:
             with _one_at_a_time(file):
                 return self._opened()
         except failures() as error:
             raise CannotTrackError(
-                f"logger.tracking_uri: MLflow must be able to begin a run in {self.tracking_uri}; {reason(error)} (mend it, name another "
-                "with logger.tracking_uri, or go without MLflow: logger=csv)"
+                f"logger.tracking_uri: MLflow must be able to begin a run in {self.tracking_uri}; {reason(error)} "
+                "(mend it, name another with logger.tracking_uri, or go without MLflow: logger=csv)"
             ) from None
 
     def _opened(self) -> tuple[MlflowClient, str]:
@@ -179,7 +185,7 @@ class Run:
 
     @classmethod
     def begin(cls, place: Place, folder: Path, tags: Mapping[str, str], run_id: str | None, name: str) -> Run:
-        """Go on with a run, restored if it was deleted, or create one where `run_id` is None or not in this database."""
+        """Go on with a run, restored if deleted; create one where `run_id` is None or not in this database."""
         client, experiment = place.connect()
         known = None if run_id is None else _known(client, run_id)
         if known is not None:
@@ -228,7 +234,7 @@ class Run:
             self.client.log_batch(self.run_id, params=some)
 
     def attach(self, paths: Iterable[Path], checkpoints: bool) -> None:
-        """Copy files and folders into the run's artifacts; of checkpoints the path alone, as a tag, unless they are wanted."""
+        """Copy files and folders into the artifacts; of checkpoints the path alone, as a tag, unless wanted."""
         for path in paths:
             if path.name == "checkpoints" and not checkpoints:
                 if path.is_dir():

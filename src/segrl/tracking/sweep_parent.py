@@ -1,4 +1,4 @@
-"""One MLflow run above all jobs of a Hydra multirun; which job starts, which failed and why, and the table when all have ended."""
+"""One MLflow run above all jobs of a Hydra multirun, and their table; says which job starts, fails, and why."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Row:
 class SweepParent(Callback):
     """Hydra callback; see `conf/train.yaml`. Does nothing in a single run.
 
-    A job that fails ends neither the others nor the table: its error is told when it comes, and Hydra's own sweeper, which would raise
-    it again, gets None in place of it. The process then ends with 1. Jobs may run in other processes (hydra-joblib-launcher), so each
-    leaves its row in `jobs.jsonl` of the sweep's folder.
+    A job that fails ends neither the others nor the table: its error is told when it comes, and Hydra's own sweeper,
+    which would raise it again, gets None in place of it. The process then ends with 1. Jobs may run in other
+    processes (hydra-joblib-launcher), so each leaves its row in `jobs.jsonl` of the sweep's folder.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class SweepParent(Callback):
         self.others = ""  # folder that another run has when a job starts
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ANN401 - Hydra's signature
-        """Open the parent run, where runs are tracked by MLflow; exit with 2 and one line where it cannot be."""
+        """Open the parent run, where MLflow tracks; exit with 2 and one line where it cannot."""
         self.swept, self.total = _swept(config)
         tags = {
             "overrides": " ".join(config.hydra.overrides.task),
@@ -111,9 +111,10 @@ class SweepParent(Callback):
                 fail_job(place, Path(folder))
             if "BasicSweeper" in config.hydra.sweeper._target_:
                 job_return.status, job_return.return_value = JobStatus.COMPLETED, None
+        objective = value if isinstance(value, float) and not isnan(value) else None
         row = Row(
             job=config.hydra.job.num + 1, differs=_differs(list(job_return.overrides or []), self.swept),
-            objective=value if isinstance(value, float) and not isnan(value) else None, failed=why, folder=folder,
+            objective=objective, failed=why, folder=folder,
         )  # fmt: skip
         with (Path(config.hydra.sweep.dir) / "jobs.jsonl").open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")
@@ -125,7 +126,7 @@ class SweepParent(Callback):
             sys.exit(1)
 
     def _end(self, config: DictConfig, status: str) -> None:
-        """Print and write the table, best objective first, and close the parent run; once, also where the process is stopped."""
+        """Print and write the table, best first, and close the parent run; also where the process is stopped."""
         from segrl.tracking.mlflow_runs import close_parent, name_job
 
         atexit.unregister(self._end)
@@ -185,7 +186,7 @@ def _metrics(rows: Sequence[Row]) -> list[str]:
 
 
 def _swept(config: DictConfig) -> tuple[list[str], int | None]:
-    """Keys that differ between the jobs, and how many jobs there are; None where the sweeper decides on the way."""
+    """Keys that differ between the jobs, and how many jobs there are, None where the sweeper decides."""
     said = list(config.hydra.overrides.task)
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     said += [f"{key}={value}" for key, value in params.items()]
@@ -197,7 +198,7 @@ def _swept(config: DictConfig) -> tuple[list[str], int | None]:
 
 
 def _differs(overrides: Sequence[str], swept: Sequence[str]) -> str:
-    """Such as `group_size=4 seed=1`: the keys that differ between the jobs, by their last part where that is one key's alone."""
+    """Such as `group_size=4 seed=1`: the keys that differ, by their last part where no other key has it."""
     last = [key.rpartition(".")[2] for key in swept]
     found = []
     for override in overrides:
@@ -221,5 +222,6 @@ def _place(config: DictConfig) -> Place | None:
     from segrl.tracking.mlflow_store import Place
 
     return Place(
-        tracking_uri=config.logger.tracking_uri, artifacts=config.logger.artifacts, experiment=config.logger.experiment
+        tracking_uri=config.logger.tracking_uri, artifacts=config.logger.artifacts,
+        experiment=config.logger.experiment,
     )  # fmt: skip
