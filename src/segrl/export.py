@@ -69,9 +69,12 @@ def export_policy(ckpt: Path, out: Path, note: str, head_checkpoint: str | None 
     policy.take_over(learned)
     policy.save(out, cfg.rollout.max_tokens)
     pretrained.write(out, parts)
-    (out / instructions.NAME).write_text(
-        instructions.written(grammar.section, grammar.texts), encoding="utf-8"
-    )
+    given = OmegaConf.select(
+        cfg, "grammar.instructions"
+    )  # of the other grammars, too, where the run was given them
+    others: Any = OmegaConf.to_container(given) if isinstance(given, DictConfig) else {}
+    beside = instructions.written({**others, grammar.section: grammar.texts})
+    (out / instructions.NAME).write_text(beside, encoding="utf-8")
     asked = _asked(policy, grammar)
     (out / "README.md").write_text(card(run, note, ckpt, asked))
 
