@@ -59,12 +59,9 @@ def export_policy(ckpt: Path, out: Path, note: str, head_checkpoint: str | None 
     cfg = OmegaConf.load(run / "config.yaml")
     assert isinstance(cfg, DictConfig)
     learned = learned_policy(ckpt, "ckpt")
+    parts = pretrained.checked(described(cfg, head_checkpoint), run / "config.yaml")
     grammar = instantiate(cfg.grammar)
-    described_parts = described(cfg, head_checkpoint)
-    described_parts["grammar"]["instructions"] = {
-        grammar.section: grammar.texts
-    }  # the texts, not where they stood
-    parts = pretrained.checked(described_parts, run / "config.yaml")
+    parts["grammar"]["instructions"] = {grammar.section: grammar.texts}  # the texts, not where they stood
     policy = instantiate(cfg.policy)
     policy.take_over(learned)
     policy.save(out, cfg.rollout.max_tokens)
