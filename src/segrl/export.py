@@ -71,19 +71,18 @@ def export_policy(
     cfg = OmegaConf.load(run / "config.yaml")
     assert isinstance(cfg, DictConfig)
     learned = learned_policy(ckpt, "ckpt")
+    parts = pretrained.checked(described(cfg, head_checkpoint), run / "config.yaml")
     grammar = instantiate(cfg.grammar)
-    described_parts = described(cfg, head_checkpoint)
-    described_parts["grammar"]["instructions"] = {
-        grammar.section: grammar.texts
-    }  # the texts, not where they stood
-    parts = pretrained.checked(described_parts, run / "config.yaml")
+    parts["grammar"]["instructions"] = {grammar.section: grammar.texts}  # the texts, not where they stood
     policy = instantiate(cfg.policy)
     policy.take_over(learned)
     policy.save(out, cfg.rollout.max_tokens)
     pretrained.write(out, parts)
-    (out / instructions.NAME).write_text(
-        instructions.written(grammar.section, grammar.texts), encoding="utf-8"
-    )
+    # Of the other grammars, too, where the run was given them
+    given = OmegaConf.select(cfg, "grammar.instructions")
+    others: Any = OmegaConf.to_container(given) if isinstance(given, DictConfig) else {}
+    beside = instructions.written({**others, grammar.section: grammar.texts})
+    (out / instructions.NAME).write_text(beside, encoding="utf-8")
     asked = _asked(policy, grammar, str(cfg.data.module.train._target_))
     (out / "README.md").write_text(card(run, note, ckpt, asked, licence))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from segrl.data.synthetic import SyntheticScenes
-from segrl.front_door import asset
+from segrl.front_door import asset, instructions_of
 from segrl.metrics.functional.shape import tight_box
 from segrl.models.hf_vlm import HFPolicy
 from segrl.prompts.tags import SegR1Tags
@@ -46,7 +46,7 @@ def test_weights_are_small_and_have_cards():
 def test_cold_start_parses_and_beats_every_constant_box():
     policy, grammar = (
         HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", None, True, False),
-        SegR1Tags(16, 64),
+        SegR1Tags(16, 64, instructions_of(asset("policy_nano"))),
     )
     scenes = SyntheticScenes("test", 192, 0, 128, (0.3, 1.0), (1, 1))
     samples = [scenes[i] for i in range(len(scenes))]

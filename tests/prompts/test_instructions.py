@@ -110,10 +110,13 @@ def test_what_is_no_yaml_or_not_there_is_refused_in_a_line(tmp_path: Path, conte
 
 def test_what_is_written_beside_weights_is_read_back_by_every_grammar(tmp_path: Path) -> None:
     texts = {"system": "A: ü", "user": "\nB\n", "refer": "C {query}"}
-    (tmp_path / instructions.NAME).write_text(instructions.written("seg_r1_tags", texts), encoding="utf-8")
+    (tmp_path / instructions.NAME).write_text(
+        instructions.written({"seg_r1_tags": texts, "seg_r1_points": {"user": "D"}}), encoding="utf-8"
+    )
     assert instructions.read(tmp_path / instructions.NAME)["seg_r1_tags"] == texts
     found = instructions_of(str(tmp_path))
     assert SegR1Tags(16, 64, found).texts == texts
+    assert SegR1Points(64, found).texts == SegR1Points(64).texts | {"user": "D"}
     assert SegZeroJson(found).texts == SegZeroJson().texts
     assert instructions_of(str(tmp_path / "elsewhere")) is None
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from segrl.protocols import Message
+if TYPE_CHECKING:  # the front door reads this file, and may import nothing heavy
+    from segrl.protocols import Message
 
 NAME = "instructions.yaml"
 """A file of this name beside a policy's weights holds what that policy was asked with."""
@@ -154,14 +156,12 @@ def told(given: str | Sections | None, section: str) -> dict[str, str]:
     return OWN[section] | sections[section]
 
 
-def written(section: str, texts: Mapping[str, str]) -> str:
-    """Return a file that says these texts, and that the other grammars keep segrl's own."""
+def written(sections: Sections) -> str:
+    """Return a file of these sections, in which every other grammar keeps segrl's own texts."""
     import yaml
 
-    others: dict[str, dict[str, str]] = {name: {} for name in OWN}
-    return str(
-        yaml.safe_dump(others | {section: dict(texts)}, sort_keys=False, allow_unicode=True, width=110)
-    )
+    said = {name: dict(sections.get(name) or {}) for name in OWN}
+    return str(yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=110))
 
 
 def chat(texts: Mapping[str, str], query: str | None) -> list[Message]:
