@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from segrl.front_door import asset, enter, scored_checkpoint
+from segrl.front_door import asset, check, enter, saved, scored_checkpoint
 
 if TYPE_CHECKING:
     from segrl.models.hf_vlm import HFPolicy
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 def job(cfg: DictConfig) -> None:
     """Export, and say where."""
+    check(cfg, "export")
     ckpt, out = Path(cfg.ckpt), Path(cfg.out)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise ValueError(f"out: a new folder is needed; {out} is there")
@@ -55,8 +56,7 @@ def export_policy(ckpt: Path, out: Path, note: str, head_checkpoint: str | None 
         raise ValueError(
             f"ckpt: a checkpoint in a run's folder is needed, RUN/checkpoints/last.ckpt; two folders above {ckpt} is no config.yaml of a run"
         )
-    cfg = OmegaConf.load(run / "config.yaml")
-    assert isinstance(cfg, DictConfig)
+    cfg = saved(run / "config.yaml", "ckpt", "train")
     learned = learned_policy(ckpt, "ckpt")
     parts = pretrained.checked(described(cfg, head_checkpoint), run / "config.yaml")
     policy = instantiate(cfg.policy)

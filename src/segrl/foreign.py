@@ -1,0 +1,37 @@
+"""What a file from elsewhere may hold: plain values, and references to its own keys; nothing that is called or looked up.
+
+A configuration of a run that somebody else made, and the card beside his weights, are data. Which parts of segrl they may name
+is for their readers; here is what both have in common.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+_REFERENCES = re.compile(r"\$\{(?:[\w.\-\[\]]+|asset:[\w.\-]+|now:[\w%:.\- ]+)\}")
+_HYDRAS = {"_target_", "_partial_"}
+
+
+def strange(node: object, references: bool, path: str = "") -> Iterator[tuple[str, object]]:
+    """Yield key and value of all that is more than data.
+
+    Args:
+        node: plain containers.
+        references: whether `${key}`, `${asset:NAME}` and `${now:FORMAT}` may stand in a string; no other resolver ever may.
+        path: dotted key of the node.
+    """
+    if isinstance(node, dict):
+        for key, value in node.items():
+            here = f"{path}.{key}" if path else str(key)
+            if str(key).startswith("_") and key not in _HYDRAS:
+                yield here, value
+            yield from strange(value, references, here)
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from strange(value, references, f"{path}[{index}]")
+    elif isinstance(node, str):
+        if "${" in (_REFERENCES.sub("", node) if references else node):
+            yield path, node
+    elif not isinstance(node, bool | int | float | None):
+        yield path, node
