@@ -6,7 +6,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from segrl.front_door import check, enter, saved
+from segrl.front_door import check, enter
+from segrl.resuming import saved
 
 
 def job(cfg: DictConfig) -> float | None:

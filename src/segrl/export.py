@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from segrl.front_door import asset, check, enter, saved, scored_checkpoint
+from segrl.front_door import asset, check, enter, scored_checkpoint
+from segrl.resuming import saved
 
 if TYPE_CHECKING:
     from segrl.models.hf_vlm import HFPolicy

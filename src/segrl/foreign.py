@@ -13,25 +13,26 @@ _REFERENCES = re.compile(r"\$\{(?:[\w.\-\[\]]+|asset:[\w.\-]+|now:[\w%:.\- ]+)\}
 _HYDRAS = {"_target_", "_partial_"}
 
 
-def strange(node: object, references: bool, path: str = "") -> Iterator[tuple[str, object]]:
+def strange(node: object, whole: bool, path: str = "") -> Iterator[tuple[str, object]]:
     """Yield key and value of all that is more than data.
 
     Args:
         node: plain containers.
-        references: whether `${key}`, `${asset:NAME}` and `${now:FORMAT}` may stand in a string; no other resolver ever may.
+        whole: whether it is a whole configuration, which may name parts (whoever reads it says which) and refer to its own keys,
+            `${asset:NAME}` and `${now:FORMAT}`; no other resolver ever may stand in a string.
         path: dotted key of the node.
     """
     if isinstance(node, dict):
         for key, value in node.items():
             here = f"{path}.{key}" if path else str(key)
-            if str(key).startswith("_") and key not in _HYDRAS:
+            if str(key).startswith("_") and not (whole and key in _HYDRAS):
                 yield here, value
-            yield from strange(value, references, here)
+            yield from strange(value, whole, here)
     elif isinstance(node, list):
         for index, value in enumerate(node):
-            yield from strange(value, references, f"{path}[{index}]")
+            yield from strange(value, whole, f"{path}[{index}]")
     elif isinstance(node, str):
-        if "${" in (_REFERENCES.sub("", node) if references else node):
+        if "${" in (_REFERENCES.sub("", node) if whole else node):
             yield path, node
     elif not isinstance(node, bool | int | float | None):
         yield path, node

@@ -81,8 +81,10 @@ def _run(config_name: str, job: Callable[[DictConfig], object], files: bool) -> 
     from hydra.errors import HydraException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through, so that they are told in one line here
-    if os.getcwd() not in sys.path:  # a console script lacks it, and a user's own parts stand there
-        sys.path.append(os.getcwd())
+    if (
+        here := str(Path.cwd())
+    ) not in sys.path:  # a console script lacks it, and a user's own parts stand there
+        sys.path.append(here)
     register_resolvers()
     known = (HydraException, OmegaConfBaseException, ValueError, OSError)
 
@@ -108,7 +110,9 @@ def check_jobs(config_name: str, arguments: list[str], files: bool) -> None:
 
     Hydra makes its sweep folder before it composes the first job, so jobs are checked before anything exists.
     """
-    if config_name != "train":  # the others change a configuration first, and write nothing before they have checked it
+    if (
+        config_name != "train"
+    ):  # the others change a configuration first, and write nothing before they have checked it
         return
     for overrides in _jobs(arguments):
         composed = _composed(config_name, overrides)
@@ -166,7 +170,11 @@ def as_typed(config_name: str, arguments: list[str]) -> list[str]:
         return arguments
     try:
         raw = OmegaConf.to_container(_composed(config_name, _groups(arguments)), resolve=False)
-    except (HydraException, OmegaConfBaseException, ValueError):  # told when the whole command line is composed
+    except (
+        HydraException,
+        OmegaConfBaseException,
+        ValueError,
+    ):  # told when the whole command line is composed
         return arguments
     assert isinstance(raw, dict)
     takes: dict[str, bool] = {}
@@ -297,7 +305,9 @@ def refuse_unread(cfg: DictConfig, said: Said) -> None:
     assert isinstance(raw, dict)
     read = {ref.split(".")[0] for ref in references(raw)}
     stage = str(raw["stage"]["_target_"]).rpartition(".")[2]
-    parts = {"policy", "reference", "head", "grammar", "reward", "rollout"} & set(COMMANDS["train"].model_fields)
+    parts = {"policy", "reference", "head", "grammar", "reward", "rollout"} & set(
+        COMMANDS["train"].model_fields
+    )
     for key in sorted(said.keys):
         if "." in key and (root := key.split(".")[0]) in parts - read:
             raise Refused([Fault(key, f"must not be set for stage.{stage}, which reads no {root}")])
@@ -316,79 +326,10 @@ def missing(cfg: DictConfig, files: bool) -> list[str]:
             lines.append(f"{key}: {what}; {way_to(Path(path), owners)}")
     root = None if unread else OmegaConf.select(cfg, "data.root")
     if root is not None and "data.root" not in looked and not Path(root).is_dir():
-        lines.append(f"data.root: must be a folder; {root} is {'a file' if Path(root).exists() else 'not there'}")
+        lines.append(
+            f"data.root: must be a folder; {root} is {'a file' if Path(root).exists() else 'not there'}"
+        )
     for key in ("ckpt_path", "init_from"):
         if (path := cfg.get(key)) is not None and not Path(path).is_file():
             lines.append(f"{key}: must be a checkpoint; there is no file {path}")
     return lines
-
-
-def saved(path: Path, key: str, command: str, overrides: list[str] | None = None) -> DictConfig:
-    """Return the configuration in a file that may be anybody's, with values of it changed.
-
-    Args:
-        path: of `config.yaml`.
-        key: that led here, for the refusal.
-        command: that the configuration is for.
-        overrides: `a.b=c`, of the user's own command line.
-
-    Raises:
-        ValueError: if the file is no configuration, or names anything but segrl's parts, plain values, and what the user names himself.
-    """
-    import yaml
-
-    from segrl.foreign import strange
-    from segrl.schema.commands import COMMANDS
-    from segrl.schema.walk import faults
-
-    try:
-        loaded = OmegaConf.load(path)
-        raw = OmegaConf.to_container(loaded, resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{key}: {path} must be a configuration; it cannot be read ({' '.join(str(error).split())[:200]})") from None
-    if not isinstance(loaded, DictConfig) or not isinstance(raw, dict) or not set(COMMANDS[command].model_fields) & set(raw):
-        raise ValueError(f"{key}: {path} must be a configuration; it holds none")
-    for where, value in strange(raw, references=True):
-        raise ValueError(f"{key}: {path} must hold plain values and references to its own keys; {where} is {value!r:.80}")
-    typed = set()
-    for override in overrides or []:
-        name, _, value = override.partition("=")
-        parent, _, last = name.rpartition(".")
-        if not parent or last not in (OmegaConf.select(loaded, parent) or {}):
-            raise ValueError(f"{key}: the run goes on with its own configuration; {override} cannot be changed")
-        typed.add(name)
-        OmegaConf.update(loaded, name, OmegaConf.create(f"v: {value}").v)
-    if found := faults(loaded, COMMANDS[command], typed):
-        raise ValueError(f"{key}: {path} must be a configuration of segrl: {found[0]}")
-    head = str(OmegaConf.select(loaded, "head.architecture"))
-    if "head.architecture" not in typed and "head" in raw and not _shipped(head):
-        raise ValueError(f"{key}: {path}: head.architecture must ship with segrl or sam2; got {head} (if it is your own, write head.architecture={head})")
-    return loaded
-
-
-def _shipped(architecture: str) -> bool:
-    """Whether an architecture's YAML is segrl's or sam2's: any other would say which code is called."""
-    return Path(architecture).parent == Path(asset("")) or re.fullmatch(r"configs/sam2(\.1)?/[\w.+]+\.yaml", architecture) is not None
-
-
-def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
-    """Return the configuration of the run folder `cfg.resume`, with plain values of it changed.
-
-    Raises:
-        ValueError: if the folder holds no run, or an override is not a value of that run.
-    """
-    folder = Path(cfg.resume)
-    config, checkpoint = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
-    if config.is_file() and not checkpoint.is_file():
-        raise ValueError(
-            f"resume: {folder} was stopped before its first checkpoint (callbacks.checkpoint.every_n_steps); start it anew"
-        )
-    if not config.is_file() or not checkpoint.is_file():
-        raise ValueError(f"resume: must be a run folder with config.yaml and checkpoints/last.ckpt; {folder} is none")
-    changes = [o.removeprefix("++") for o in overrides if not o.startswith("resume=")]
-    for change in changes:
-        if re.match(r"stage\.(optimizer|schedule)\b", change):
-            raise ValueError(f"resume: optimizer and schedule go on as they were saved; {change} cannot be changed")
-    before = saved(config, "resume", "train", changes)
-    before.resume, before.ckpt_path, before.paths.run = str(folder), str(checkpoint), str(folder)
-    return before

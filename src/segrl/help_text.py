@@ -35,7 +35,11 @@ def help_of(name: str, conf: Path) -> str:
         for group in used:
             chosen = defaults.get(group, "")
             options = sorted(path.stem for path in (conf / group).glob("[!_]*.yaml"))
-            write = f"+{group}=" if group in ("experiment", "suite") or group == "testset" and name == "evaluate" else f"{group}="
+            write = (
+                f"+{group}="
+                if group in ("experiment", "suite") or group == "testset" and name == "evaluate"
+                else f"{group}="
+            )
             default = f" (default {chosen})" if chosen not in ("", "null", "default") else ""
             told.append(f"  {group}: {write}{'|'.join(options)}{default}")
         parts.append("Groups (conf/GROUP/OPTION.yaml holds their keys):\n" + "\n".join(told))
@@ -55,7 +59,9 @@ def _keys(lines: list[str]) -> list[tuple[str, str]]:
             above = f"{opened[1]}."
         if match := _KEY.match(line):
             value = match[3] or "..."
-            found.append((f"{above if match[1] else ''}{match[2]}={value.replace('???', '(needed)')}", match[4]))
+            found.append(
+                (f"{above if match[1] else ''}{match[2]}={value.replace('???', '(needed)')}", match[4])
+            )
     return [(key.removesuffix("=..."), said) for key, said in found]
 
 

@@ -14,6 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from segrl.schema.walk import Fault
 
+_HERE = Path(__file__).resolve().parent
+
 
 class Missing(ValueError):
     """Files and folders that are not there, each with its key and the way to get it."""
@@ -45,7 +47,9 @@ class Said:
     @property
     def keys(self) -> set[str]:
         """Keys that are set by value."""
-        return {argument.lstrip("+~").split("=")[0] for argument in self.arguments if not argument.startswith("-")}
+        return {
+            argument.lstrip("+~").split("=")[0] for argument in self.arguments if not argument.startswith("-")
+        }
 
     @property
     def choices(self) -> dict[str, str]:
@@ -103,7 +107,9 @@ def explain(error: BaseException, said: Said, keys: Callable[[], list[str]]) -> 
         return cause.lines if len(cause.lines) == 1 else [*many, *(f"  {line}" for line in cause.lines)]
     if isinstance(cause, Refused):
         return [_refused(cause.faults, said)]
-    if isinstance(error, InstantiationException) and not (isinstance(cause, ValueError) and _raised_in(cause) == "segrl"):
+    if isinstance(error, InstantiationException) and not (
+        isinstance(cause, ValueError) and _raised_in(cause) == "segrl"
+    ):
         return _unbound(str(error), cause)
     if isinstance(cause, HydraException | OmegaConfBaseException):
         return [_composition(str(cause), said, keys)]
@@ -113,7 +119,9 @@ def explain(error: BaseException, said: Said, keys: Callable[[], list[str]]) -> 
         return [f"trainer: {' '.join(str(cause).split())}"]
     if isinstance(cause, OSError):
         if cause.errno == errno.ENOSPC:
-            return [f"paths.runs: no space is left to write {cause.filename or 'the run'}; what was saved before is intact"]
+            return [
+                f"paths.runs: no space is left to write {cause.filename or 'the run'}; what was saved before is intact"
+            ]
         return None if cause.filename is None else [f"{cause.filename}: {str(cause.strerror).lower()}"]
     if isinstance(cause, ValueError) and _raised_in(cause) == "segrl":
         return [" ".join(str(cause).split())]
@@ -127,18 +135,30 @@ def _raised_in(error: BaseException) -> str:
     at = error.__traceback__
     while at is not None and at.tb_next is not None:
         at = at.tb_next
-    return "" if at is None else str(at.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+    if at is None:
+        return ""
+    if Path(at.tb_frame.f_code.co_filename).resolve().is_relative_to(_HERE):  # a command's own module is called __main__
+        return "segrl"
+    return str(at.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def _refused(faults: list[Fault], said: Said) -> str:
     """The first fault; where an experiment meets a group that the user has replaced, which two do not go together."""
     first = next((one for one in faults if one.key in said.keys), faults[0])
     sets, name = said.set_by_experiment(first.key), said.choices.get("experiment")
-    replaced = [f"{group}={option}" for group, option in said.choices.items() if group not in ("experiment", "suite", "testset")]
+    replaced = [
+        f"{group}={option}"
+        for group, option in said.choices.items()
+        if group not in ("experiment", "suite", "testset")
+    ]
     if first.key in said.keys or sets is None or not replaced:
         return str(first)
     guilty = [one for one in replaced if one.split("=")[0] == sets.split(".")[0]] or replaced
-    ways = [found for one in faults if (found := said.set_by_experiment(one.key)) is not None and one.key not in said.keys]
+    ways = [
+        found
+        for one in faults
+        if (found := said.set_by_experiment(one.key)) is not None and one.key not in said.keys
+    ]
     if first.unknown or first.key != sets:
         out = " ".join(f"'~{way}'" for way in dict.fromkeys(ways))
         return f"{first.key}: {first.said}: experiment={name} sets {sets} and does not go with {' '.join(guilty)} alone; write {out} beside it"
@@ -149,13 +169,27 @@ def _unbound(message: str, cause: BaseException) -> list[str] | None:
     """A constructor that could not be called; None where what it raised is a bug."""
     where = re.search(r"full_key: (\S+)", message)
     node = where.group(1) if where else "the configuration"
-    if not isinstance(cause, TypeError | ImportError | AttributeError) and "Error locating target" not in message:
+    if (
+        not isinstance(cause, TypeError | ImportError | AttributeError)
+        and "Error locating target" not in message
+    ):
         return None
     if what := re.search(r"unexpected keyword argument '(\w+)'", str(cause)):
         return [f"{node}.{what.group(1)}: its constructor takes no such key"]
-    first = " ".join(message.splitlines()[0].split()).removesuffix(":").replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception.", "")
+    first = (
+        " ".join(message.splitlines()[0].split())
+        .removesuffix(":")
+        .replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception.", "")
+    )
     reason = " ".join(str(cause).split())
-    return [f"{node}: {first}" + (f" ({reason[:300]})" if reason and reason not in first and not reason.startswith(first[:40]) else "")]
+    return [
+        f"{node}: {first}"
+        + (
+            f" ({reason[:300]})"
+            if reason and reason not in first and not reason.startswith(first[:40])
+            else ""
+        )
+    ]
 
 
 def _composition(message: str, said: Said, keys: Callable[[], list[str]]) -> str:
@@ -203,7 +237,10 @@ def _nearest_key(key: str, keys: list[str]) -> str:
     """`; did you mean ...?`: of all keys the one whose last part is nearest, then whose whole is."""
 
     def likeness(other: str) -> float:
-        last, whole = (difflib.SequenceMatcher(None, a, b).ratio() for a, b in ((key.rpartition(".")[2], other.rpartition(".")[2]), (key, other)))
+        last, whole = (
+            difflib.SequenceMatcher(None, a, b).ratio()
+            for a, b in ((key.rpartition(".")[2], other.rpartition(".")[2]), (key, other))
+        )
         return last + 0.5 * whole if last >= 0.6 else whole * 0.8
 
     best = max(keys, key=likeness, default="")

@@ -18,7 +18,9 @@ def job(cfg: DictConfig) -> None:
     check(cfg, "score")
     for key in ("pred", "gt"):  # before anything heavy is imported
         if not Path(cfg[key]).is_dir():
-            raise ValueError(f"{key}: must be a folder; {cfg[key]} is {'a file' if Path(cfg[key]).exists() else 'not there'}")
+            raise ValueError(
+                f"{key}: must be a folder; {cfg[key]} is {'a file' if Path(cfg[key]).exists() else 'not there'}"
+            )
     out = None if cfg.out is None else Path(cfg.out)
     if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
         raise ValueError(f"out: must be a .json file in a folder that exists; got {out}")

@@ -1,6 +1,6 @@
 """The bad-input table: every key of every experiment with values that its schema does not allow, and what is said of each; and 80 command lines by hand.
 
-    python tests/front_door/bad_input.py            # prints key, value, line
+python tests/front_door/bad_input.py            # prints key, value, line
 """
 
 from __future__ import annotations
@@ -59,17 +59,25 @@ def takes(schema: dict[str, Any], value: object) -> bool:
     if "anyOf" in schema:
         return any(takes(branch, value) for branch in schema["anyOf"])
     if "const" in schema or "enum" in schema:
-        return any(type(value) is type(one) and value == one for one in schema.get("enum", [schema.get("const")]))
+        return any(
+            type(value) is type(one) and value == one for one in schema.get("enum", [schema.get("const")])
+        )
     kind = schema.get("type")
     if kind in ("integer", "number"):
-        if isinstance(value, bool) or not isinstance(value, int if kind == "integer" else int | float) or not math.isfinite(value):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int if kind == "integer" else int | float)
+            or not math.isfinite(value)
+        ):
             return False
         return (
             schema.get("minimum", -math.inf) <= value <= schema.get("maximum", math.inf)
             and schema.get("exclusiveMinimum", -math.inf) < value < schema.get("exclusiveMaximum", math.inf)
         )  # fmt: skip
     if kind == "array":
-        if not isinstance(value, list) or not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", math.inf):
+        if not isinstance(value, list) or not schema.get("minItems", 0) <= len(value) <= schema.get(
+            "maxItems", math.inf
+        ):
             return False
         return all(takes(schema.get("items", {}), one) for one in value) and (
             "smaller first" not in schema.get("description", "") or value == sorted(value)
@@ -78,7 +86,9 @@ def takes(schema: dict[str, Any], value: object) -> bool:
         return isinstance(value, dict) and len(value) >= schema.get("minProperties", 0)
     if kind == "string":
         return isinstance(value, str) and len(value) >= schema.get("minLength", 0)
-    return {"boolean": isinstance(value, bool), "null": value is None}.get(str(kind), isinstance(value, dict | list))
+    return {"boolean": isinstance(value, bool), "null": value is None}.get(
+        str(kind), isinstance(value, dict | list)
+    )
 
 
 def edges(schema: dict[str, Any]) -> Iterator[object]:
@@ -95,7 +105,24 @@ def edges(schema: dict[str, Any]) -> Iterator[object]:
 
 def bad_values(schema: dict[str, Any]) -> list[object]:
     """Another type, both sides of the range, no numbers, null: all that the schema does not allow."""
-    others: list[object] = ["four", "", True, 3, -1, 0.5, 1e300, math.nan, math.inf, -math.inf, None, {"a": 1}, [], ["four"], [[1]], [3, 2]]
+    others: list[object] = [
+        "four",
+        "",
+        True,
+        3,
+        -1,
+        0.5,
+        1e300,
+        math.nan,
+        math.inf,
+        -math.inf,
+        None,
+        {"a": 1},
+        [],
+        ["four"],
+        [[1]],
+        [3, 2],
+    ]
     return [value for value in (*edges(schema), *others) if not takes(schema, value)]
 
 

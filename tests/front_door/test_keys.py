@@ -30,7 +30,8 @@ CALLED_WITH = {
 
 
 @pytest.mark.parametrize(
-    ("place", "target"), [(place, target) for place, parts in PARTS.items() for target in parts if target.startswith("segrl.")]
+    ("place", "target"),
+    [(place, target) for place, parts in PARTS.items() for target in parts if target.startswith("segrl.")],
 )
 def test_the_keys_of_a_part_are_the_arguments_of_its_constructor(place, target):
     model, later = PARTS[place][target], place in PARTIAL or place == "fn" or place == "potential"
@@ -63,7 +64,13 @@ def test_alarms_may_watch_all_that_is_logged_and_nothing_else():
         f"{room}/{name}" for room, names in re.findall(r"(\w+)/\{([^}]+)\}", told) for name in names.split(",") if "<" not in name
     } | {"sft/loss"}  # fmt: skip
     assert documented <= SCALARS
-    assert {one for one in SCALARS - documented} == {"head/loss", "head/iou", "head/quality_loss", "tower/cell_loss", "tower/box_loss"}
+    assert {one for one in SCALARS - documented} == {
+        "head/loss",
+        "head/iou",
+        "head/quality_loss",
+        "tower/cell_loss",
+        "tower/box_loss",
+    }
 
 
 def test_every_value_that_a_schema_does_not_allow_is_told_and_every_bound_is_taken():
@@ -95,13 +102,20 @@ def test_a_bad_value_of_any_key_refuses_the_configuration_by_its_name(name):
         assert key in {one.key for one in refused.value.faults}, (key, refused.value)
 
 
-@pytest.mark.parametrize("name", ["train +experiment=demo", "train stage=ppo_dense", "train data=cod10k_camo", "evaluate +suite=dis"])
+@pytest.mark.parametrize(
+    "name",
+    ["train +experiment=demo", "train stage=ppo_dense", "train data=cod10k_camo", "evaluate +suite=dis"],
+)
 def test_an_unknown_neighbour_of_any_key_is_refused(name):
     command = COMPOSED[name][0]
     walk = Walk(OmegaConf.to_container(composed(name), resolve=False), COMMANDS[command])
     list(walk)
     cfg = composed(name).copy()
-    places = {"data.zzz" if place == "data.module.train" else f"{place}.zzz" for place in walk.reached if "[" not in place}
+    places = {
+        "data.zzz" if place == "data.module.train" else f"{place}.zzz"
+        for place in walk.reached
+        if "[" not in place
+    }
     for key in places:
         OmegaConf.update(cfg, key, 1, force_add=True)
     with pytest.raises(Refused) as refused:
@@ -118,10 +132,18 @@ def test_each_key_that_is_not_a_parts_is_read_by_something():
         for root in ("data", *(f"testsets.{one}" for one in raw.get("testsets", {}))):
             node = OmegaConf.select(composed(name), root, throw_on_missing=False)
             for key in OmegaConf.to_container(node, resolve=False) if node is not None else ():
-                assert f"{root}.{key}" in kept or key in ("module", "samples", "published", "train_folders") or issubclass(command, Open), key
+                assert (
+                    f"{root}.{key}" in kept
+                    or key in ("module", "samples", "published", "train_folders")
+                    or issubclass(command, Open)
+                ), key
 
 
-@pytest.mark.parametrize(("command", "arguments", "words"), BY_HAND, ids=lambda one: " ".join(one) if isinstance(one, list) else one)
+@pytest.mark.parametrize(
+    ("command", "arguments", "words"),
+    BY_HAND,
+    ids=lambda one: " ".join(one) if isinstance(one, list) else one,
+)
 def test_a_command_line_that_is_refused_by_hand(command, arguments, words):
     (line,) = refusal(command, arguments, only_keys=True)
     assert "\n" not in line and not line.rstrip().endswith(":"), line
@@ -135,7 +157,27 @@ def test_there_are_eighty_by_hand():
 
 def test_nothing_heavy_is_imported_to_refuse():
     """`torch` and its like come after the check: no import of them at the head of what the front door imports."""
-    for file in ("front_door.py", "messages.py", "help_text.py", "foreign.py", *(f"schema/{p.name}" for p in (ROOT / "src/segrl/schema").glob("*.py"))):
+    for file in (
+        "front_door.py",
+        "messages.py",
+        "help_text.py",
+        "foreign.py",
+        *(f"schema/{p.name}" for p in (ROOT / "src/segrl/schema").glob("*.py")),
+    ):
         for node in ast.parse((ROOT / "src" / "segrl" / file).read_text()).body:
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.split(".")[0] for name in names} & {"torch", "transformers", "lightning", "mlflow", "numpy", "sam2", "hydra"}, file
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+            assert not {name.split(".")[0] for name in names} & {
+                "torch",
+                "transformers",
+                "lightning",
+                "mlflow",
+                "numpy",
+                "sam2",
+                "hydra",
+            }, file

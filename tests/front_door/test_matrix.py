@@ -7,8 +7,24 @@ import pytest
 
 from segrl.front_door import conf_folder, experiments, refusal
 
-GROUPS = ("stage", "policy", "reference", "head", "grammar", "reward", "rollout", "data", "trainer", "logger", "callbacks")
-NEEDED = {"data=image_mask": ["data.root=x"], "data=jsonl": ["data.train=x", "data.test=x"], "data=traces": ["data.root=x", "data.traces=x"]}
+GROUPS = (
+    "stage",
+    "policy",
+    "reference",
+    "head",
+    "grammar",
+    "reward",
+    "rollout",
+    "data",
+    "trainer",
+    "logger",
+    "callbacks",
+)
+NEEDED = {
+    "data=image_mask": ["data.root=x"],
+    "data=jsonl": ["data.train=x", "data.test=x"],
+    "data=traces": ["data.root=x", "data.traces=x"],
+}
 ALL = [
     (experiment, f"{group}={path.stem}")
     for experiment in experiments()

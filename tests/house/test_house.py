@@ -19,7 +19,7 @@ LEVELS = {
     "rollout": 3, "segmenter": 3,
     "stages": 4,
     "tracking": 5,
-    "front_door": 6, "messages": 6, "help_text": 6, "__main__": 6, "foreign": 0, "schema": 6, "running": 6, "train": 6, "evaluate": 6, "evaluating": 6, "score": 6, "export": 6, "prepare": 6, "recipe": 6, "assets": 6, "serve": 6,
+    "front_door": 6, "messages": 6, "help_text": 6, "resuming": 6, "__main__": 6, "foreign": 0, "schema": 6, "running": 6, "train": 6, "evaluate": 6, "evaluating": 6, "score": 6, "export": 6, "prepare": 6, "recipe": 6, "assets": 6, "serve": 6,
 }  # fmt: skip
 # Third-party packages that have one place.
 HOMES = {
@@ -83,6 +83,7 @@ def test_no_room_but_the_front_door_reads_a_config():
     allowed = {
         "front_door",
         "messages",
+        "resuming",
         "schema",
         "running",
         "evaluating",

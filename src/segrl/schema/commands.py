@@ -7,11 +7,15 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from segrl.schema.around import METRICS
 from segrl.schema.kinds import Part, Seed, Share, Text, shown, slot
-from segrl.schema.parts import METRICS
 
-Name = Annotated[str, Field(pattern=r"^[\w.-]*\w[\w.-]*$", description="a name of letters, digits, _, . and -")]
-Sources = Annotated[dict[str, str], Field(description="keys of files, each with the place where its owners publish it")]
+Name = Annotated[
+    str, Field(pattern=r"^[\w.-]*\w[\w.-]*$", description="a name of letters, digits, _, . and -")
+]
+Sources = Annotated[
+    dict[str, str], Field(description="keys of files, each with the place where its owners publish it")
+]
 
 SCALARS = {
     "reward/total", "reward/spread", "policy/loss", "policy/ratio", "policy/clip_low", "policy/clip_high", "policy/drift", "policy/kl",
@@ -132,13 +136,27 @@ def _divergence(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
     stage, reference = cfg["stage"], cfg["reference"]
     weight, reward = stage.get("kl_weight", 0), stage.get("kl_reward", 0)
     if weight > 0 and reward > 0:
-        yield "stage.kl_reward", f"must be 0 where stage.kl_weight is not: the divergence stands in the loss or in the reward, not in both; got {reward}"
+        yield (
+            "stage.kl_reward",
+            f"must be 0 where stage.kl_weight is not: the divergence stands in the loss or in the reward, not in both; got {reward}",
+        )
     if weight + reward > 0 and reference is None and "reference" in stage:
         key, value = ("stage.kl_weight", weight) if weight > 0 else ("stage.kl_reward", reward)
-        yield key, f"must be 0 without a reference to measure a KL against (or reference=frozen_copy); got {value}"
+        yield (
+            key,
+            f"must be 0 without a reference to measure a KL against (or reference=frozen_copy); got {value}",
+        )
     adapter = cfg["policy"].get("lora") is not None
-    if reference is not None and "reference" in stage and str(reference["_target_"]).endswith(".AdapterOff") and not adapter:
-        yield "reference", "must be frozen_copy or none without policy.lora: reference=adapter_off turns an adapter off, and there is none"
+    if (
+        reference is not None
+        and "reference" in stage
+        and str(reference["_target_"]).endswith(".AdapterOff")
+        and not adapter
+    ):
+        yield (
+            "reference",
+            "must be frozen_copy or none without policy.lora: reference=adapter_off turns an adapter off, and there is none",
+        )
 
 
 def _batches(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -149,10 +167,16 @@ def _batches(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "stage.live_samples", f"must be at most data.batch_size ({batch}); got {live}"
     key, samples = ("data.batch_size", batch) if live is None else ("stage.live_samples", live)
     if samples % cuts:
-        yield key, f"must be a multiple of stage.updates_per_rollout ({cuts}), so that groups stay whole; got {samples}"
+        yield (
+            key,
+            f"must be a multiple of stage.updates_per_rollout ({cuts}), so that groups stay whole; got {samples}",
+        )
     updates = cuts * stage.get("epochs_per_rollout", 1)
     if steps > 0 and steps % updates:
-        yield "trainer.max_steps", f"must be a multiple of the {updates} updates that a rollout makes; got {steps}"
+        yield (
+            "trainer.max_steps",
+            f"must be a multiple of the {updates} updates that a rollout makes; got {steps}",
+        )
 
 
 def _validation(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -167,7 +191,10 @@ def _validation(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
         names = [f"{split}/{name}" for split in splits for name in scored[split]]
         if wanted is not None and wanted.rpartition("/")[0] not in names:
             sets = ", ".join(f"{name}/METRIC" for name in names)
-            yield key, f"must be null{f' or one of {sets}' if sets else ', for this dataset has no such set'}; got {shown(wanted)}"
+            yield (
+                key,
+                f"must be null{f' or one of {sets}' if sets else ', for this dataset has no such set'}; got {shown(wanted)}",
+            )
     if cfg["trainer"]["val_check_interval"] is not None and not val:
         yield "trainer.val_check_interval", "must be null without a validation set (data.module.val is empty)"
 

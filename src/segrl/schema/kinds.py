@@ -40,7 +40,9 @@ Positive = Annotated[float, Field(gt=0, le=1e6)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Rising = AfterValidator(_rising)
-Tokens = Annotated[int, Field(ge=1, le=131_072)]  # the longest context of the families that segrl loads has 262,144 positions
+Tokens = Annotated[
+    int, Field(ge=1, le=131_072)
+]  # the longest context of the families that segrl loads has 262,144 positions
 Pixels = Annotated[int, Field(ge=16, le=16_384)]  # a side below 16 holds no shape
 Words = Annotated[list[Text], Field(max_length=10_000)]
 
@@ -98,7 +100,8 @@ def fault(model: type[Part], field: str, value: object) -> str | None:
 def _takes_truth(schema: dict[str, Any]) -> bool:
     """Whether true and false are among the values that a schema allows."""
     return any(
-        branch.get("type") == "boolean" or any(isinstance(one, bool) for one in branch.get("enum", [branch.get("const")]))
+        branch.get("type") == "boolean"
+        or any(isinstance(one, bool) for one in branch.get("enum", [branch.get("const")]))
         for branch in schema.get("anyOf", [schema])
     )
 

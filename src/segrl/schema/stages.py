@@ -28,7 +28,9 @@ class AdamW(Part):
     """`stage.optimizer`."""
 
     lr: Rate
-    betas: Annotated[list[Beta], Field(min_length=2, max_length=2, description="a list of two numbers from 0 to below 1")] = [0.9, 0.999]
+    betas: Annotated[
+        list[Beta], Field(min_length=2, max_length=2, description="a list of two numbers from 0 to below 1")
+    ] = [0.9, 0.999]
     eps: float = Field(1e-8, gt=0, le=1)
     weight_decay: Share = 0.0
     fused: bool | None = None

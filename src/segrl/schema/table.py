@@ -5,7 +5,7 @@ Everything that a configuration, or the card of exported weights, may name of se
 
 from __future__ import annotations
 
-from segrl.schema import parts, stages
+from segrl.schema import around, parts, stages
 from segrl.schema.kinds import Part
 from segrl.schema.parts import Nothing
 
@@ -68,18 +68,18 @@ PARTS: dict[str, dict[str, type[Part]]] = {
     },
     "trace": {**_in("data.traces", Annotator=parts.Annotator), **_in("data.chat_traces", AsWritten=Nothing)},
     "callback": {
-        **_in("tracking.callbacks", Progress=parts.Progress, History=parts.InFolder, SampleSheets=parts.Sheets),
-        **_in("tracking.checkpoints", EveryNSteps=parts.EveryNSteps, KeepBest=parts.KeepBest), **_in("tracking.alarms", Alarms=parts.Alarms),
+        **_in("tracking.callbacks", Progress=around.Progress, History=around.InFolder, SampleSheets=around.Sheets),
+        **_in("tracking.checkpoints", EveryNSteps=around.EveryNSteps, KeepBest=around.KeepBest), **_in("tracking.alarms", Alarms=around.Alarms),
     },
-    "logger": _in("tracking.mlflow_runs", open_logger=parts.Tracked, open_csv=Nothing),
-    "trainer": {"lightning.Trainer": parts.Trainer},
-    "strategy": _in("stages.zero", ZeRO=parts.ZeRO),
-    "scores": {**_in("metrics.saliency", Saliency=parts.Saliency), **_in("metrics.referring", Referring=parts.ReferringScores)},
+    "logger": _in("tracking.mlflow_runs", open_logger=around.Tracked, open_csv=Nothing),
+    "trainer": {"lightning.Trainer": around.Trainer},
+    "strategy": _in("stages.zero", ZeRO=around.ZeRO),
+    "scores": {**_in("metrics.saliency", Saliency=around.Saliency), **_in("metrics.referring", Referring=around.ReferringScores)},
 }  # fmt: skip
 
 SHAPES: dict[str, type[Part]] = {
-    "lora": parts.Lora, "term": parts.Term, "rule": parts.Rule, "folder": parts.FolderPair, "exclusion": parts.Exclusion,
-    "data": parts.Data, "testset": parts.TestSet, "paths": parts.Paths, "suite": parts.Suite,
+    "lora": parts.Lora, "term": parts.Term, "rule": around.Rule, "folder": parts.FolderPair, "exclusion": parts.Exclusion,
+    "data": parts.Data, "testset": parts.TestSet, "paths": parts.Paths, "suite": around.Suite,
 }  # fmt: skip
 """Nodes without a constructor."""
 

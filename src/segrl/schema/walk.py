@@ -81,7 +81,9 @@ class Walk:
         typed: keys under which a part that is not segrl's may be named, and is imported to look at its constructor; None allows all.
     """
 
-    def __init__(self, raw: dict[str, Any], command: type[Part], typed: Collection[str] | None = None) -> None:
+    def __init__(
+        self, raw: dict[str, Any], command: type[Part], typed: Collection[str] | None = None
+    ) -> None:
         self.raw, self.command, self.typed = raw, command, typed
         self.reached: set[str] = set()
         self.referred = references(raw)
@@ -110,19 +112,29 @@ class Walk:
                 yield from self._field(here, value, model, key)
             elif not issubclass(model, Open):
                 yield self._unknown(path, str(key), model, node)
-            elif not any(f"{ref}.".startswith(f"{here}.") or f"{here}.".startswith(f"{ref}.") for ref in self.referred) and path:
-                if "_target_" not in node:
-                    yield Fault(here, f"there is no such key: nothing reads it{near(str(key), [k for k in node if k != key], path)}", unknown=True)
+            elif path and "_target_" not in node and not self._read(here):
+                others = near(str(key), [k for k in node if k != key], path)
+                yield Fault(here, f"there is no such key: nothing reads it{others}", unknown=True)
         for key, field in fields.items():
             if field.is_required() and key not in node:
                 here = f"{path}.{key}" if path else key
                 yield Fault(here, f"must be given ({needed(described(model)[key])}); it is not set")
 
+    def _read(self, key: str) -> bool:
+        """Whether anything refers to a key, to what stands in it, or to the node that it stands in."""
+        return any(
+            f"{ref}.".startswith(f"{key}.") or f"{key}.".startswith(f"{ref}.") for ref in self.referred
+        )
+
     def _unknown(self, path: str, key: str, model: type[Part], node: dict[str, Any]) -> Fault:
         """A key that a part does not take."""
         here = f"{path}.{key}" if path else key
         if path == "trainer" and key in _TRAINERS:
-            return Fault(here, f"there is no such key: the stage makes its own updates ({_TRAINERS[key]})", unknown=True)
+            return Fault(
+                here,
+                f"there is no such key: the stage makes its own updates ({_TRAINERS[key]})",
+                unknown=True,
+            )
         owner = str(node.get("_target_", path or "the configuration")).rpartition(".")[2]
         takes = [name for name in model.model_fields if path]
         near_by = near(key, takes, path) or (f" ({owner} takes {', '.join(takes)})" if takes else "")
@@ -152,7 +164,9 @@ class Walk:
             for key, one in pairs:
                 yield from self._one(f"{source}.{key}" if many == "dict" else f"{source}[{key}]", one, name)
         else:
-            yield Fault(source, f"must be {'names with nodes' if many == 'dict' else 'a list'}; got {shown(found)}")
+            yield Fault(
+                source, f"must be {'names with nodes' if many == 'dict' else 'a list'}; got {shown(found)}"
+            )
 
     def _piece(self, path: str, ref: str) -> Iterator[Typed | Fault]:
         """A key whose value is written into another string."""
@@ -178,15 +192,22 @@ class Walk:
             return
         self.reached.add(path)
         if not isinstance(node, dict):
-            yield Fault(path, f"must be a node of the configuration; got {shown(node)} (~{path} takes it away)")
+            yield Fault(
+                path, f"must be a node of the configuration; got {shown(node)} (~{path} takes it away)"
+            )
         elif place in SHAPES:
             yield from self._fields(path, node, SHAPES[place])
         elif not isinstance(target := node.get("_target_"), str):
-            yield Fault(f"{path}._target_", f"must name a part; {'it is not set' if target is None else f'got {shown(target)}'}")
+            yield Fault(
+                f"{path}._target_",
+                f"must name a part; {'it is not set' if target is None else f'got {shown(target)}'}",
+            )
         elif (model := known(target, place)) is not None:
             partial = place in PARTIAL or (place == "fn" and not target.endswith(".Quantile"))
             if node.get("_partial_", False) is not partial:
-                yield Fault(f"{path}._partial_", f"must be {shown(partial)} here; got {shown(node.get('_partial_'))}")
+                yield Fault(
+                    f"{path}._partial_", f"must be {shown(partial)} here; got {shown(node.get('_partial_'))}"
+                )
             yield from self._fields(path, node, model)
         elif self.typed is not None and f"{path}._target_" not in self.typed:
             yield Fault(
@@ -195,7 +216,10 @@ class Walk:
             )  # fmt: skip
         elif re.match(r"(segrl|torch|lightning)\.", target):
             names = list(PARTS[place])
-            yield Fault(f"{path}._target_", f"must be one of {', '.join(names)}, or a part of your own; got {target}{near(target, names, '')}")
+            yield Fault(
+                f"{path}._target_",
+                f"must be one of {', '.join(names)}, or a part of your own; got {target}{near(target, names, '')}",
+            )
         else:
             yield from _own(path, node, target)
 
@@ -220,7 +244,9 @@ def _own(path: str, node: dict[str, Any], target: str) -> Iterator[Fault]:
     for key in node:
         if key not in ("_target_", "_partial_") and key not in taken:
             takes = f" ({name} takes {', '.join(taken)})"
-            yield Fault(f"{path}.{key}", f"there is no such key{near(str(key), taken, path) or takes}", unknown=True)
+            yield Fault(
+                f"{path}.{key}", f"there is no such key{near(str(key), taken, path) or takes}", unknown=True
+            )
 
 
 def near(word: str, words: Any, path: str) -> str:  # noqa: ANN401 - any collection of names
@@ -248,7 +274,9 @@ def faults(cfg: DictConfig, command: type[Part], typed: Collection[str] | None =
     if typed is not None:
         for path in _nodes(raw):
             if path not in walk.reached:
-                found.setdefault(path, Fault(f"{path}._target_", "must stand where segrl has a place for a part"))
+                found.setdefault(
+                    path, Fault(f"{path}._target_", "must stand where segrl has a place for a part")
+                )
     return list(found.values())
 
 
