@@ -1,7 +1,7 @@
-"""What a file from elsewhere may hold: plain values, and references to its own keys; nothing that is called or looked up.
+"""What a file from elsewhere may hold: plain values and references to its own keys; nothing that is called.
 
-A configuration of a run that somebody else made, and the card beside his weights, are data. Which parts of segrl they may name
-is for their readers; here is what both have in common.
+The configuration of a run that somebody else made, and the card beside his weights, are data. Which parts of
+segrl they may name is for their readers; here is what both have in common.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def strange(node: object, whole: bool, path: str = "") -> Iterator[tuple[str, ob
 
     Args:
         node: plain containers.
-        whole: whether it is a whole configuration, which may name parts (whoever reads it says which) and refer to its own keys,
-            `${asset:NAME}` and `${now:FORMAT}`; no other resolver ever may stand in a string.
+        whole: whether it is a whole configuration, which may name parts (its reader says which) and refer to
+            its own keys, `${asset:NAME}` and `${now:FORMAT}`; no other resolver ever may stand in a string.
         path: dotted key of the node.
     """
     if isinstance(node, dict):

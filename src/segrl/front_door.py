@@ -1,4 +1,4 @@
-"""The front door: composes and checks a configuration, and refuses a user's mistake before anything is written.
+"""The front door: compose and check a configuration, refuse a mistake before anything is written.
 
 Nothing heavy is imported here. `messages` says a mistake in a line, `help_text` what a command does.
 """
@@ -20,6 +20,13 @@ from segrl.messages import Missing, Refused, Said, dotted, explain
 _HERE = Path(__file__).resolve().parent
 _VALUE = re.compile(r"(\+{0,2}[\w.]+)=([\w.+-]+)")
 _SEARCH = "hydra.searchpath="
+_FABRIC = {
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "precision",
+    "strategy",
+}  # keys of the trainer that an evaluation reads
 
 
 def conf_folder() -> Path:
@@ -54,7 +61,7 @@ def register_resolvers() -> None:
 
 
 def enter(config_name: str, job: Callable[[DictConfig], object], files: bool = True) -> None:
-    """Run `job` on the configuration that the command line composes; exit 2 with one line where the user erred.
+    """Run `job` on the configuration of the command line; exit 2 with one line where the user erred.
 
     SEGRL_TRACE=1 shows the traceback instead.
 
@@ -110,19 +117,19 @@ def check_jobs(config_name: str, arguments: list[str], files: bool) -> None:
 
     Hydra makes its sweep folder before it composes the first job, so jobs are checked before anything exists.
     """
-    if (
-        config_name != "train"
-    ):  # the others change a configuration first, and write nothing before they have checked it
+    if config_name not in ("train", "evaluate"):
         return
     for overrides in _jobs(arguments):
         composed = _composed(config_name, overrides)
-        if composed.get("resume") is None:
+        if composed.get("resume") is not None:
+            continue
+        if config_name == "train":  # an evaluation changes its configuration first, and then checks it
             check(composed, config_name, files)
-            refuse_unread(composed, Said(overrides, folders(arguments)))
+        refuse_unread(composed, Said(overrides, folders(arguments)))
 
 
 def refusal(config_name: str, arguments: list[str], only_keys: bool = False) -> list[str] | None:
-    """Return the lines that refuse a command line, None where it composes and is checked; nothing is run or written.
+    """Return the lines that refuse a command line, None where nothing is wrong; nothing is run or written.
 
     Args:
         config_name: YAML of the command.
@@ -147,14 +154,14 @@ def refusal(config_name: str, arguments: list[str], only_keys: bool = False) -> 
 
 
 def _held_against_the_run(arguments: list[str]) -> list[str]:
-    """Where a run goes on, `a.b=c` may name a key that the defaults lack: `resumed` says whether the run has it."""
+    """Where a run goes on, `a.b=c` may name a key that the defaults lack: `resumed` checks the run's own."""
     if not any(argument.startswith("resume=") for argument in arguments):
         return arguments
     return [f"++{a}" if re.match(r"[\w-]+\.[^=]*=", a) else a for a in arguments]
 
 
 def as_typed(config_name: str, arguments: list[str]) -> list[str]:
-    """Return the arguments with quotes around what Hydra would take for a number or a truth and is a text, such as a folder `2024_01`."""
+    """Return the arguments, with quotes around a text that Hydra would take for a number, as a folder `2024_01`."""
     from hydra.errors import HydraException
 
     from segrl.schema.commands import COMMANDS
@@ -227,7 +234,7 @@ def _composed(config_name: str, overrides: list[str]) -> DictConfig:
 
 
 def _jobs(arguments: list[str]) -> list[list[str]]:
-    """The overrides of each job: one, or those of a multirun; none where a sweeper other than Hydra's own chooses them."""
+    """The overrides of each job: one, or those of a multirun; none where another sweeper chooses them."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra._internal.utils import get_args_parser
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -295,26 +302,29 @@ def check_keys(cfg: DictConfig, command: str = "train") -> None:
 
 
 def refuse_unread(cfg: DictConfig, said: Said) -> None:
-    """Raise Refused for a value that the user has set in a node that nothing of this stage reads."""
-    from segrl.schema.commands import COMMANDS
+    """Raise Refused for a value of the user's in a node that nothing of this stage, or evaluation, reads."""
     from segrl.schema.walk import Fault, references
 
-    if "stage" not in cfg or "suite" in cfg:
+    if "stage" not in cfg:
         return
     raw = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(raw, dict)
-    read = {ref.split(".")[0] for ref in references(raw)}
-    stage = str(raw["stage"]["_target_"]).rpartition(".")[2]
-    parts = {"policy", "reference", "head", "grammar", "reward", "rollout"} & set(
-        COMMANDS["train"].model_fields
-    )
+    if "suite" in raw:
+        unread, who = {"stage", "reward", "reference", "callbacks"}, "in an evaluation"
+    else:
+        read = {ref.split(".")[0] for ref in references(raw)}
+        unread = {"policy", "reference", "head", "grammar", "reward", "rollout"} - read
+        who = f"for {str(raw['stage']['_target_']).rpartition('.')[2]}"
     for key in sorted(said.keys):
-        if "." in key and (root := key.split(".")[0]) in parts - read:
-            raise Refused([Fault(key, f"must not be set for stage.{stage}, which reads no {root}")])
+        root, _, rest = key.partition(".")
+        if rest and (root in unread or ("suite" in raw and root == "trainer" and rest not in _FABRIC)):
+            raise Refused(
+                [Fault(key, f"must not be set {who}, which reads no {key if root == 'trainer' else root}")]
+            )
 
 
 def missing(cfg: DictConfig, files: bool) -> list[str]:
-    """Return a line for each file and folder that a run needs and that is not there, or is empty, with the way to get it."""
+    """Return a line for each file and folder that is needed and missing, or empty, with the way to get it."""
     from segrl.schema.sources import lacks, way_to
 
     lines, looked = [], set()

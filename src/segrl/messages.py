@@ -137,7 +137,9 @@ def _raised_in(error: BaseException) -> str:
         at = at.tb_next
     if at is None:
         return ""
-    if Path(at.tb_frame.f_code.co_filename).resolve().is_relative_to(_HERE):  # a command's own module is called __main__
+    if (
+        Path(at.tb_frame.f_code.co_filename).resolve().is_relative_to(_HERE)
+    ):  # a command's own module is called __main__
         return "segrl"
     return str(at.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
 

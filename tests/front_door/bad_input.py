@@ -23,15 +23,28 @@ NEEDED = {
 }  # fmt: skip
 """What a data group does not say itself."""
 
+GROUPS = ("stage", "policy", "reference", "head", "grammar", "reward", "rollout", "data", "trainer", "logger")
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (conf_folder() / group).glob("[!_]*.yaml"))
+
+
+def rounds() -> dict[str, tuple[str, list[str]]]:
+    """As many configurations as the largest group has options, so that each option of each group stands in one."""
+    found = {}
+    for index in range(max(len(options(group)) for group in GROUPS)):
+        chosen = {group: options(group)[index % len(options(group))] for group in GROUPS}
+        words = [f"{group}={option}" for group, option in chosen.items()]
+        found[f"train {' '.join(words)}"] = ("train", [*words, *NEEDED.get(chosen["data"], [])])
+    return found
+
+
 COMPOSED = {
     **{f"train +experiment={name}": ("train", [f"+experiment={name}"]) for name in experiments()},
-    **{
-        f"train {group}={path.stem}": ("train", [f"{group}={path.stem}", *NEEDED.get(path.stem, []), "objective_metric=null"])
-        for group in ("stage", "policy", "reference", "head", "grammar", "reward", "rollout", "data", "trainer", "logger")
-        for path in sorted((conf_folder() / group).glob("[!_]*.yaml"))
-    },
-    **{f"evaluate +suite={path.stem}": ("evaluate", [f"+suite={path.stem}"]) for path in sorted((conf_folder() / "suite").glob("*.yaml"))},
-    **{f"score scores={path.stem}": ("score", [f"scores={path.stem}", "pred=x", "gt=x"]) for path in sorted((conf_folder() / "scores").glob("*.yaml"))},
+    **rounds(),
+    **{f"evaluate +suite={name}": ("evaluate", [f"+suite={name}"]) for name in options("suite")},
+    **{f"score scores={name}": ("score", [f"scores={name}", "pred=x", "gt=x"]) for name in options("scores")},
     "export": ("export", ["ckpt=x", "out=x"]),
     "prepare check": ("prepare_check", ["data=image_mask", "data.root=x"]),
     "prepare traces": ("prepare_traces", ["data.root=x", "out=x"]),

@@ -146,6 +146,12 @@ def _divergence(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
             key,
             f"must be 0 without a reference to measure a KL against (or reference=frozen_copy); got {value}",
         )
+    own = str(cfg["rollout"]["_target_"]).endswith(".SharedPrefixEngine")
+    if own and (cap := stage.get("mismatch_cap")) is not None:
+        yield (
+            "stage.mismatch_cap",
+            f"must be null where the policy itself samples, for nothing is to be corrected (rollout=vllm takes it); got {cap}",
+        )
     adapter = cfg["policy"].get("lora") is not None
     if (
         reference is not None

@@ -40,9 +40,7 @@ Positive = Annotated[float, Field(gt=0, le=1e6)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Rising = AfterValidator(_rising)
-Tokens = Annotated[
-    int, Field(ge=1, le=131_072)
-]  # the longest context of the families that segrl loads has 262,144 positions
+Tokens = Annotated[int, Field(ge=1, le=131_072)]  # half the longest context of Qwen3-VL
 Pixels = Annotated[int, Field(ge=16, le=16_384)]  # a side below 16 holds no shape
 Words = Annotated[list[Text], Field(max_length=10_000)]
 

@@ -1,4 +1,4 @@
-"""The keys of every part that a configuration may name under `_target_`, but for those of stages: type and range of each.
+"""The keys of parts that a configuration names under `_target_`, those of policies, rewards and data: type and range.
 
 A part of a user's own is held against its constructor instead; see `walk`.
 """

@@ -1,13 +1,12 @@
-"""Every key of a composed configuration with the part and field that it must fit, found along its interpolations.
+"""Every key of a configuration with the part and field that it must fit, found along its interpolations.
 
-`data.module.batch_size: ${data.batch_size}` makes `data.batch_size` a key that must fit `SegDataModule.batch_size`: a key has
-the type of what reads it, and a fault is told of the key that a user writes.
+`data.module.batch_size: ${data.batch_size}` makes `data.batch_size` a key that must fit
+`SegDataModule.batch_size`: a key has the type of what reads it, and a fault is told of the key that a user writes.
 """
 
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 import re
 from collections.abc import Collection, Iterator
@@ -78,7 +77,8 @@ class Walk:
     Args:
         raw: the configuration as plain containers, interpolations as they are written.
         command: keys of the top level.
-        typed: keys under which a part that is not segrl's may be named, and is imported to look at its constructor; None allows all.
+        typed: keys under which a part that is not segrl's may be named, and is imported to look at its
+            constructor; None allows all.
     """
 
     def __init__(
@@ -226,12 +226,13 @@ class Walk:
 
 def _own(path: str, node: dict[str, Any], target: str) -> Iterator[Fault]:
     """A part that is not segrl's: it must be there, and take the keys that stand beside its name."""
-    module, _, name = target.rpartition(".")
+    from hydra._internal.utils import _locate
+
+    name = target.rpartition(".")[2]
     try:
-        made = getattr(importlib.import_module(module), name, None) if module else None
-        reason = f"{module or target} holds no {name}"
-    except ImportError as error:
-        made, reason = None, str(error)
+        made, reason = _locate(target), "it cannot be called"
+    except (ImportError, ValueError) as error:
+        made, reason = None, " ".join(str(error).split())
     if not callable(made):
         yield Fault(f"{path}._target_", f"must name a part that Python finds; got {target} ({reason})")
         return
