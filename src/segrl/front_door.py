@@ -161,12 +161,12 @@ def _held_against_the_run(arguments: list[str]) -> list[str]:
 
 
 def as_typed(config_name: str, arguments: list[str]) -> list[str]:
-    """Return the arguments, with quotes around a text that Hydra would take for a number, as a folder `2024_01`."""
+    """Return the arguments, with quotes around texts that Hydra would take for numbers, as a folder 2024_01."""
     from hydra.errors import HydraException
 
     from segrl.schema.commands import COMMANDS
     from segrl.schema.kinds import fault
-    from segrl.schema.walk import Typed, Walk
+    from segrl.schema.walk import Typed, Walk, plain
 
     parts = [_VALUE.fullmatch(argument) for argument in arguments]
     odd = {
@@ -176,14 +176,13 @@ def as_typed(config_name: str, arguments: list[str]) -> list[str]:
     if not odd:
         return arguments
     try:
-        raw = OmegaConf.to_container(_composed(config_name, _groups(arguments)), resolve=False)
+        raw = plain(_without_values(config_name, *_groups(arguments)))
     except (
         HydraException,
         OmegaConfBaseException,
         ValueError,
     ):  # told when the whole command line is composed
         return arguments
-    assert isinstance(raw, dict)
     takes: dict[str, bool] = {}
     for one in Walk(raw, COMMANDS[config_name]):
         if isinstance(one, Typed):
@@ -193,7 +192,7 @@ def as_typed(config_name: str, arguments: list[str]) -> list[str]:
 
 
 def folders(arguments: list[str]) -> list[Path]:
-    """Return all folders that hold groups of options: segrl's, and those of `--config-dir` and `hydra.searchpath`."""
+    """Return all folders with groups of options: segrl's, those of `--config-dir` and `hydra.searchpath`."""
     own = [Path(place.removeprefix("file://")) for place in _places(arguments)]
     return [conf_folder(), *(folder for folder in own if folder.is_dir())]
 
@@ -233,6 +232,12 @@ def _composed(config_name: str, overrides: list[str]) -> DictConfig:
         return compose(config_name, overrides)
 
 
+@functools.cache
+def _without_values(config_name: str, *groups: str) -> DictConfig:
+    """The configuration of the chosen options alone: what the user's keys are sought in."""
+    return _composed(config_name, list(groups))
+
+
 def _jobs(arguments: list[str]) -> list[list[str]]:
     """The overrides of each job: one, or those of a multirun; none where another sweeper chooses them."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -266,7 +271,7 @@ def _keys(config_name: str, arguments: list[str]) -> list[str]:
     from hydra.errors import HydraException
 
     try:
-        return dotted(_composed(config_name, _groups(arguments)))
+        return dotted(_without_values(config_name, *_groups(arguments)))
     except (HydraException, ValueError):  # Hydra raises both
         return []
 
@@ -289,26 +294,23 @@ def check(cfg: DictConfig, command: str = "train", files: bool = True) -> None:
 
 
 def check_keys(cfg: DictConfig, command: str = "train") -> None:
-    """Raise Refused for keys that there are not, values that do not fit, and values that do not go together."""
+    """Raise Refused for keys that there are not, values that do not fit or do not go together."""
     from segrl.schema.commands import COMMANDS, together
-    from segrl.schema.walk import Fault, faults
+    from segrl.schema.walk import Fault, faults, plain
 
     if found := faults(cfg, COMMANDS[command]):
         raise Refused(found)
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(plain, dict)
-    if found := [Fault(key, said) for key, said in together(plain)]:
+    if found := [Fault(key, said) for key, said in together(plain(cfg, resolve=True))]:
         raise Refused(found)
 
 
 def refuse_unread(cfg: DictConfig, said: Said) -> None:
     """Raise Refused for a value of the user's in a node that nothing of this stage, or evaluation, reads."""
-    from segrl.schema.walk import Fault, references
+    from segrl.schema.walk import Fault, plain, references
 
     if "stage" not in cfg:
         return
-    raw = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(raw, dict)
+    raw = plain(cfg)
     if "suite" in raw:
         unread, who = {"stage", "reward", "reference", "callbacks"}, "in an evaluation"
     else:

@@ -1,4 +1,4 @@
-"""`--help`: the head of a command's YAML, its own keys, and the groups that it uses; nothing is composed for it."""
+"""`--help`: the head of a command's YAML, its own keys, and the groups that it uses."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Said:
         return sorted({path.stem for folder in self.folders for path in (folder / group).glob("[!_]*.yaml")})
 
     def set_by_experiment(self, key: str) -> str | None:
-        """Return the shortest key above `key`, or itself, that stands in the chosen experiment as a value; None where none does."""
+        """Return the key, or the nearest above it, that the chosen experiment sets; None where it sets none."""
         name = self.choices.get("experiment")
         if name is None:
             return None
@@ -120,7 +120,8 @@ def explain(error: BaseException, said: Said, keys: Callable[[], list[str]]) -> 
     if isinstance(cause, OSError):
         if cause.errno == errno.ENOSPC:
             return [
-                f"paths.runs: no space is left to write {cause.filename or 'the run'}; what was saved before is intact"
+                f"paths.runs: no space is left to write {cause.filename or 'the run'}; "
+                "what was saved before is intact"
             ]
         return None if cause.filename is None else [f"{cause.filename}: {str(cause.strerror).lower()}"]
     if isinstance(cause, ValueError) and _raised_in(cause) == "segrl":
@@ -131,7 +132,7 @@ def explain(error: BaseException, said: Said, keys: Callable[[], list[str]]) -> 
 
 
 def _raised_in(error: BaseException) -> str:
-    """Return the package that raised an error: a library's ValueError is a bug of ours, and keeps its traceback."""
+    """Return the package that raised an error: a library's ValueError is a bug, and keeps its traceback."""
     at = error.__traceback__
     while at is not None and at.tb_next is not None:
         at = at.tb_next
@@ -145,7 +146,7 @@ def _raised_in(error: BaseException) -> str:
 
 
 def _refused(faults: list[Fault], said: Said) -> str:
-    """The first fault; where an experiment meets a group that the user has replaced, which two do not go together."""
+    """The first fault; where an experiment meets a group that was replaced, which two do not go together."""
     first = next((one for one in faults if one.key in said.keys), faults[0])
     sets, name = said.set_by_experiment(first.key), said.choices.get("experiment")
     replaced = [
@@ -161,10 +162,11 @@ def _refused(faults: list[Fault], said: Said) -> str:
         for one in faults
         if (found := said.set_by_experiment(one.key)) is not None and one.key not in said.keys
     ]
+    those = " ".join(guilty)
     if first.unknown or first.key != sets:
         out = " ".join(f"'~{way}'" for way in dict.fromkeys(ways))
-        return f"{first.key}: {first.said}: experiment={name} sets {sets} and does not go with {' '.join(guilty)} alone; write {out} beside it"
-    return f"{first} (experiment={name} sets it and does not go with {' '.join(guilty)} alone; write {first.key}=... beside it)"
+        return f"{first}: experiment={name} sets {sets} and does not go with {those} alone; write {out} beside it"
+    return f"{first} (experiment={name} sets it and does not go with {those} alone; write {first.key}=... beside it)"
 
 
 def _unbound(message: str, cause: BaseException) -> list[str] | None:
@@ -212,10 +214,14 @@ def _composition(message: str, said: Said, keys: Callable[[], list[str]]) -> str
     if option := re.search(r"(?:Could not find|In '[^']+': Could not find) '([^']+)'", message):
         group, _, name = option.group(1).rpartition("/")
         options = said.options(group)
-        return f"{group}={name}: there is no such option{_nearest(name, options)} (there are: {', '.join(options)})"
+        near = _nearest(name, options)
+        return f"{group}={name}: there is no such option{near} (there are: {', '.join(options)})"
     if "group override must be a string" in message:
         group = next((key for key, value in said.choices.items() if value in ("null", "")), "a group")
-        return f"{group}: must name an option, one of {', '.join(said.options(group))}; got null (~{group}.KEY takes a part of it away)"
+        options = ", ".join(said.options(group))
+        return (
+            f"{group}: must name an option, one of {options}; got null (~{group}.KEY takes a part of it away)"
+        )
     if mismatch := re.search(r"(?s)(.*)full_key: (\S+)", message):
         return f"{mismatch.group(2)}: {' '.join(mismatch.group(1).split()).rstrip(':')}"
     return " ".join(message.split()).rstrip(":")

@@ -21,7 +21,8 @@ def saved(path: Path, key: str, command: str, overrides: list[str] | None = None
         overrides: `a.b=c`, of the user's own command line.
 
     Raises:
-        ValueError: if the file is no configuration, or names anything but segrl's parts, plain values, and what the user names himself.
+        ValueError: if the file is no configuration, or names anything but segrl's parts, plain values, and what
+            the user names himself.
     """
     import yaml
 
@@ -61,7 +62,8 @@ def saved(path: Path, key: str, command: str, overrides: list[str] | None = None
     head = str(OmegaConf.select(loaded, "head.architecture"))
     if "head.architecture" not in typed and "head" in raw and not _shipped(head):
         raise ValueError(
-            f"{key}: {path}: head.architecture must ship with segrl or sam2; got {head} (if it is your own, write head.architecture={head})"
+            f"{key}: {path}: head.architecture must ship with segrl or sam2; got {head} (if it is your own, write "
+            f"head.architecture={head} on the command line)"
         )
     return loaded
 

@@ -117,7 +117,7 @@ COMMANDS: dict[str, type[Part]] = {
 
 
 def together(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield a key, and why it does not go with another, of a configuration whose values are right one by one."""
+    """Yield keys, and why they do not go with others, of a configuration whose values are right one by one."""
     if "stage" in cfg and "suite" not in cfg:  # an evaluation trains nothing
         yield from _divergence(cfg)
         yield from _batches(cfg)
@@ -138,7 +138,8 @@ def _divergence(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if weight > 0 and reward > 0:
         yield (
             "stage.kl_reward",
-            f"must be 0 where stage.kl_weight is not: the divergence stands in the loss or in the reward, not in both; got {reward}",
+            "must be 0 where stage.kl_weight is not: the divergence stands in the loss or in the reward, not in both; "
+            f"got {reward}",
         )
     if weight + reward > 0 and reference is None and "reference" in stage:
         key, value = ("stage.kl_weight", weight) if weight > 0 else ("stage.kl_reward", reward)
@@ -150,7 +151,8 @@ def _divergence(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if own and (cap := stage.get("mismatch_cap")) is not None:
         yield (
             "stage.mismatch_cap",
-            f"must be null where the policy itself samples, for nothing is to be corrected (rollout=vllm takes it); got {cap}",
+            "must be null where the policy itself samples, for nothing is to be corrected (rollout=vllm takes it); "
+            f"got {cap}",
         )
     adapter = cfg["policy"].get("lora") is not None
     if (
@@ -161,7 +163,7 @@ def _divergence(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
     ):
         yield (
             "reference",
-            "must be frozen_copy or none without policy.lora: reference=adapter_off turns an adapter off, and there is none",
+            "must be frozen_copy or none without policy.lora: adapter_off turns an adapter off, and there is none",
         )
 
 
@@ -199,7 +201,7 @@ def _validation(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
             sets = ", ".join(f"{name}/METRIC" for name in names)
             yield (
                 key,
-                f"must be null{f' or one of {sets}' if sets else ', for this dataset has no such set'}; got {shown(wanted)}",
+                f"must be null{f' or one of {sets}' if sets else ': this dataset has no such set'}; got {shown(wanted)}",
             )
     if cfg["trainer"]["val_check_interval"] is not None and not val:
         yield "trainer.val_check_interval", "must be null without a validation set (data.module.val is empty)"

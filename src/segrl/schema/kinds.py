@@ -46,7 +46,7 @@ Words = Annotated[list[Text], Field(max_length=10_000)]
 
 
 class slot:  # noqa: N801 - an annotation, written as pydantic's own
-    """Mark a field that holds a node, or (`many`) a "list" or "dict" of nodes, of the parts that `name` lists."""
+    """Mark a field that holds a node, or (`many`) a "list" or "dict" of nodes, of the parts of a place."""
 
     def __init__(self, name: str, many: str = "") -> None:
         self.name, self.many = name, many

@@ -1,4 +1,4 @@
-"""The keys of parts that a configuration names under `_target_`, those of policies, rewards and data: type and range.
+"""The keys of policies, mask heads, grammars, engines, rewards and data: type and range of each.
 
 A part of a user's own is held against its constructor instead; see `walk`.
 """

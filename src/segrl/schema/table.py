@@ -88,7 +88,7 @@ PARTIAL = {
 }  # fmt: skip
 """Places whose part is called later, and so stands under `_partial_: true`."""
 
-OTHERS = {
+OTHERS: dict[str, tuple[str, type[Part]]] = {
     "optimizer": ("torch.optim.", stages.AnyOptimizer), "schedule": ("torch.optim.lr_scheduler.", stages.AnyTorch),
 }  # fmt: skip
 """Places where any part of a library may stand."""
@@ -98,6 +98,7 @@ def known(target: str, place: str) -> type[Part] | None:
     """Return the keys of a part that may stand in a place; None where segrl knows no such part."""
     if (model := PARTS[place].get(target)) is not None:
         return model
-    prefix, other = OTHERS.get(place, ("", None))
-    name = target.removeprefix(prefix)
-    return other if other is not None and name != target and name.isidentifier() else None
+    if place not in OTHERS:
+        return None
+    prefix, other = OTHERS[place]
+    return other if target.startswith(prefix) and target.removeprefix(prefix).isidentifier() else None

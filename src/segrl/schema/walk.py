@@ -1,7 +1,7 @@
 """Every key of a configuration with the part and field that it must fit, found along its interpolations.
 
 `data.module.batch_size: ${data.batch_size}` makes `data.batch_size` a key that must fit
-`SegDataModule.batch_size`: a key has the type of what reads it, and a fault is told of the key that a user writes.
+`SegDataModule.batch_size`: a key has the type of what reads it, and a fault names the key that a user writes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Collection, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError
@@ -92,8 +92,8 @@ class Walk:
         """Yield each key once per field that it must fit, and what is wrong with the structure itself."""
         yield from self._fields("", self.raw, self.command)
 
-    def _source(self, path: str, value: Any) -> tuple[str, Any]:  # noqa: ANN401 - any value of a configuration
-        """Return where a value stands that is written as `${key}`, and the value; raises Fault where nothing stands there."""
+    def _source(self, path: str, value: Any) -> tuple[str, Any]:  # noqa: ANN401
+        """Return where a value stands that is written as `${key}`, and the value; raises Fault where it does not."""
         while isinstance(value, str) and (match := _WHOLE.fullmatch(value)):
             try:
                 path, value = match[1], lookup(self.raw, match[1])
@@ -140,7 +140,9 @@ class Walk:
         near_by = near(key, takes, path) or (f" ({owner} takes {', '.join(takes)})" if takes else "")
         return Fault(here, f"there is no such key{near_by}", unknown=True)
 
-    def _field(self, here: str, value: Any, model: type[Part], field: str) -> Iterator[Typed | Fault]:  # noqa: ANN401
+    def _field(
+        self, here: str, value: Any, model: type[Part], field: str  # noqa: ANN401
+    ) -> Iterator[Typed | Fault]:  # fmt: skip
         """One key: a value, a node, or several nodes."""
         schema = described(model)[field]
         try:
@@ -211,14 +213,15 @@ class Walk:
             yield from self._fields(path, node, model)
         elif self.typed is not None and f"{path}._target_" not in self.typed:
             yield Fault(
-                f"{path}._target_", f"must be a part of segrl in a file from elsewhere; got {target} (if it is your own code, write "
-                f"{path}._target_={target} on the command line)",
+                f"{path}._target_", f"must be a part of segrl in a file from elsewhere; got {target} (if it is your "
+                f"own code, write {path}._target_={target} on the command line)",
             )  # fmt: skip
         elif re.match(r"(segrl|torch|lightning)\.", target):
             names = list(PARTS[place])
+            like = near(target, names, "")
             yield Fault(
                 f"{path}._target_",
-                f"must be one of {', '.join(names)}, or a part of your own; got {target}{near(target, names, '')}",
+                f"must be one of {', '.join(names)}, or a part of your own; got {target}{like}",
             )
         else:
             yield from _own(path, node, target)
@@ -256,16 +259,20 @@ def near(word: str, words: Any, path: str) -> str:  # noqa: ANN401 - any collect
     return f"; did you mean {path + '.' if path else ''}{found[0]}?" if found else ""
 
 
+def plain(cfg: DictConfig, resolve: bool = False) -> dict[str, Any]:
+    """Return a configuration as plain containers, with its interpolations as they are written, or resolved."""
+    return cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=resolve))
+
+
 def faults(cfg: DictConfig, command: type[Part], typed: Collection[str] | None = None) -> list[Fault]:
     """Return all that is wrong with the keys of a configuration, in their order.
 
     Args:
         cfg: composed, or read from a file.
         command: keys of the top level.
-        typed: of a file from elsewhere, the keys that the user has written himself; None trusts the configuration.
+        typed: of a file from elsewhere, the keys that the user has written himself; None trusts all.
     """
-    raw = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(raw, dict)
+    raw = plain(cfg)
     walk, found = Walk(raw, command, typed), dict[str, Fault]()
     for one in walk:
         if isinstance(one, Fault):
