@@ -244,15 +244,15 @@ def _no_key(key: str, said: Said, keys: list[str]) -> str:
 def _nearest_key(key: str, keys: list[str]) -> str:
     """`; did you mean ...?`: of all keys the one whose last part is nearest, then whose whole is."""
 
-    def likeness(other: str) -> float:
+    def _likeness(other: str) -> float:
         last, whole = (
             difflib.SequenceMatcher(None, a, b).ratio()
             for a, b in ((key.rpartition(".")[2], other.rpartition(".")[2]), (key, other))
         )
         return last + 0.5 * whole if last >= 0.6 else whole * 0.8
 
-    best = max(keys, key=likeness, default="")
-    return f"; did you mean {best}?" if best and likeness(best) >= 0.55 else ""
+    best = max(keys, key=_likeness, default="")
+    return f"; did you mean {best}?" if best and _likeness(best) >= 0.55 else ""
 
 
 def _nearest(word: str, words: list[str]) -> str:
