@@ -15,7 +15,7 @@ OUT ?= $(abspath $(RUNS))/$(if $(REHEARSE),rehearsal,gpu)
 PARTS ?=
 TESTS ?= tests
 
-.PHONY: help bad-input setup demo seg-r1 test test-slow test-oldest test-newest test-zero test-vllm lint types bench bench-gpu bench-metrics train eval sweep mlflow docker assets clean
+.PHONY: help bad-input setup demo seg-r1 test test-slow test-oldest test-newest test-zero test-vllm lint types bench bench-gpu bench-metrics train eval sweep mlflow track docker assets clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -30,8 +30,8 @@ setup: $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv) ## get uv if missing and make
 demo: setup ## GRPO on the embedded default, then the table before / after (about 5 minutes on 2 cores)
 	@$(PYTHON) -m segrl.train +experiment=demo paths.runs=$(RUNS) $(ARGS)
 
-seg-r1: setup ## SFT, pre-RL, GRPO, SOD in a row, relatives beside them, one table (SCALE=nano, about an hour; SCALE=paper)
-	@$(PYTHON) -m segrl.recipe recipes/seg_r1_$(SCALE).yaml --runs $(RUNS)/seg_r1_$(SCALE) --at-once $(if $(filter nano,$(SCALE)),2,1)
+seg-r1: setup ## SFT, pre-RL, GRPO, SOD in a row, relatives beside them, one table (SCALE=nano, about an hour; SCALE=paper: 8 GPUs of 80 GB)
+	@$(PYTHON) -m segrl.recipe recipes/seg_r1_$(SCALE).yaml --runs $(RUNS)/seg_r1_$(SCALE) --at-once $(if $(filter nano,$(SCALE)),2,1) $(ARGS)
 
 test: setup ## unit, contract, config, stage and house tests (under 10 minutes on 2 cores; JOBS=2 at once)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(JOBS) --dist worksteal
@@ -89,8 +89,11 @@ eval: setup ## make eval MODEL=FOLDER SUITE=cod: score a policy on benchmarks (c
 sweep: setup ## make sweep ARGS="+experiment=demo stage.group_size=4,8 seed=1,2"
 	@$(PYTHON) -m segrl.train -m paths.runs=$(RUNS) $(ARGS)
 
-mlflow: setup ## open the recorded runs at http://127.0.0.1:5000
-	@MLFLOW_DISABLE_TELEMETRY=true .venv/bin/mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(RUNS)/mlflow.db
+mlflow: setup ## open the recorded runs at http://127.0.0.1:5000 (a run prints the address of its own page)
+	@MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow server --host 127.0.0.1 --port 5000 --workers 1 --backend-store-uri sqlite:///$(RUNS)/mlflow.db
+
+track: setup ## make track RUN=FOLDER: bring a run folder into MLflow that was tracked in part, or not at all
+	@$(PYTHON) -m segrl.track $(RUN)
 
 docker: ## build the CUDA image from uv.lock
 	docker build -f docker/Dockerfile -t segrl .

@@ -91,13 +91,13 @@ def cli(monkeypatch, capsys, tmp_path):
     import sys
 
     def run(
-        *arguments: str, module: str = "train", runs: Path | None = tmp_path / "runs"
+        *arguments: str, module: str = "train", runs: Path | None = tmp_path / "runs", cwd: Path = tmp_path
     ) -> tuple[int, str, str]:
         import importlib
 
         where = [] if runs is None else [f"paths.runs={runs}"]
         monkeypatch.setattr(sys, "argv", ["segrl", *arguments, *where])
-        monkeypatch.chdir(tmp_path)
+        monkeypatch.chdir(cwd)
         capsys.readouterr()
         code = 0
         try:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from segrl.front_door import check, enter
+from segrl.front_door import check, enter, take_in_instructions
 from segrl.resuming import saved
 
 
@@ -24,6 +24,7 @@ def job(cfg: DictConfig) -> float | None:
     if OmegaConf.is_missing(cfg.data, "train"):  # a list to learn from is not asked for
         cfg.data.train = None
     check(cfg, "evaluate")
+    take_in_instructions(cfg)
     from segrl.evaluating import Evaluation
 
     return Evaluation.build(cfg).run()
@@ -65,7 +66,10 @@ def _take_model(cfg: DictConfig, folder: Path) -> None:
     for part in PARTS:
         if part in card and part not in chosen:
             cfg[part] = {name: located(value, cfg.paths.weights) for name, value in card[part].items()}
-    if card and not chosen & {"policy", "trainer", "trainer.precision"}:
+    if card and not chosen & {
+        "policy",
+        "trainer.precision",
+    }:  # a trainer group says where it runs, not how exactly
         cfg.trainer.precision = card["precision"]["passes"]
     OmegaConf.update(cfg, "policy.weights", str(folder), force_add=True)
     for override in said:  # what the command line says stands above the card

@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from segrl.data.batching import Collate
+from segrl.departures import of_counts, published
 from segrl.metrics.parts import Family, scores
 from segrl.protocols import SampleSet
 from segrl.running import memory_said, quiet, run_folder, say
@@ -28,6 +29,7 @@ from segrl.tracking.checkpoints import learned_policy
 from segrl.tracking.figures import Cell, sheet
 from segrl.tracking.mlflow_runs import keep
 from segrl.tracking.provenance import provenance
+from segrl.tracking.report import tell
 from segrl.types import Answer, Sample
 
 _STAMPS = "weights.json"
@@ -63,7 +65,7 @@ class Evaluation:
                 raise ValueError(
                     f"resume: the weights with which {folder} was begun are needed; {changed[0]} is another file now"
                 )
-        policy = instantiate(cfg.policy)
+        grammar, policy = instantiate(cfg.grammar), instantiate(cfg.policy)
         if cfg.init_from is not None:
             learned = learned_policy(Path(cfg.init_from), "init_from")
             try:
@@ -72,9 +74,7 @@ class Evaluation:
                 raise ValueError(
                     f"init_from: a policy of this architecture is needed; {cfg.init_from} has another ({error})"
                 ) from None
-        segmenter = Segmenter(
-            policy.eval(), instantiate(cfg.grammar), instantiate(cfg.rollout), instantiate(cfg.head)
-        )
+        segmenter = Segmenter(policy.eval(), grammar, instantiate(cfg.rollout), instantiate(cfg.head))
         trainer = cfg.trainer
         try:
             fabric = Fabric(
@@ -93,15 +93,18 @@ class Evaluation:
         logger = None
         if self.fabric.is_global_zero:
             text = OmegaConf.to_yaml(self.cfg)
+            made = provenance(text)
+            logger = instantiate(self.cfg.logger)(self.folder, made)  # refuses before anything is made
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(text)
             (self.folder / _STAMPS).write_text(json.dumps(_stamps(self.cfg), indent=2) + "\n")
-            made = provenance(text)
             (self.folder / "provenance.json").write_text(json.dumps(made, indent=2) + "\n")
-            logger = instantiate(self.cfg.logger)(self.folder, made)
             say(
                 f"{self.cfg.suite.name}: {sum(map(len, self.sets.values()))} samples; results in {self.folder}"
             )
+            if not self.cfg.testsets:  # a suite's would have been refused
+                for line in of_counts(self.cfg, self.sets):
+                    say(f"  {line}")
         self.fabric.barrier()
         for name, samples in self.sets.items():
             self._segment(name, samples)
@@ -109,7 +112,15 @@ class Evaluation:
         if not self.fabric.is_global_zero:
             return None
         metrics = self._conclude()
-        kept = ("metrics.json", "per_sample.jsonl", "config.yaml", "provenance.json", "overlays", "masks")
+        kept = (
+            "metrics.json",
+            "table.txt",
+            "per_sample.jsonl",
+            "config.yaml",
+            "provenance.json",
+            "overlays",
+            "masks",
+        )
         keep(logger, [self.folder / name for name in kept], metrics)
         if logger is not None:
             logger.finalize("success")
@@ -191,27 +202,33 @@ class Evaluation:
             name: [line for one in members for line in rows[one]]
             for name, members in self.cfg.suite.unions.items()
         }
+        clusters = {name: per_sample.clusters(found) for name, found in {**rows, **joined}.items()}
         tables = {
             name: scores(
                 self.family,
                 [per_sample.parts_of(line) for line in found],
                 self.cfg.suite.draws,
                 self.cfg.seed,
+                clusters[name],
             )
             for name, found in {**rows, **joined}.items()
         }
+        images = {name: int(numbers.max()) + 1 for name, numbers in clusters.items()}
         counts = {name: len(found) for name, found in {**rows, **joined}.items()}
         faults = {
             name: float(np.mean([line["fault"] is not None for line in found]))
             for name, found in {**rows, **joined}.items()
         }
-        per_sample.print_tables(tables, counts, faults)
-        say(", ".join(f"{key} {value}" for key, value in self._identity().items()))
+        tell(
+            f"{per_sample.tables_text(tables, counts, faults, images)}\n"
+            + "\n".join(f"{key}: {value}" for key, value in self._identity().items()),
+            self.folder / "table.txt",
+        )
         report = {
             **self._identity(), "seconds": round(time.monotonic() - self.began, 1),
             "datasets": {
                 name: {
-                    "n": counts[name], "published": _published(self.cfg, name), "fault_rate": faults[name],
+                    "n": counts[name], "images": images[name], "published": published(self.cfg, name), "fault_rate": faults[name],
                     "scores": {key: score.as_json() for key, score in table.items()},
                 }
                 for name, table in tables.items()
@@ -234,7 +251,7 @@ class Evaluation:
             "suite": cfg.suite.name, "weights": Path(cfg.policy.weights).name,
             "checkpoint": None if cfg.init_from is None else str(cfg.init_from),
             "grammar": str(cfg.grammar._target_).rpartition(".")[2], "head": Path(str(cfg.head.checkpoint)).name,
-            "image_side": cfg.policy.image_side, "precision": str(cfg.trainer.precision),
+            "image_side": cfg.policy.image_side, "precision": str(cfg.trainer.precision), "head_precision": cfg.head.get("precision", "float32"),
             "answers": "greedy" if cfg.suite.greedy else f"sampled, seed {cfg.seed}", "convention": self.family.convention,
         }  # fmt: skip
 
@@ -268,10 +285,10 @@ def _test_sets(cfg: DictConfig, family: Family) -> dict[str, SampleSet]:
     sets: dict[str, SampleSet] = {name: instantiate(node) for name, node in nodes.items()}
     for name, samples in sets.items():
         _check_ids(name, samples.ids, cfg.suite.masks or cfg.suite.overlays)
-        published = _published(cfg, name)
-        if published is not None and published != len(samples):
+        owners = published(cfg, name)
+        if cfg.testsets and owners is not None and owners != len(samples):
             raise ValueError(
-                f"testsets.{name}: {published} samples are published, {len(samples)} are here (python -m segrl.prepare check "
+                f"testsets.{name}: {owners} samples are published, {len(samples)} are here (python -m segrl.prepare check "
                 f"looks into a download; testsets.{name}.published=null scores what is here)"
             )
     return sets
@@ -289,9 +306,3 @@ def _check_ids(name: str, ids: Sequence[str], files: bool) -> None:
             raise ValueError(
                 f"suite.masks and overlays: ids that can name files are needed; {name} has {one!r}"
             )
-
-
-def _published(cfg: DictConfig, name: str) -> int | None:
-    """How many samples the owners of a test set publish; none where it is not known."""
-    count: int | None = OmegaConf.select(cfg, f"testsets.{name}.published")
-    return count

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from segrl import licences
 from segrl.front_door import asset, check, enter, scored_checkpoint
 from segrl.resuming import saved
 
@@ -18,11 +19,17 @@ if TYPE_CHECKING:
     from segrl.models.hf_vlm import HFPolicy
     from segrl.protocols import Grammar
 
+_QUERIES: dict[str, tuple[str | None, ...]] = {
+    "ReferringExpressions": ("QUERY",), "ReasonSeg": ("QUERY",), "Listed": (None, "QUERY"),
+}  # fmt: skip
+"""By loader, the queries that a card shows: its samples have one each, or some may; every other loader's have none."""
+
 
 def job(cfg: DictConfig) -> None:
     """Export, and say where."""
     check(cfg, "export")
-    ckpt, out = Path(cfg.ckpt), Path(cfg.out)
+    # A run's files lie around its checkpoint, also for `last.ckpt` said there.
+    ckpt, out = Path(cfg.ckpt).absolute(), Path(cfg.out)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise ValueError(f"out: a new folder is needed; {out} is there")
     export_policy(ckpt, out, "A policy that writes mask prompts for a promptable segmenter.")
@@ -31,14 +38,17 @@ def job(cfg: DictConfig) -> None:
     )
 
 
-def export_policy(ckpt: Path, out: Path, note: str, head_checkpoint: str | None = None) -> None:
-    """Write the policy of a checkpoint as weights, processor, generation config, `segrl.json` and model card.
+def export_policy(
+    ckpt: Path, out: Path, note: str, head_checkpoint: str | None = None, licence: str | None = None
+) -> None:
+    """Write the policy of a checkpoint as weights, processor, generation config, instructions, `segrl.json` and model card.
 
     Args:
         ckpt: in the `checkpoints` folder of a run.
         out: folder to write.
         note: first paragraph of the model card.
-        head_checkpoint: of the mask head, as `segrl.json` names it; none takes the run's.
+        head_checkpoint: of the mask head, as `segrl.json` names it; None takes the run's.
+        licence: of the weights, for whoever owns them; None says what follows from the base model and the data.
 
     Raises:
         ValueError: if `ckpt` is no checkpoint of a run, or holds no policy.
@@ -46,6 +56,7 @@ def export_policy(ckpt: Path, out: Path, note: str, head_checkpoint: str | None 
     from hydra.utils import instantiate
 
     from segrl.models import pretrained
+    from segrl.prompts import instructions
     from segrl.tracking.checkpoints import learned_policy
 
     run = ckpt.parent.parent
@@ -59,13 +70,21 @@ def export_policy(ckpt: Path, out: Path, note: str, head_checkpoint: str | None 
         )
     cfg = saved(run / "config.yaml", "ckpt", "train")
     learned = learned_policy(ckpt, "ckpt")
-    parts = pretrained.checked(described(cfg, head_checkpoint), run / "config.yaml")
+    grammar = instantiate(cfg.grammar)
+    described_parts = described(cfg, head_checkpoint)
+    described_parts["grammar"]["instructions"] = {
+        grammar.section: grammar.texts
+    }  # the texts, not where they stood
+    parts = pretrained.checked(described_parts, run / "config.yaml")
     policy = instantiate(cfg.policy)
     policy.take_over(learned)
     policy.save(out, cfg.rollout.max_tokens)
     pretrained.write(out, parts)
-    asked = _asked(policy, instantiate(cfg.grammar))
-    (out / "README.md").write_text(card(run, note, ckpt, asked))
+    (out / instructions.NAME).write_text(
+        instructions.written(grammar.section, grammar.texts), encoding="utf-8"
+    )
+    asked = _asked(policy, grammar, str(cfg.data.module.train._target_))
+    (out / "README.md").write_text(card(run, note, ckpt, asked, licence))
 
 
 def described(cfg: DictConfig, head_checkpoint: str | None) -> dict[str, dict[str, Any]]:
@@ -74,6 +93,7 @@ def described(cfg: DictConfig, head_checkpoint: str | None) -> dict[str, dict[st
         part: dict(OmegaConf.to_container(cfg[part], resolve=False))  # type: ignore[arg-type]
         for part in ("policy", "grammar", "head", "rollout")
     }
+    parts["grammar"].pop("instructions", None)  # whoever writes the card knows the texts
     parts["policy"] |= {"weights": ".", "lora": None}  # an adapter was merged
     parts["rollout"] = {  # whatever sampled in training: it needs no more than segrl itself
         "_target_": "segrl.rollout.shared_prefix.SharedPrefixEngine", "max_tokens": cfg.rollout.max_tokens
@@ -94,26 +114,42 @@ def _named(path: str) -> str:
     return path if path.startswith("configs/") else f"weights:{Path(path).name}"
 
 
-def _asked(policy: HFPolicy, grammar: Grammar) -> str:
-    """The text in front of a completion, for whoever generates with other tools."""
-    messages = grammar.messages("QUERY")
-    chat: str = policy.encoder.processor.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True
-    )
+def _asked(policy: HFPolicy, grammar: Grammar, loader: str) -> str:
+    """The text in front of a completion, for whoever generates with other tools; with a query only where it was trained with some."""
     side = policy.encoder.image_side
     squashed = "" if side is None else f", with the image resized to {side}x{side} (bicubic)"
-    return f"What it is asked{squashed}:\n\n```\n{chat.strip()}\n```\n"
+    told = []
+    for query in _QUERIES.get(loader.rpartition(".")[2], (None,)):
+        chat: str = policy.encoder.processor.apply_chat_template(
+            grammar.messages(query), tokenize=False, add_generation_prompt=True
+        )
+        what = "What it is asked" if query is None else "What it is asked about a QUERY"
+        told.append(f"{what}{squashed}:\n\n```\n{chat.strip()}\n```\n")
+    return "\n".join(told)
 
 
-def card(run: Path, note: str, ckpt: Path | None = None, asked: str = "") -> str:
-    """Markdown: what it is and is asked, what it was trained on and by which command, the scores of the run, the configuration."""
-    config = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))  # unresolved: no path of one machine
-    assert isinstance(config, dict)
+def card(run: Path, note: str, ckpt: Path | None = None, asked: str = "", licence: str | None = None) -> str:
+    """Return Markdown: what it is and is asked, its licence, what it was trained on and by which command, scores, configuration.
+
+    Args:
+        run: run folder.
+        note: first paragraph.
+        ckpt: what is exported of a policy; None where the card is of a mask head.
+        asked: paragraphs about what a policy is asked.
+        licence: see `export_policy`.
+    """
+    loaded = OmegaConf.load(run / "config.yaml")
+    config = OmegaConf.to_container(loaded)  # unresolved: no path of one machine
+    assert isinstance(config, dict) and isinstance(loaded, DictConfig)
     wanted = ("stage", "rollout", "reward", "data", "trainer")
     settings = OmegaConf.to_yaml(OmegaConf.create({k: config[k] for k in wanted}))
-    lines = [
-        f"---\nlicense: apache-2.0\npipeline_tag: image-segmentation\n---\n# {config['name']}\n\n{note}\n"
-    ]
+    front, terms = ({"license": licence}, "") if licence is not None else licences.of(loaded)
+    if ckpt is None:
+        front["pipeline_tag"] = "image-segmentation"
+    else:
+        front |= {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
+    head = OmegaConf.to_yaml(OmegaConf.create(front))
+    lines = [f"---\n{head}---\n# {config['name']}\n\n{note}\n{terms and chr(10) + terms + chr(10)}"]
     if ckpt is not None and not _scored(run, ckpt):
         lines.append(
             f"Trained by segrl. This checkpoint, `{ckpt.name}`, has not been scored: the run's scores are of another."

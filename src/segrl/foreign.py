@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-_REFERENCES = re.compile(r"\$\{(?:[\w.\-\[\]]+|asset:[\w.\-]+|now:[\w%:.\- ]+)\}")
+_REFERENCES = re.compile(r"\$\{(?:instructions_of:\$\{policy\.weights\}|[\w.\-\[\]]+|asset:[\w.\-]+|now:[\w%:.\- ]+)\}")
 _HYDRAS = {"_target_", "_partial_"}
 
 

@@ -16,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from segrl.messages import Missing, Refused, Said, dotted, explain
+from segrl.prompts.instructions import NAME as INSTRUCTIONS
+from segrl.prompts.instructions import read as read_instructions
 
 _HERE = Path(__file__).resolve().parent
 _VALUE = re.compile(r"(\+{0,2}[\w.]+)=([\w.+-]+)")
@@ -55,9 +57,27 @@ def scored_checkpoint(run: Path) -> Path:
     return best if best.is_file() else run / "checkpoints" / "last.ckpt"
 
 
+def instructions_of(weights: str) -> str | None:
+    """Return the file of instructions that lies beside a policy's weights, or None where there is none."""
+    beside = Path(weights) / INSTRUCTIONS
+    return str(beside) if beside.is_file() else None
+
+
 def register_resolvers() -> None:
-    """Make `${asset:NAME}` in a configuration `asset(NAME)`."""
+    """Let a configuration say `${asset:NAME}` for `asset(NAME)`, and `${instructions_of:FOLDER}` for `instructions_of(FOLDER)`."""
     OmegaConf.register_new_resolver("asset", asset, replace=True)
+    OmegaConf.register_new_resolver("instructions_of", instructions_of, replace=True)
+
+
+def take_in_instructions(cfg: DictConfig) -> None:
+    """Put the texts of `grammar.instructions` in place of their file, so that a run's folder says what was asked.
+
+    Raises:
+        ValueError: if the file is not there, or is damaged.
+    """
+    given = OmegaConf.select(cfg, "grammar.instructions")
+    if isinstance(given, str):
+        cfg.grammar.instructions = read_instructions(Path(given))
 
 
 def enter(config_name: str, job: Callable[[DictConfig], object], files: bool = True) -> None:
@@ -100,6 +120,7 @@ def _run(config_name: str, job: Callable[[DictConfig], object], files: bool) -> 
         try:
             return job(cfg)
         except known as error:
+            _fail_job(error, config_name)
             _tell(error, config_name)
             raise
 
@@ -255,6 +276,20 @@ def _jobs(arguments: list[str]) -> list[list[str]]:
         return []
     overrides = OverridesParser.create().parse_overrides(plain)
     return [[*job, *sought] for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
+
+
+def _fail_job(error: BaseException, config_name: str) -> None:
+    """In a sweep, raise the line of a known mistake for the sweep's callback: it ends the job, not the sweep."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if HydraConfig.get().mode is RunMode.MULTIRUN and os.environ.get("SEGRL_TRACE") != "1":
+        from segrl.tracking.sweep_parent import JobFailedError
+
+        arguments = sys.argv[1:]
+        lines = explain(error, Said(arguments, folders(arguments)), lambda: _keys(config_name, arguments))
+        if lines is not None:
+            raise JobFailedError("; ".join(line.strip() for line in lines)) from error
 
 
 def _tell(error: BaseException, config_name: str) -> None:

@@ -24,51 +24,60 @@ if TYPE_CHECKING:
 def traces(cfg: DictConfig) -> None:
     """Write one JSON line per sample whose mask the mask head finds again from the trace's own prompt."""
     check_keys(cfg, "prepare_traces")
-    import numpy as np
+    out = _checked_out(cfg)
+    head_name = _head_name(cfg)
     from hydra.utils import instantiate
 
-    from segrl.metrics.functional.overlap import iou
-    from segrl.prompts.frames import absolute_pixels
+    from segrl.data.traces import Judged, written
 
-    out = Path(cfg.out)
-    if out.suffix != ".jsonl" or out.exists():
-        raise ValueError(f"out: a new .jsonl file is needed; got {out}{' (it exists)' * out.exists()}")
     samples, head = instantiate(cfg.data.module.train), instantiate(cfg.head)
-    grammar, annotate = instantiate(cfg.grammar), instantiate(cfg.annotator)
-    problem = next(part["text"] for part in grammar.messages(None)[-1]["content"] if part["type"] == "text")
-    lines, empty, unsolved = [], 0, 0
-    for index in range(len(samples)):
-        sample = samples[index]
-        if sample.path is None:
-            raise ValueError(
-                "data: samples that were read from files are needed to write traces of; these were drawn"
-            )
-        if not sample.mask.any():
-            empty += 1
-            continue
-        frame = absolute_pixels(*sample.mask.shape)
-        text = grammar.render(annotate(sample, np.random.default_rng(index)), frame)
-        said = grammar.parse(text, frame)
-        ((mask,),) = head.segment([sample.image], [[said.prompt]])
-        if iou(mask, sample.mask) < cfg.least_iou:
-            unsolved += 1
-            continue
-        image = os.path.relpath(sample.path, out.parent)
-        solution = text.partition("</think>")[2].strip() or text
-        lines.append({"image": image, "problem": problem, "thinking": said.thought, "solution": solution})
-        if index % 100 == 99:
-            print(f"  {index + 1}/{len(samples)}, {len(lines)} kept", flush=True)
-    if not lines:
+    judged = Judged()
+    for line in written(
+        samples, head, instantiate(cfg.grammar), instantiate(cfg.annotator), cfg.least_iou, judged
+    ):
+        judged.lines.append({**line, "image": os.path.relpath(str(line["image"]), out.parent)})
+        if judged.seen % 100 == 0:
+            print(f"  {judged.seen}/{len(samples)}, {len(judged.lines)} kept", flush=True)
+    left_out = f"{judged.unsolved} below IoU {cfg.least_iou} as {head_name} draws them, {judged.empty} without an object"
+    if not judged.lines:
         raise ValueError(
-            f"least_iou: the mask head must find a mask again; of {len(samples)} it found none at {cfg.least_iou}"
+            f"least_iou: a mask head that finds masks again is needed; of {len(samples)} it found none ({left_out})"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_suffix(".part")
-    beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    beside.write_text("".join(json.dumps(line) + "\n" for line in judged.lines))
     beside.replace(out)
-    print(
-        f"{len(lines)} traces in {out}; left out: {unsolved} below IoU {cfg.least_iou}, {empty} without an object"
-    )
+    print(f"{len(judged.lines)} traces in {out}; left out: {left_out}")
+
+
+def _checked_out(cfg: DictConfig) -> Path:
+    """The file to write; ValueError naming the key of what cannot be."""
+    if not isinstance(cfg.overwrite, bool):
+        raise ValueError(f"overwrite: true or false is needed; got {cfg.overwrite}")
+    least = cfg.least_iou
+    if isinstance(least, bool) or not isinstance(least, int | float) or not 0 <= least <= 1:
+        raise ValueError(f"least_iou: a number from 0 to 1 is needed; got {least}")
+    out = Path(str(cfg.out))
+    if out.suffix != ".jsonl" or out.is_dir():
+        raise ValueError(f"out: a .jsonl file is needed; got {out}")
+    if out.exists() and not cfg.overwrite:
+        raise ValueError(f"out: a new .jsonl file is needed; {out} exists (overwrite=true writes it anew)")
+    return out
+
+
+def _head_name(cfg: DictConfig) -> str:
+    """The mask head that judges, as it is chosen; ValueError saying what to choose where it has no weights."""
+    from hydra.core.hydra_config import HydraConfig
+
+    for key, owners in cfg.sources.items():
+        if (path := OmegaConf.select(cfg, key)) is not None and not Path(str(path)).exists():
+            way_out = (
+                "; head=sam2_nano ships with segrl, and knows drawn scenes alone"
+                if key == "head.checkpoint"
+                else ""
+            )
+            raise ValueError(f"{key}: there is no {path}; its owners publish it at {owners}{way_out}")
+    return f"head={HydraConfig.get().runtime.choices['head']}"
 
 
 def _surveyed(node: DictConfig) -> Survey:
@@ -152,6 +161,13 @@ def main() -> None:
         )
         sys.exit(2)
     job = sys.argv.pop(1)
+    keys = [argument.lstrip("+").split("=")[0] for argument in sys.argv[1:]]
+    if job == "check" and "data" not in keys and any(key.startswith("data.") for key in keys):
+        print(
+            "segrl: data: a dataset to check is needed beside data.*: data=NAME, or data=image_mask for folders of your own",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     enter(f"prepare_{job}", jobs[job])
 
 

@@ -1,4 +1,4 @@
-"""`python -m segrl.recipe recipes/seg_r1_nano.yaml`: runs that start from each other's checkpoints, and one table of them.
+"""`python -m segrl.recipe recipes/seg_r1_nano.yaml [key=value ...]`: runs that start from each other's checkpoints, and one table of them.
 
 A run that is finished is not done again, and one that was killed goes on: the command can be repeated until the table comes.
 """
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from segrl.front_door import scored_checkpoint
 
+_OWN = ("experiment", "seed", "name", "paths.run", "init_from", "resume", "ckpt_path")
 _COLUMNS = ("run", "start", "seed", "completions", "before", "after", "gain", "95 % interval of the gain")
 
 
@@ -69,6 +70,24 @@ def read(path: Path) -> Recipe:
             )
         known.append(job.name)
     return recipe
+
+
+def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
+    """Return the recipe with overrides of the command line behind those of each run, so that they win.
+
+    Raises:
+        ValueError: naming one that is no `key=value`, or whose key the recipe sets for each run.
+    """
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not override.startswith("~") and not (key and equals):
+            raise ValueError(f"recipe: overrides must be key=value or group=option; got {override}")
+        if key.lstrip("+~") in _OWN:
+            raise ValueError(
+                f"recipe: {key.lstrip('+~')} is set by the recipe for each of its runs, and must not be given; got {override}"
+            )
+    jobs = [job.model_copy(update={"overrides": [*job.overrides, *overrides]}) for job in recipe.jobs]
+    return recipe.model_copy(update={"jobs": jobs})
 
 
 def folder_of(runs: Path, job: Job, seed: int) -> Path:
@@ -159,9 +178,12 @@ def main() -> None:
     parser.add_argument(
         "--at-once", type=int, default=1, help="runs at once, where they do not wait for each other"
     )
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "overrides", nargs="*", help="key=value or group=option, of every run that is yet to begin"
+    )
+    arguments = parser.parse_intermixed_args()
     try:
-        recipe = read(arguments.recipe)
+        recipe = with_overrides(read(arguments.recipe), arguments.overrides)
         run_all(recipe, arguments.runs, arguments.at_once)
     except ValueError as error:
         print(f"segrl: {error}", file=sys.stderr)

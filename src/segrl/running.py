@@ -16,14 +16,16 @@ from typing import Any
 import lightning
 import torch
 import torch.distributed.nn
-from hydra.utils import get_class, instantiate
-from lightning.pytorch.loggers import Logger, MLFlowLogger
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from segrl.data.datamodule import SegDataModule
-from segrl.front_door import scored_checkpoint
+from segrl.data.survey import OnDisk
+from segrl.departures import of_batch, of_counts
+from segrl.front_door import asset, scored_checkpoint
 from segrl.metrics.saliency import NAMES
 from segrl.stages.base import SegStage, Stage
 from segrl.stages.policy_gradient import PolicyGradientStage
@@ -31,7 +33,7 @@ from segrl.tracking import report
 from segrl.tracking.callbacks import read_history
 from segrl.tracking.checkpoints import AtomicCheckpointIO, read_checkpoint
 from segrl.tracking.figures import curves
-from segrl.tracking.mlflow_runs import keep
+from segrl.tracking.mlflow_runs import ARTIFACTS, keep, where
 from segrl.tracking.provenance import provenance
 
 _FOLDER = "SEGRL_RUN_FOLDER"  # processes that Lightning starts find the first one's folder here
@@ -151,21 +153,20 @@ class Run:
             return None
         # Unresolved, so that an override of a resumed run reaches all that refers to it.
         text = OmegaConf.to_yaml(cfg)
-        new = not folder.exists()
+        made = provenance(text)
+        logger: Logger = instantiate(cfg.logger)(folder, made)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(text)
-        made = provenance(text)
         if not (folder / "provenance.json").is_file():
             (folder / "provenance.json").write_text(json.dumps(made, indent=2) + "\n")
-        logger: Logger = instantiate(cfg.logger)(folder, made)
-        if new:  # MLflow's parameters are written once; a resumed run has its changes in config.yaml
-            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+        # MLflow's parameters are written once; a resumed run has its changes in config.yaml
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
         return logger
 
     @staticmethod
     def _check_words(cfg: DictConfig) -> None:
-        """A grammar must be able to say what the reward looks at; no weights are loaded yet."""
-        grammar: Any = get_class(cfg.grammar._target_)
+        """A grammar must have its instructions, and be able to say what the reward looks at; no weights are loaded yet."""
+        grammar = type(instantiate(cfg.grammar))
         wanted = {f"reward.terms.{name}": term.get("needs", []) for name, term in cfg.reward.terms.items()}
         if cfg.stage.get("shaping") is not None:
             wanted["stage.shaping"] = ["steps"]
@@ -240,6 +241,8 @@ class Run:
         """Say what runs where."""
         learned = sum(p.numel() for p in self.stage.parameters() if p.requires_grad)
         say(f"{self.cfg.name}: {learned / 1e6:.1f} M parameters learn; results in {self.folder}")
+        for line in (*of_batch(self.cfg, self.trainer.world_size), *of_counts(self.cfg, self.data.test)):
+            say(f"  {line}")
         if (
             isinstance(self.stage, PolicyGradientStage)
             and self.cfg.reference
@@ -251,6 +254,12 @@ class Run:
     def _seg_stage(self) -> SegStage | None:
         """The stage, if it can be scored on test sets."""
         return self.stage if isinstance(self.stage, SegStage) and self.data.test else None
+
+    @property
+    def _only_scenes(self) -> bool:
+        """Whether the policy is the one that ships, which has seen drawn scenes alone, and a test set is of photographs."""
+        photographs = any(isinstance(samples, OnDisk) for samples in self.data.test.values())
+        return photographs and str(self.cfg.policy.weights) == asset("policy_nano")
 
     def _test(self, stage: SegStage, name: str) -> report.Scores:
         """Score the test sets, one line per sample into the run folder; on every rank the scores of all."""
@@ -294,8 +303,8 @@ class Run:
             raise ValueError("data: test sets are needed to score a policy; this dataset has none")
         metrics = report.means(self._test(self._seg_stage, "after"))
         if self.trainer.is_global_zero:
-            report.print_means(metrics)
-        return self._keep(metrics, {}, [])
+            report.tell(report.means_text(metrics), self.folder / "table.txt")
+        return self._keep(metrics, {})
 
     def _take_best(self, stage: SegStage) -> None:
         """Go back to the checkpoint that validated best, where one was kept."""
@@ -312,23 +321,23 @@ class Run:
         table: report.Table = {}
         if stage is not None:
             self._take_best(stage)
-            scores = self._test(stage, "after")
-            metrics = report.means(scores)
+            metrics = report.means(self._test(stage, "after"))
         if not self.trainer.is_global_zero:
             return None
-        drawn = curves(read_history(folder / "history.jsonl"), _CURVES, folder / "reward_curve.png")
+        curves(read_history(folder / "history.jsonl"), _CURVES, folder / "reward_curve.png")
         if stage is not None:
             before, after = (folder / "evaluation" / f"{name}.jsonl" for name in ("before", "after"))
             if before.is_file():
-                table = report.compare(report.load(before), scores, self.cfg.seed)
-                report.print_table(table)
+                table = report.conclude(
+                    folder, self.cfg.seed, self.step, self.cfg.stage.optimizer.lr, self._only_scenes
+                )
             else:
-                report.print_means(metrics)
+                report.tell(report.means_text(metrics), folder / "table.txt")
             report.draw(next(iter(self.data.test.values())), before, after, folder / "before_after.png")
         metrics |= {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
-        return self._keep(metrics, table, [drawn] if drawn else [])
+        return self._keep(metrics, table)
 
-    def _keep(self, metrics: dict[str, float], table: report.Table, drawn: list[Path]) -> float | None:
+    def _keep(self, metrics: dict[str, float], table: report.Table) -> float | None:
         """Write metrics.json, copy everything to the tracker, say where it is."""
         folder = self.folder
         objective = metrics.get(self.cfg.objective_metric or "")
@@ -341,21 +350,10 @@ class Run:
             "seconds": round(time.monotonic() - self.began, 1),
         }  # fmt: skip
         (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
-        kept = (
-            "metrics.json",
-            "config.yaml",
-            "provenance.json",
-            "before_after.png",
-            "sheets",
-            "evaluation",
-            "checkpoints",
-        )
         final = metrics if objective is None else {**metrics, "objective": objective}
-        keep(self.logger, [*(folder / name for name in kept), *drawn], final)
+        keep(self.logger, [folder / name for name in ARTIFACTS], final)
         self.logger.finalize("success")
-        runs = self.cfg.paths.runs
-        where = "" if runs == "runs" else f" RUNS={runs}"
         say(f"\nresults in {folder}")
-        if isinstance(self.logger, MLFlowLogger):
-            say(f"open MLflow: make mlflow{where} (then http://127.0.0.1:5000)")
+        if line := where(self.logger, self.cfg.paths.runs):
+            say(line)
         return objective

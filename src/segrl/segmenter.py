@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
+from segrl.data.boundary import reading
+from segrl.data.pictures import in_rgb, loaded, orientation, turned
 from segrl.data.transforms import read_image
 from segrl.models import pretrained
 from segrl.protocols import Grammar, MaskHead, Policy, RolloutEngine
@@ -65,17 +67,20 @@ class Segmenter:
             query: what to segment; none where the grammar asks for whatever stands out.
 
         Raises:
-            ValueError: if the file is no image, or the array is of another kind.
+            ValueError: if the file or the PIL image is none that can be read, or the array is of another kind.
         """
         if isinstance(image, Image.Image):
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            name = getattr(image, "filename", None) or "image"
+            picture = loaded(name, image)
+            pixels = in_rgb(name, turned(picture, orientation(picture)))
         else:
             pixels = image if isinstance(image, np.ndarray) else read_image(Path(image), upright=True)
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
             raise ValueError(f"image: uint8 [H, W, 3] is needed; got {pixels.dtype} {list(pixels.shape)}")
         pixels = np.ascontiguousarray(pixels)  # OpenCV's channels turned around, for one
         sample = Sample(id="image", image=pixels, mask=np.zeros(pixels.shape[:2], bool), query=query)
-        prefix = self.policy.encoder.encode(self.grammar.messages(query), pixels)
+        with reading("image", "an image and a query that the policy's processor takes are needed"):
+            prefix = self.policy.encoder.encode(self.grammar.messages(query), pixels)
         device = self.policy.device
         with torch.autocast(device.type, dtype=self.passes, enabled=self.passes is not None):
             (answer,) = self(Batch(samples=[sample], prefixes=[prefix]).to(device))

@@ -7,7 +7,9 @@ speaks to whoever reaches it, weights included; without `--host` that is this ma
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
+import shutil
 import socket
 import sys
 
@@ -73,12 +75,22 @@ def check_port(asked: list[str]) -> None:
             ) from None
 
 
+def check_packages_can_be_listed() -> None:
+    """Raises ValueError where vLLM cannot list its packages: it does so for every `/server_info`, with pip or with `uv`."""
+    if importlib.util.find_spec("pip") is None and shutil.which("uv") is None:
+        raise ValueError(
+            "PATH: uv must be on it, for vLLM lists its packages with pip or uv, and this environment has neither "
+            '(make setup puts one into .uv/bin: PATH="$PWD/.uv/bin:$PATH")'
+        )
+
+
 def become_server(cfg: DictConfig, theirs: list[str]) -> None:
     """Replace this process by vLLM's server, with flags of the user's behind ours."""
     check(cfg, files=False)  # a server reads no data
     from segrl.rollout.vllm_wire import needs_vllm
 
     needs_vllm("vllm_server")
+    check_packages_can_be_listed()
     import torch
 
     asked = flags(cfg, "cuda" if torch.cuda.is_available() else "cpu") + theirs

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from segrl.front_door import check, enter, experiments
+from segrl.front_door import check, enter, experiments, take_in_instructions
 from segrl.resuming import resumed
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ def job(cfg: DictConfig) -> float | None:
     if cfg.resume is not None:
         cfg = resumed(cfg, list(HydraConfig.get().overrides.task))
     check(cfg)
+    take_in_instructions(cfg)
     from segrl.running import Run
 
     run: Run = Run.build(cfg)

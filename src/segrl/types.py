@@ -36,6 +36,9 @@ class Sample:
     """File of the image; none where it was drawn."""
     trace: Parsed | None = None
     """What an annotator answered, where the dataset has it; such samples may have an empty mask."""
+    cluster: str | None = None
+    """What samples that are not independent have in common: their image. Intervals draw a cluster with all of its samples.
+    `None` where no other sample of the dataset is of the same image."""
 
     def counted(self, mask: np.ndarray) -> np.ndarray:
         """A mask bool `[H, W]` without the pixels that no score looks at."""
@@ -56,14 +59,19 @@ class MaskPrompt:
     """float32 `[Q, 2]`, x y."""
     labels: np.ndarray
     """int64 `[Q]`, 1 foreground, 0 background."""
+    paired: bool = False
+    """Whether point k is of box k alone (K = Q); if not, a point is of every box that holds it."""
 
     @classmethod
-    def of(cls, boxes: object = (), points: object = (), labels: object = ()) -> MaskPrompt:
+    def of(
+        cls, boxes: object = (), points: object = (), labels: object = (), paired: bool = False
+    ) -> MaskPrompt:
         """Build from nested sequences; shapes are fixed even when empty."""
         return cls(
             boxes=np.asarray(boxes, np.float32).reshape(-1, 4),
             points=np.asarray(points, np.float32).reshape(-1, 2),
             labels=np.asarray(labels, np.int64).reshape(-1),
+            paired=paired,
         )
 
 
@@ -71,7 +79,7 @@ class ParseFault(enum.Enum):
     """Why a completion is not a sentence of its grammar. A fault is data: rewards price it, figures count it."""
 
     NO_THOUGHT = "no closed <think>"
-    NO_ANSWER = "no closed <answer>"
+    NO_ANSWER = "no closed <answer>, or nothing behind the thought"
     BAD_JSON = "an answer that is no JSON of the right shape"
     NO_BOX = "no closed <bbox>"
     NO_POINTS = "no closed <points>"
@@ -92,7 +100,11 @@ class Parsed:
     prompt: MaskPrompt | None = None
     fault: ParseFault | None = None
     rest: str = ""
-    """What the completion rambles on with behind its answer; it does not spoil the answer."""
+    """What stands behind the answer (in JSON, in front of the thought, too), beside a fault, too; it does not spoil the answer."""
+    loose: bool = False
+    """Whether the answer was read although it is not written as the grammar asks; no format reward pays for it."""
+    partly: float = 0.0
+    """Beside a fault, or loosely read: the share of fields of the right shape, 0..1, where the grammar counts them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

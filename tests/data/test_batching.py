@@ -257,3 +257,24 @@ def test_loaders_pin_for_a_gpu_alone(device: str) -> None:
     data.trainer = SimpleNamespace(strategy=strategy, global_rank=0, world_size=1, global_step=0)  # type: ignore[assignment]
     loaders = [data.train_dataloader(), *data.val_dataloader(), *data.test_dataloader()]
     assert [loader.pin_memory for loader in loaders] == [device == "cuda"] * 3
+
+
+# --- refusals
+
+
+class Refusing(Letters):
+    """A processor that does not take an image, as Qwen's do one that is 300 times as long as wide."""
+
+    def encode(self, messages: Sequence[Message], image: np.ndarray) -> Prefix:
+        return torch.zeros(2).reshape(3)
+
+
+def test_a_sample_that_the_processor_refuses_is_named() -> None:
+    with pytest.raises(ValueError, match="crab: an image and a query that the policy's processor takes"):
+        Collate(Refusing(), GRAMMAR)([sample("crab")])
+
+
+def test_a_batch_that_does_not_fill_is_refused_with_the_value_that_fits() -> None:
+    scenes = SyntheticScenes("train", 6, 0, 56, (0, 1), (1, 2))
+    with pytest.raises(ValueError, match=r"data\.batch_size: at most 6 .*got 16 \(set data\.batch_size=6\)"):
+        SegDataModule(scenes, {}, {}, 16, 4, 0, 0)

@@ -256,6 +256,7 @@ def test_the_shards_of_fcot_are_checked_as_downloaded(cli, tmp_path: Path) -> No
         (("data=image_mask", "data.root=.", "data.objects=[1]", "data.background=[0]"), "folders[0].background"),
         (("data=image_mask", "data.root=.", "out=report.txt"), "out: a .json file"),
         (("data=image_mask", "data.root=.", "data.rot=x"), "data.root"),
+        (("data.root=.",), "data=NAME, or data=image_mask for folders"),
     ],
 )  # fmt: skip
 def test_a_mistake_costs_one_line_and_exits_with_two(
@@ -264,6 +265,26 @@ def test_a_mistake_costs_one_line_and_exits_with_two(
     code, out, err = run(cli, *arguments)
     assert (code, out) == (2, "") and words in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("out=t.jsonl",), "head.checkpoint: there is no weights/sam2.1_hiera_large.pt"),
+        (("out=t.jsonl",), "head=sam2_nano ships with segrl"),
+        (("out=old.jsonl",), "out: a new .jsonl file is needed; old.jsonl exists (overwrite=true"),
+        (("out=old.jsonl", "overwrite=true"), "head.checkpoint"), (("out=t.jsonl", "overwrite=3"), "overwrite: true or false"),
+        (("out=t.txt",), "out: a .jsonl file"), (("out=3",), "out: a .jsonl file"),
+        (("out=t.jsonl", "least_iou=nan"), "least_iou"), (("out=t.jsonl", "least_iou=true"), "least_iou"),
+    ],
+)  # fmt: skip
+def test_writing_traces_says_what_it_lacks_before_it_reads_anything(
+    cli, tmp_path: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    (tmp_path / "old.jsonl").write_text("x")
+    code, out, err = cli("traces", "data.root=.", *arguments, module="prepare", runs=None)
+    assert (code, out) == (2, "") and words in err and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["old.jsonl"]
 
 
 def test_real_folders_pass_with_their_own_counts(cli, realdata: Path) -> None:

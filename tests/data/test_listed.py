@@ -27,6 +27,7 @@ def test_lines_are_samples_in_order_and_several_may_share_an_image(tmp_path: Pat
     found = listed(tmp_path, B, "", {**A, "query": "the crab"}, {**A, "query": "the shell", "id": "shell"})
     assert found.ids == [found[i].id for i in range(3)] == ["b", "a-2", "shell"]
     assert [found[i].query for i in range(3)] == [None, "the crab", "the shell"]
+    assert [found[i].cluster for i in range(3)] == ["i/b.jpg", "i/a.jpg", "i/a.jpg"]
     assert found[1].mask.sum() == 24 and found[1].path == tmp_path / "i" / "a.jpg"
 
 

@@ -89,6 +89,7 @@ def test_the_first_sentence_is_asked_or_each_is_a_sample_of_its_own(tmp_path: Pa
     every = sample_of(tmp_path, every_sentence=True)
     assert every.ids == [every[i].id for i in range(4)] == ["a#1-0", "b-0", "b-1", "b-2"]
     assert [every[i].query for i in range(4)] == ["the cup", "Which?", "What?", "Where?"]
+    assert [every[i].cluster for i in range(4)] == ["a#1", "b", "b", "b"]
     assert {int(every[i].mask.sum()) for i in range(1, 4)} == {64}
     assert len(ReasonSeg.survey(str(tmp_path), "train", True, None).pieces) == 2, (
         "photographs are what is counted"
@@ -184,3 +185,13 @@ def test_squash_ignores_a_new_pixel_if_at_least_half_of_it_was_ignored(tmp_path:
     ignore[2, 2] = True
     sample = Sample(id="a", image=np.zeros((4, 4, 3), np.uint8), mask=np.zeros((4, 4), bool), ignore=ignore)
     assert squash(sample, 2).ignore.tolist() == [[True, False], [False, False]]
+
+
+@pytest.mark.parametrize("far", [1e12, -1e12, 40_000, "NaN", "Infinity", 10**400])
+def test_a_coordinate_that_no_image_has_is_refused_by_file_and_key(tmp_path: Path, far: object) -> None:
+    reason(tmp_path / "val", "a", ["what?"], [polygon("target", (1, 1), (7777, 1), (5, 5))])
+    path = tmp_path / "val" / "a.json"
+    path.write_text(path.read_text().replace("7777", str(far)))
+    with pytest.raises(ValueError, match=r"a\.json: shapes\.0\.points\.1\.0"):
+        ReasonSeg(str(tmp_path), "val", False, None)
+    assert len(ReasonSeg.survey(str(tmp_path), "val", False, None).faults) == 1

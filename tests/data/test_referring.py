@@ -11,9 +11,13 @@ from layouts import coco, ref
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from segrl.data.annotations import read_refs, read_segmentation
 from segrl.data.chat_traces import AsWritten, ChatTraces
-from segrl.data.referring import ReferringExpressions, belongs, read_refs, read_segmentation
-from segrl.data.traces import Annotator
+from segrl.data.check import check, look
+from segrl.data.image_mask import ImageMaskFolders
+from segrl.data.referring import ReferringExpressions, belongs
+from segrl.data.traces import Annotator, Judged, written
+from segrl.prompts.frames import absolute_pixels
 from segrl.prompts.tags import SegR1Tags
 from segrl.types import Sample
 
@@ -108,6 +112,8 @@ def test_every_sentence_of_a_split_is_a_sample_stripped_and_in_lower_case(tmp_pa
     assert [found[i].query for i in range(3)] == ["the left", "left", "top"]
     assert found.ids == ["1-10", "1-11", "3-30"]
     assert [int(found[i].mask.sum()) for i in range(3)] == [192, 192, 192]
+    images = [f"image {found.annotations.refs[k]['image_id']}" for k in (0, 0, 1)]
+    assert [found[i].cluster for i in range(3)] == images, "an image's sentences are drawn together"
 
 
 def test_grefcoco_names_one_object_several_or_none_and_refs_without_a_sentence_are_skipped(tmp_path):
@@ -269,6 +275,149 @@ def test_a_solution_that_is_no_sentence_is_named_with_its_line(tmp_path):
     found = traces(tmp_path, GOOD, {**GOOD, "solution": "<bbox>[8,4,40,20]</bbox>"})
     with pytest.raises(ValueError, match="line 2: a solution that the grammar reads"):
         found[1]
+
+
+@pytest.mark.parametrize("thinking", ["left", "<think>left</think>", " <think>\n left </think>\n"])
+def test_a_thought_may_stand_in_its_tags_as_fcot_is_published(tmp_path, thinking):
+    sample = traces(tmp_path, {**GOOD, "thinking": thinking})[0]
+    assert sample.trace.thought == "left"
+    frame = absolute_pixels(40, 80)
+    assert GRAMMAR.render(sample.trace, frame) == f"<think> left </think> {GOOD['solution']}"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"thinking": "<think>a</think> and <think>b</think>"}, "thinking: one thought"),
+        ({"thinking": "a </think> <bbox>[1,1,2,2]</bbox>"}, "thinking: one thought"),
+        ({"solution": "nothing"}, "a solution that the grammar reads"),
+    ],
+)
+def test_check_and_training_refuse_the_same_rows_with_the_same_words(tmp_path, wrong, words):
+    found = traces(tmp_path, GOOD, {**GOOD, **wrong})
+    with pytest.raises(ValueError, match=rf"t\.jsonl, line 2: {words}") as refusal:
+        found[1]
+    pieces = ChatTraces.survey(str(tmp_path / "t.jsonl"), GRAMMAR, None).pieces
+    assert [look(piece).fault for piece in pieces] == [None, str(refusal.value)]
+
+
+class Mute(SegR1Tags):
+    """A grammar that reads more than it can write."""
+
+    def render(self, parsed, frame):
+        raise ValueError("a mask prompt that can be written is needed")
+
+
+def test_a_trace_that_its_grammar_cannot_write_is_refused_with_its_row(tmp_path):
+    traces(tmp_path, GOOD)
+    found = ChatTraces(str(tmp_path / "t.jsonl"), Mute(16, 64), None)
+    with pytest.raises(ValueError, match=r"t\.jsonl, line 1: a mask prompt that can be written is needed"):
+        found[0]
+
+
+def test_thoughts_that_name_coordinates_are_counted(tmp_path):
+    thoughts = ("left", "at (12, 48)", "box [3, 4.5, 9, 9]", "in 1999, (or so)", "two points: 3, 4")
+    traces(tmp_path, *({**GOOD, "thinking": thought} for thought in thoughts))
+    survey = ChatTraces.survey(str(tmp_path / "t.jsonl"), GRAMMAR, None)
+    report = check({"train": survey}, {}, lambda line: None, 1)
+    assert (report.splits[0].thoughts, report.splits[0].places) == (5, 2)
+    assert any("thoughts          5, of which 2 name coordinates" in line for line in report.lines())
+
+
+def test_traces_of_a_turned_photograph_are_in_the_frame_in_which_they_are_read_back(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    mask = np.zeros((16, 24), np.uint8)
+    mask[4:8, 6:12] = 255
+    for folder, pixels, options in (
+        ("i", np.zeros((16, 24, 3), np.uint8), {"exif": exif.tobytes()}),
+        ("m", mask, {}),
+    ):
+        (tmp_path / folder).mkdir()
+        pixels[0, 0] = 255  # the corner says how it is turned
+        Image.fromarray(pixels).save(tmp_path / folder / "a.png", **options)
+    mask[0, 0] = 0
+    Image.fromarray(mask).save(tmp_path / "m" / "a.png")
+    samples = ImageMaskFolders(str(tmp_path), [{"images": "i", "masks": "m"}], None)
+    assert samples[0].image.shape == (16, 24, 3), "the mask was drawn on the photograph as it is stored"
+
+    class Boxes:
+        """Draws the box."""
+
+        def segment(self, images, prompts):
+            height, width = images[0].shape[:2]
+            x1, y1, x2, y2 = (prompts[0][0].boxes[0] * [width, height, width, height]).round().astype(int)
+            drawn = np.zeros((height, width), bool)
+            drawn[y1:y2, x1:x2] = True
+            return [[drawn]]
+
+    judged = Judged()
+    (line,) = written(samples, Boxes(), GRAMMAR, Annotator(0.0, 1000, 4), 0.9, judged)
+    assert (judged.seen, judged.empty, judged.unsolved) == (1, 0, 0)
+    (tmp_path / "t.jsonl").write_text(json.dumps(line))
+    read = ChatTraces(str(tmp_path / "t.jsonl"), GRAMMAR, None)[0]
+    assert read.image.shape == (24, 16, 3)
+    # columns 16-8 .. 16-4 of 16, rows 6 .. 12 of 24
+    np.testing.assert_allclose(read.trace.prompt.boxes, [[8 / 16, 6 / 24, 12 / 16, 12 / 24]], atol=1e-6)
+
+
+SQUARE = [10, 10, 40, 10, 40, 30, 10, 30]
+
+
+@pytest.mark.parametrize(
+    ("drawn", "words"),
+    [
+        (None, "polygons or run lengths"), ([], "three corners"), ([[]], "three corners"), ([[1, 2, 3, 4]], "three corners"),
+        ([[10, 10, float("nan"), 10, 40, 30]], "coordinates within"), ([[1e12, 10, 20, 30, 40, 50]], "coordinates within"),
+        ([[10, 10, 20]], "two numbers"), ([["a"] * 6], "list of numbers"), (["abcdef"], "list of numbers"), (7, "polygons or run"),
+        ([[*[99_000, 0, 0, 99_000] * 20]], "outline"), ({}, "size"), ({"size": [60, 100]}, "add up"),
+        ({"size": [60, 100], "counts": [-1, 6001]}, "add up"), ({"size": [60, 100], "counts": [1, 2]}, "add up"),
+        ({"size": [60, 100], "counts": "\u00e9"}, "text of run lengths"), ({"size": [60, 100], "counts": "oooo"}, "cut off"),
+        ({"size": [60, 99], "counts": [5940]}, "60 rows and 100 columns"), ({"size": [60, 100], "counts": [2**70]}, "add up"),
+    ],
+)  # fmt: skip
+def test_a_segmentation_that_draws_nothing_is_refused_and_nothing_dies(drawn, words):
+    with pytest.raises(ValueError, match=words):
+        read_segmentation(drawn, 60, 100)
+
+
+def test_two_points_are_no_box_whatever_place_they_have():
+    both = read_segmentation([[10, 10, 40, 30], SQUARE], 60, 100)
+    assert (both == read_segmentation([SQUARE], 60, 100)).all() and int(both.sum()) == 600
+
+
+def test_run_lengths_are_those_of_pycocotools():
+    from pycocotools import mask
+
+    rng = np.random.default_rng(0)
+    for height, width in ((1, 1), (7, 5), (60, 100), (300, 1)):
+        for share in (0.0, 0.02, 0.5, 1.0):
+            drawn = rng.random((height, width)) < share
+            packed = mask.encode(np.asfortranarray(drawn.astype(np.uint8)))
+            text = {"size": [height, width], "counts": packed["counts"].decode()}
+            assert (read_segmentation(text, height, width) == drawn).all()
+
+
+def test_a_pickle_that_asks_for_a_table_of_gigabytes_is_refused_before_it_is_made(tmp_path):
+    content = pickle.dumps([{"a": "b"}], protocol=2)
+    path = tmp_path / "refs(x).p"
+    path.write_bytes(content.replace(b"q\x01", b"r\xff\xff\xff\x7f", 1))
+    with pytest.raises(ValueError, match=r"refs\(x\)\.p: a file of plain data is needed.*place 2147483647"):
+        read_refs(path)
+
+
+def test_a_ref_that_is_not_one_is_named_by_its_place(tmp_path):
+    for key, value in (
+        ("ann_id", [[1]]),
+        ("image_id", None),
+        ("split", 3),
+        ("sentences", "x"),
+        ("sentences", [{"sent": "x"}]),
+    ):
+        path = tmp_path / "grefs.json"
+        path.write_text(json.dumps([ref(1, "val", 1, ("x",)), {**ref(2, "val", 1, ("x",)), key: value}]))
+        with pytest.raises(ValueError, match=rf"grefs\.json: ref 2 of 2: {key}"):
+            read_refs(path)
 
 
 def test_a_sample_without_a_trace_or_an_object_cannot_be_imitated():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from segrl.data.pictures import header
 from segrl.data.transforms import (
     MaskRule,
     mask_kind,
@@ -13,7 +14,6 @@ from segrl.data.transforms import (
     read_map,
     read_mask,
     read_pair,
-    shown_size,
     squash,
 )
 from segrl.types import Sample
@@ -318,9 +318,9 @@ def test_the_cameras_rotation_is_applied_only_if_that_gives_the_masks_size(tmp_p
 
 
 def test_the_size_shown_is_the_upright_one(tmp_path: Path) -> None:
-    assert shown_size(sideways(tmp_path / "i.png", coloured(shape=(6, 8)))) == (8, 6)
-    assert shown_size(sideways(tmp_path / "i.png", coloured(shape=(6, 8)), 3)) == (6, 8)
-    assert shown_size(save(tmp_path / "i.png", coloured(shape=(6, 8)))) == (6, 8)
+    assert header(sideways(tmp_path / "i.png", coloured(shape=(6, 8)))).shown == (6, 8)
+    assert header(sideways(tmp_path / "i.png", coloured(shape=(6, 8)), 3)).shown == (8, 6)
+    assert header(save(tmp_path / "i.png", coloured(shape=(6, 8)))).shown == (8, 6)
 
 
 # --- pairs

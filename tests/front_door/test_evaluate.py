@@ -49,9 +49,12 @@ def test_a_line_per_sample_a_table_and_the_scores_of_both(cli, tmp_path):
     low, high = of["scores"]["iou"]["interval"]
     assert f"{np.mean(iou):.4f} [{low:.4f}, {high:.4f}]" in out and "pysodmetrics" in out
     assert sorted(p.name for p in folder.iterdir()) == [
-        "config.yaml", "masks", "metrics.csv", "metrics.json", "overlays", "per_sample.jsonl", "provenance.json", "weights.json",
+        "config.yaml", "masks", "metrics.csv", "metrics.json", "overlays", "per_sample.jsonl", "provenance.json", "table.txt", "weights.json",
     ]  # fmt: skip
     assert len(list((folder / "overlays/synthetic").iterdir())) == 6
+    table = (folder / "table.txt").read_text()
+    assert table in out and "unparsable: synthetic 0.0%" in table and "head_precision: float32" in table
+    assert of["images"] == 6 and "intervals draw" not in table  # a scene each
 
 
 def test_neither_batches_nor_another_time_change_a_score(evaluate):

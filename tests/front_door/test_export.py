@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from segrl.data.synthetic import SyntheticScenes
+from segrl.prompts.instructions import NAME, read
 from segrl.segmenter import Segmenter
 
 SMALL = ("logger=csv", "trainer.accelerator=cpu", "data.train_length=64", "data.test_length=4", "test_before=false",
@@ -79,8 +80,13 @@ def test_plain_transformers_generates_the_same_text(exported, lora):
     assert text == segmenter.segment(scene.image).text
 
 
-def test_the_card_says_where_the_numbers_come_from(exported):
-    _, out = exported()
+def test_the_card_says_where_the_numbers_come_from(exported, cli, tmp_path):
+    run, out = exported()
+    inside = cli(
+        "ckpt=last.ckpt", f"out={tmp_path}/inside", module="export", runs=None, cwd=run / "checkpoints"
+    )
+    assert inside[0] == 0, inside[2]
+    assert (tmp_path / "inside" / "README.md").read_text() == (out / "README.md").read_text()
     card = (out / "README.md").read_text()
     for words in (
         " +experiment=demo logger=csv",
@@ -95,6 +101,59 @@ def test_the_card_says_where_the_numbers_come_from(exported):
     weights = out / "model.safetensors"
     assert weights.stat().st_mode == (out / "config.json").stat().st_mode
     assert "<|im_start|>user" in card and "128x128" in card  # what it is asked
+    assert "QUERY" not in card  # it was trained with none
+    front = card.split("---")[1].splitlines()
+    assert {"license: apache-2.0", "library_name: transformers"} <= set(front)
+
+
+def test_the_folder_is_asked_as_the_policy_was_trained_wherever_the_file_went(cli, exported, tmp_path):
+    asked = tmp_path / "asked.yaml"
+    asked.write_text("seg_r1_tags: {user: 'All of it?', refer: 'Only {query}'}")
+    run, out = exported(f"grammar.instructions={asked}", "trainer.max_steps=1")
+    assert "All of it?" in (run / "config.yaml").read_text()
+    asked.unlink()
+    card = json.loads((out / "segrl.json").read_text())
+    texts = card["grammar"]["instructions"]["seg_r1_tags"]
+    assert (texts["user"], texts["refer"]) == ("All of it?", "Only {query}") and "system" in texts
+    assert (
+        str(tmp_path) not in (out / "segrl.json").read_text()
+        and "Only QUERY" in (out / "README.md").read_text()
+    )
+    said = Segmenter.from_pretrained(out).grammar.messages("it")
+    assert said[-1]["content"][-1]["text"] == "Only it"
+    assert read(out / NAME)["seg_r1_tags"] == texts  # whoever trains on from the folder asks so, too
+    scored = (
+        f"model={out}",
+        f"paths.run={tmp_path}/scored",
+        "logger=csv",
+        "suite.draws=0",
+        "rollout.max_tokens=2",
+    )
+    code, _, err = cli(
+        "+suite=synthetic", "testsets.synthetic.samples.length=1", "testsets.synthetic.published=1", *scored, module="evaluate",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "Only {query}" in (tmp_path / "scored" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "there is no file"),
+        ("seg_r1_tags: {refer: x}", "{query}"),
+        ("sam_r1_json: {}", "a section seg_r1_tags"),
+    ],
+)
+def test_instructions_that_cannot_be_are_refused_before_anything_is_made(cli, tmp_path, content, words):
+    asked = tmp_path / "asked.yaml"
+    if content is not None:
+        asked.write_text(content)
+    for module, what in (("train", "+experiment=demo"), ("evaluate", "+suite=synthetic")):
+        code, _, err = cli(
+            what, "logger=csv", f"grammar.instructions={asked}", f"paths.run={tmp_path}/no", module=module
+        )
+        assert code == 2 and err.count("\n") == 1 and str(asked) in err and words in err, err
+        assert not (tmp_path / "no").exists() and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,38 @@ def test_every_run_of_every_recipe_composes(path):
         assert (cfg.init_from is None) == (job.start is None)
 
 
-def test_the_papers_recipe_changes_no_value_of_the_paper():
-    found = recipe.read(RECIPES[[p.stem for p in RECIPES].index("seg_r1_paper")])
-    assert [j.experiment for j in found.jobs] == ["sft_fcot", "prerl_dis5k", "grpo_cod10k", "sod_duts"]
-    assert not found.overrides and not any(j.overrides for j in found.jobs)
+PAPER = RECIPES[[p.stem for p in RECIPES].index("seg_r1_paper")]
+
+
+def test_the_papers_recipe_has_both_arms_and_changes_no_value_of_the_paper():
+    found = recipe.read(PAPER)
+    assert [(j.name, j.experiment, j.start) for j in found.jobs] == [
+        ("prerl", "prerl_dis5k", None),  # pure RL begins at the base model
+        ("grpo", "grpo_cod10k", "prerl"),
+        ("sod", "sod_duts", "grpo"),
+        ("sft", "sft_fcot", None),
+        ("grpo_from_sft", "grpo_cod10k", "sft"),
+    ]
+    placed = {"trainer", "policy.gradient_checkpointing", "data.batch_size"}  # where it runs, not what
+    assert {o.partition("=")[0] for j in found.jobs for o in (*found.overrides, *j.overrides)} == placed
+
+
+@pytest.mark.parametrize(
+    ("more", "ranks"), [([], 8), (["trainer=default", "data.batch_size=${data.global_batch}"], 1)]
+)
+def test_the_papers_recipe_learns_from_the_papers_batches(more, ranks):
+    from segrl.departures import of_batch
+    from segrl.front_door import _composed, register_resolvers
+
+    register_resolvers()
+    found = recipe.with_overrides(recipe.read(PAPER), more)
+    batches = {}
+    for job in found.jobs:
+        cfg = _composed("train", recipe.command(found, job, 42, PAPER.parent / "nowhere")[3:])
+        assert of_batch(cfg, ranks) == [] and len(of_batch(cfg, ranks + 1)) == 1
+        assert ("strategy" in cfg.trainer) == (ranks > 1)
+        batches[job.name] = ranks * cfg.data.batch_size
+    assert batches == {"prerl": 24, "grpo": 24, "sod": 24, "sft": 128, "grpo_from_sft": 24}
 
 
 TINY = """
@@ -56,6 +84,30 @@ def test_two_runs_and_their_table(tmp_path, monkeypatch, capsys):
     written = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("last.ckpt")}
     recipe.main()  # nothing is done again
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("last.ckpt")} == written
+
+
+def test_overrides_of_the_command_line_stand_behind_those_of_the_runs(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    found = recipe.with_overrides(recipe.read(tmp_path / "tiny.yaml"), ["trainer=ddp", "data.batch_size=4"])
+    line = recipe.command(found, found.jobs[0], 1, tmp_path / "runs")
+    assert line.index("data.batch_size=4") > line.index("data.batch_size=2") and "trainer=ddp" in line
+    assert line[-2:] == ["name=first", f"paths.run={tmp_path}/runs/first"]
+
+
+@pytest.mark.parametrize(
+    "wrong", ["trainer", "=3", "seed=3", "paths.run=x", "+experiment=demo", "init_from=a.ckpt"]
+)
+def test_overrides_that_a_recipe_cannot_take_are_refused(tmp_path, monkeypatch, capsys, wrong):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    monkeypatch.setattr(
+        "sys.argv",
+        ["recipe", str(tmp_path / "tiny.yaml"), "--runs", str(tmp_path / "runs"), "trainer=cpu", wrong],
+    )
+    with pytest.raises(SystemExit) as stop:
+        recipe.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith("segrl: recipe: ") and line.endswith(f"got {wrong}")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

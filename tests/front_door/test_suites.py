@@ -86,8 +86,8 @@ def test_grefcoco_counts_sentences_that_name_nothing(evaluate, layouts, tmp_path
     )
     assert [row["id"] for row in rows(folder)] == ["1-10", "2-20", "3-30", "4-40"]
     val, a, b = (values(folder, f"grefcoco_{split}") for split in ("val", "testa", "testb"))
-    assert (val["giou"], val["ciou"], val["n_acc"], val["t_acc"]) == (0.5, 0.0, 0.0, 0.0)
-    assert (a["giou"], a["t_acc"], b["giou"], b["n_acc"]) == (0.0, 0.0, 1.0, 0.0)
+    assert (val["giou"], val["ciou"], val["n_acc"], val["t_acc"]) == (0.0, 0.0, 0.0, 0.0)
+    assert (a["giou"], a["t_acc"], b["giou"], b["n_acc"]) == (0.0, 0.0, 0.0, 0.0)
     assert a["n_acc"] is b["t_acc"] is b["ciou"] is None  # all were faults: nothing drawn
 
 

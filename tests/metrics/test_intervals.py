@@ -5,7 +5,7 @@ import inspect
 import numpy as np
 import pytest
 
-from segrl.metrics.functional.intervals import bootstrap_weights, paired_bootstrap
+from segrl.metrics.functional.intervals import bootstrap_weights, numbered, paired_bootstrap
 
 
 def test_a_gain_that_is_the_same_everywhere_has_no_interval_around_it() -> None:
@@ -116,3 +116,69 @@ def test_weights_are_a_function_of_the_seed() -> None:
 def test_no_sample_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one sample"):
         bootstrap_weights(0, 10, seed=0)
+
+
+# --- clusters
+
+
+def test_clusters_are_numbered_as_they_first_appear() -> None:
+    assert numbered(["b", "a", "b", ("a",), "a"]).tolist() == [0, 1, 0, 2, 1]
+
+
+def test_one_sample_to_a_cluster_gives_the_digits_of_no_clusters() -> None:
+    before, after = np.random.default_rng(13).random((2, 97))
+    alone = numbered([f"image {i}" for i in range(97)])
+    assert paired_bootstrap(before, after, 14, 300, clusters=alone) == paired_bootstrap(
+        before, after, 14, 300
+    )
+    assert (bootstrap_weights(97, 50, 15, alone) == bootstrap_weights(97, 50, 15)).all()
+    rng, gain = np.random.default_rng(14), after - before  # as it was before there were clusters
+    means = [gain[rng.integers(0, 97, 97)].mean() for _ in range(300)]
+    assert paired_bootstrap(before, after, 14, 300) == tuple(
+        np.quantile(means, [(1 - 0.95) / 2, (1 + 0.95) / 2])
+    )
+
+
+@pytest.mark.parametrize("copies", [2, 3, 7])
+def test_sentences_that_repeat_an_object_make_no_interval_narrower(copies: int) -> None:
+    before, after = np.random.default_rng(16).random((2, 60))
+    objects = [f"object {i}" for i in range(60)]
+    again = numbered(objects * copies)
+    once = paired_bootstrap(before, after, 17, 800)
+    many = paired_bootstrap(np.tile(before, copies), np.tile(after, copies), 17, 800, clusters=again)
+    assert many == pytest.approx(once, abs=1e-12)
+    naive = paired_bootstrap(np.tile(before, copies), np.tile(after, copies), 17, 800)
+    narrower = (naive[1] - naive[0]) / (once[1] - once[0])
+    assert narrower == pytest.approx(copies**-0.5, rel=0.1)
+    weights = bootstrap_weights(60 * copies, 200, 18, again)
+    expected = bootstrap_weights(60, 200, 18) @ after
+    assert weights @ np.tile(after, copies) == pytest.approx(expected, abs=1e-12)
+
+
+def test_uneven_clusters_are_drawn_whole() -> None:
+    # clusters of gains (0, 0, 3) and (4): two draws give 6/6, 7/4 or 8/2 with chances 1/4, 1/2, 1/4
+    before, after = np.zeros(4), np.array([0.0, 4.0, 0.0, 3.0])
+    clusters = numbered(["left", "right", "left", "left"])
+    assert paired_bootstrap(before, after, 19, 2000, clusters=clusters) == (1.0, 4.0)
+    assert paired_bootstrap(before, after, 19, 2000, level=0.4, clusters=clusters) == (1.75, 1.75)
+    drawn = bootstrap_weights(4, 3000, 20, clusters)
+    assert drawn.sum(1) == pytest.approx(np.ones(3000), abs=1e-12)
+    values, counts = np.unique(np.round(drawn @ after, 12), return_counts=True)
+    assert values.tolist() == [1.0, 1.75, 4.0]
+    assert counts / 3000 == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
+
+
+def test_clusters_against_brute_force() -> None:
+    rng = np.random.default_rng(21)
+    names = rng.integers(0, 25, 120)
+    before, after = rng.random((2, 120))
+    clusters, draw, means = numbered(names.tolist()), np.random.default_rng(22), []
+    members = [np.flatnonzero(clusters == c) for c in range(clusters.max() + 1)]
+    for _ in range(300):
+        drawn = np.concatenate([members[c] for c in draw.integers(0, len(members), len(members))])
+        means.append((after - before)[drawn].mean())
+    assert paired_bootstrap(before, after, 22, 300, clusters=clusters) == pytest.approx(
+        np.quantile(means, [0.025, 0.975]), abs=1e-12
+    )
+    weights = bootstrap_weights(120, 300, 22, clusters)
+    assert weights @ (after - before) == pytest.approx(means, abs=1e-12)

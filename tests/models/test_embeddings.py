@@ -17,10 +17,9 @@ IMAGES = [SCENES[i].image for i in range(4)]
 PROMPTS = [[MaskPrompt.of([[0.2, 0.2, 0.9, 0.8]]), MaskPrompt.of([], [[0.5, 0.5]], [1])]] * 4
 
 
-def head_of(kept=8, folder=None, checkpoint="sam2_nano.safetensors"):
-    head = Sam2Head(
-        asset("sam2_nano.yaml"), asset(checkpoint), 256, kept, None if folder is None else str(folder)
-    )
+def head_of(kept=8, folder=None, checkpoint="sam2_nano.safetensors", precision="float32"):
+    where = None if folder is None else str(folder)
+    head = Sam2Head(asset("sam2_nano.yaml"), asset(checkpoint), 256, kept, where, precision)
     head.encoded = []
     embed = head.embed
     head.embed = lambda pixels: head.encoded.append(len(pixels)) or embed(pixels)
@@ -83,15 +82,45 @@ def test_another_run_finds_them_on_the_disk(plain, tmp_path):
 
 def test_other_weights_or_another_precision_find_nothing(tmp_path):
     head_of(folder=tmp_path).segment(IMAGES, PROMPTS)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = head_of(folder=tmp_path)
-        half.segment(IMAGES, PROMPTS)
+    half = head_of(folder=tmp_path, precision="bfloat16")
+    half.segment(IMAGES, PROMPTS)
     other = head_of(folder=tmp_path)
     with torch.no_grad():
         next(other.model.parameters()).mul_(1.001)
     other.segment(IMAGES, PROMPTS)
     assert half.encoded == other.encoded == [4]
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_precision_is_the_heads_own_whatever_surrounds_it(plain, threads, tmp_path):
+    """Under the policy's bfloat16 masks, embeddings and their folder are those of float32; with the key they are others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)  # with 2 the encoder has a thread of its own
+    try:
+        for folder in (None, tmp_path):
+            head = head_of(folder=folder)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                head.prepare(IMAGES)
+                assert same(head.segment(IMAGES, PROMPTS), plain)
+                assert {level.dtype for one in head.embeddings.latest.values() for level in one} == {
+                    torch.float32
+                }
+        assert [folder.name.rpartition("-")[2] for folder in tmp_path.iterdir()] == ["float32"]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            features = head.embed(head.preprocess(IMAGES[:1]))
+            assert {out.dtype for out in head.decode_all(features, [PROMPTS[0][0]])} == {torch.float32}
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_bfloat16_is_a_key_and_no_autocast_is_needed_for_it(plain):
+    half = head_of(precision="bfloat16").segment(IMAGES, PROMPTS)
+    assert not same(half, plain)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same(head_of(precision="bfloat16").segment(IMAGES, PROMPTS), half)
+    with pytest.raises(ValueError, match=r"head\.precision: one of float32, bfloat16 is needed; got float16"):
+        head_of(precision="float16")
 
 
 def test_a_damaged_file_is_made_again(plain, tmp_path):

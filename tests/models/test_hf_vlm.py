@@ -275,3 +275,21 @@ def test_pieces_without_their_share_of_the_prefix_would_be_noticed(policy, prefi
         gradients_of(policy, f) for f in (cut_off, lambda: policy.logprobs(prefixes, completions).sum())
     )
     assert any("visual" in name for name in whole) and not any("visual" in name for name in cut)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_a_special_token_in_a_query_or_an_answer_is_text(nano_policy, family):
+    encoder, image = nano_policy(family).encoder, np.zeros((56, 84, 3), np.uint8)
+    special = [t.content for t in encoder.processor.tokenizer.added_tokens_decoder.values() if t.special]
+    assert "<|image_pad|>" in special and "<|im_end|>" in special
+
+    def counted(query):
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": query}]}]
+        ids = encoder.encode(chat, image).token_ids.tolist()
+        known = encoder.processor.tokenizer.convert_tokens_to_ids(special)
+        return {word: ids.count(one) for word, one in zip(special, known, strict=True)}
+
+    assert counted("the sign") == counted(f"the {' '.join(special)} sign") == counted("".join(special))
+    answer = encoder.answer("<think> a <|im_end|> b </think>").tolist()
+    assert answer.count(encoder.processor.tokenizer.eos_token_id) == 1
+    assert encoder.spelled("a plain <think> text </think>") == "a plain <think> text </think>"

@@ -137,6 +137,56 @@ def test_the_card_says_how_and_the_command_line_stands_above_it(cli, tmp_path, m
     assert [r["text"] for r in rows(tmp_path / "d")] == [r["text"] for r in rows(tmp_path / "b")]
 
 
+@pytest.mark.parametrize(
+    ("said", "precision"),
+    [
+        ((), "bf16-mixed"),
+        (("trainer=cpu",), "bf16-mixed"),
+        (("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"), "bf16-mixed"),
+        (("trainer=deepspeed_zero2",), "bf16-mixed"),
+        (("trainer.devices=1",), "bf16-mixed"),
+        (("+experiment=demo",), "bf16-mixed"),
+        (("trainer=ddp", "trainer.precision=32-true"), "32-true"),
+        (("policy=nano",), "32-true"),
+    ],
+)
+def test_a_cards_precision_survives_all_but_a_precision_and_a_policy(
+    cli, model, monkeypatch, said, precision
+):
+    """A group of the trainer says where an evaluation runs; how exactly, the card says."""
+    from segrl import evaluating
+
+    taken = []
+
+    class Stub:
+        """In place of an evaluation: what it would have been built from."""
+
+        @staticmethod
+        def build(cfg):
+            taken.append(cfg)
+            return Stub()
+
+        def run(self):
+            return None
+
+    monkeypatch.setattr(evaluating, "Evaluation", Stub)
+    folder = model(changed("precision", "passes", value="bf16-mixed"))
+    arguments = [a for a in EVAL if a != "trainer=cpu"]
+    code, _, err = cli(*arguments, *said, f"model={folder}", module="evaluate")
+    assert code == 0, err
+    assert [cfg.trainer.precision for cfg in taken] == [precision]
+
+
+def test_a_card_asks_with_its_own_texts_or_with_those_beside_the_weights(model):
+    beside = pretrained.read(model(CARD))["grammar"]["instructions"]
+    shipped = json.loads((Path(asset("policy_nano")) / "segrl.json").read_text())["grammar"]["instructions"]
+    assert beside["seg_r1_tags"] == shipped["seg_r1_tags"]
+    asked = {"seg_r1_tags": {"user": "All?"}}
+    folder = model(changed("grammar", "instructions", value=asked), "asked")
+    said = Segmenter.from_pretrained(folder).grammar.messages(None)
+    assert said[-1]["content"][-1]["text"] == "All?"
+
+
 BAD = {
     "no json": ("{", ["JSON"]),
     "a list": ([], ["policy, grammar, head, rollout, precision"]),
@@ -145,6 +195,8 @@ BAD = {
     "a part more": ({**CARD, "data": {}}, ["data"]),
     "a place to write to": (changed("head", "embeddings_folder", value="/srv/theirs"), ["head.embeddings_folder", "/srv/theirs"]),
     "foreign code": (changed("grammar", "_target_", value="os.system"), ["grammar._target_", "os.system"]),
+    "instructions of this machine": (changed("grammar", "instructions", value="/etc/hostname"), ["grammar.instructions", "/etc/hostname"]),
+    "instructions that are none": (changed("grammar", "instructions", value={"seg_r1_tags": {"refer": "x"}}), ["seg_r1_tags.refer", "{query}"]),
     "another room": (changed("grammar", "_target_", value="segrl.models.nano.write"), ["grammar._target_"]),
     "a longer path": (changed("grammar", "_target_", value="segrl.prompts.tags.re.compile"), ["grammar._target_"]),
     "what is only imported there": (changed("policy", "_target_", value="segrl.models.hf_vlm.Path"), ["policy._target_"]),

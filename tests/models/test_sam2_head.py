@@ -183,3 +183,17 @@ def test_where_a_stream_of_its_own_fails_masks_are_the_same_and_it_is_said_once(
         for _ in range(2):
             head._encode_beside(images, torch.device("cuda"))
     assert len(warned) == 1 and np.array_equal(head.segment(images, prompts)[0][0], expected[0][0])
+
+
+def test_a_point_that_is_paired_with_a_box_is_of_that_box_alone():
+    boxes, points = [[0, 0, 0.5, 0.5], [0.3, 0.3, 0.8, 0.8]], [[0.4, 0.4], [0.9, 0.6]]
+    shared = split_by_box(MaskPrompt.of(boxes, points, [1, 1]))
+    assert [part.points.tolist() for part in shared] == [
+        np.float32([points[0]]).tolist()
+    ] * 2  # and the other of none
+    paired = split_by_box(MaskPrompt.of(boxes, points, [1, 1], paired=True))
+    for part, box, point in zip(paired, boxes, points, strict=True):
+        np.testing.assert_array_equal(part.boxes, np.float32([box]))
+        np.testing.assert_array_equal(part.points, np.float32([point]))
+        assert part.labels.tolist() == [1]
+    assert split_by_box(MaskPrompt.of(paired=True)) == []

@@ -7,6 +7,7 @@ import pytest
 
 from segrl.prompts.answer_json import SamR1Json, SegZeroJson, VisionReasonerJson
 from segrl.prompts.frames import absolute_pixels, permille
+from segrl.prompts.released import SegR1Released
 from segrl.prompts.tags import SegR1Points, SegR1Tags
 from segrl.protocols import Grammar
 from segrl.types import MaskPrompt, Parsed, ParseFault
@@ -201,7 +202,12 @@ def inner_faults() -> dict[str, list[tuple[ParseFault, str]]]:
     return {
         "sam_r1": [
             (ParseFault.BAD_JSON, "[]"),
-            (ParseFault.BAD_JSON, f"[{SAM_R1_PAYLOAD}]"),
+            (ParseFault.BAD_JSON, f"[{SAM_R1_PAYLOAD},{SAM_R1_PAYLOAD}]"),
+            (ParseFault.BAD_JSON, f"[[{SAM_R1_PAYLOAD}]]"),
+            (ParseFault.BAD_JSON, f"```json {SAM_R1_PAYLOAD}"),
+            (ParseFault.BAD_JSON, f"here: ```json {SAM_R1_PAYLOAD}```"),
+            (ParseFault.BAD_JSON, labelled("]]", "],]")),
+            (ParseFault.BAD_JSON, labelled("[20,30,1]", "(20,30,1)")),
             (ParseFault.NO_POINTS, '{"bbox":[1,2,3,4],"points":[]}'),
             (ParseFault.NO_POINTS, '{"bbox":[1,2,3,4],"points":{"x":1}}'),
             (ParseFault.BAD_NUMBERS, labelled("[20,30,1]", "[20,30]")),
@@ -215,12 +221,13 @@ def inner_faults() -> dict[str, list[tuple[ParseFault, str]]]:
         ],
         "seg_zero": [
             (ParseFault.BAD_JSON, "[]"),
-            (ParseFault.BAD_JSON, SEG_ZERO_PAYLOAD.replace("'bbox'", '"bbox"')),
+            (ParseFault.BAD_JSON, SEG_ZERO_PAYLOAD.replace("'bbox'", "'bbox\"")),
+            (ParseFault.BAD_JSON, SEG_ZERO_PAYLOAD.replace("}", ", 'note': 'the dog's'}")),
             (ParseFault.NO_POINTS, SEG_ZERO_PAYLOAD.replace("points_2", "points_3")),
             (ParseFault.BAD_NUMBERS, SEG_ZERO_PAYLOAD.replace("[25,35]", "[]")),
         ],
         "vision_reasoner": [
-            (ParseFault.BAD_JSON, OBJECT),
+            (ParseFault.NO_BOX, '{"objects":[]}'),
             (ParseFault.BAD_JSON, "[[]]"),
             (ParseFault.NO_BOX, "[{}]"),
             (ParseFault.NO_BOX, f'[{OBJECT},{{"point_2d":[1,2]}}]'),
@@ -255,6 +262,78 @@ def test_every_kind_of_fault_that_json_has_is_above() -> None:
 @every_grammar
 def test_a_fault_after_the_thought_keeps_the_thought(grammar: Grammar, payload: str) -> None:
     assert grammar.parse(answered(payload.replace("bbox", "box")), FRAME).thought == "a fish hides left"
+
+
+@every_grammar
+def test_words_around_a_faulty_answer_are_kept_too(grammar: Grammar, payload: str) -> None:
+    parsed = grammar.parse("oh " + answered(payload.replace("bbox", "box")) + " and so on", FRAME)
+    assert (parsed.fault, parsed.rest) == (ParseFault.NO_BOX, "oh and so on")
+    assert grammar.parse("oh " + answered(payload), FRAME).rest == "oh"
+
+
+def test_partly_is_the_share_of_boxes_and_points_of_the_right_length() -> None:
+    half, words = '{"bbox_2d":[1,2,3,4]}', '{"bbox_2d":["a","b","c","d"],"point_2d":[1,2]}'
+    for payload, share in (
+        (f"[{OBJECT},{half}]", 0.75),
+        (f"[{half}]", 0.5),
+        (f"[{words}]", 1.0),
+        (f"[{OBJECT},{OBJECT},{OBJECT}]", 1.0),
+        ('[{"bbox_2d":[1,2,3],"point_2d":{}}]', 0.0),
+        ("[7]", 0.0),
+        ("7", 0.0),
+        (f"```json [{half}]```", 0.0),
+    ):
+        parsed = REASONER.parse(answered(payload), FRAME)
+        assert parsed.fault is not None and parsed.partly == share, payload
+
+
+# --- what base models write
+
+
+LOOSE: list[tuple[Grammar, str, bool]] = [
+    (SAM_R1, SAM_R1_PAYLOAD, False),
+    (SAM_R1, f"```json\n{SAM_R1_PAYLOAD}\n```", True),
+    (SAM_R1, f" ```JSON{SAM_R1_PAYLOAD}``` ", True),
+    (SAM_R1, f"```{SAM_R1_PAYLOAD}```", True),
+    (SAM_R1, f"[{SAM_R1_PAYLOAD}]", True),
+    (SAM_R1, SAM_R1_PAYLOAD.replace("bbox", "bbox_2d"), True),
+    (SAM_R1, SAM_R1_PAYLOAD.replace('"', "'"), True),
+    (SAM_R1, SAM_R1_PAYLOAD.replace('"bbox"', "'bbox'"), True),
+    (SAM_R1, SAM_R1_PAYLOAD.replace("}", ',"note":"the dog\'s"}'), False),
+    (SEG_ZERO, SEG_ZERO_PAYLOAD, False),
+    (SEG_ZERO, f"```json\n{SEG_ZERO_PAYLOAD}\n```", False),
+    (SEG_ZERO, f"[{SEG_ZERO_PAYLOAD}]", False),
+    (SEG_ZERO, SEG_ZERO_PAYLOAD.replace("'bbox'", '"bbox"'), False),
+    (SEG_ZERO, SEG_ZERO_PAYLOAD.replace("}", ", 'note': \"the dog's\"}"), False),
+    (SEG_ZERO, SEG_ZERO_PAYLOAD.replace("}", ", 'note': 'the dog\\'s \"tail\"'}"), False),
+    (SEG_ZERO, SEG_ZERO_PAYLOAD.replace("bbox", "bbox_2d"), True),
+    (REASONER, REASONER_PAYLOAD, False),
+    (REASONER, f"```json\n{REASONER_PAYLOAD}\n```", True),
+    (REASONER, OBJECT, True),
+    (REASONER, REASONER_PAYLOAD.replace("bbox_2d", "bbox"), True),
+    (REASONER, REASONER_PAYLOAD.replace('"', "'"), True),
+]
+
+
+@pytest.mark.parametrize(("grammar", "payload", "loose"), LOOSE)
+def test_what_base_models_write_is_read_and_marked_where_the_released_parser_would_not(
+    grammar: Grammar, payload: str, loose: bool
+) -> None:
+    parsed = grammar.parse(answered(payload), FRAME)
+    assert (parsed.fault, parsed.loose) == (None, loose)
+    plain = {SAM_R1: SAM_R1_PAYLOAD, SEG_ZERO: SEG_ZERO_PAYLOAD}.get(grammar, REASONER_PAYLOAD)
+    meant = grammar.parse(answered(f"[{OBJECT}]" if payload is OBJECT else plain), FRAME).prompt
+    for part in ("boxes", "points", "labels"):
+        assert getattr(parsed.prompt, part).tolist() == getattr(meant, part).tolist()
+
+
+def test_a_full_stop_behind_the_answer_is_more_than_the_released_parsers_take() -> None:
+    assert SAM_R1.parse(answered(SAM_R1_PAYLOAD) + ".", FRAME).rest == "."
+
+
+def test_box_k_and_point_k_are_one_object_and_say_so() -> None:
+    assert REASONER.parse(answered(REASONER_PAYLOAD), FRAME).prompt.paired
+    assert not SAM_R1.parse(answered(SAM_R1_PAYLOAD), FRAME).prompt.paired
 
 
 # --- where boxes and points are complete
@@ -374,15 +453,16 @@ def test_without_a_query_the_primary_object_is_asked_for(grammar: Grammar, paylo
         (SEG_ZERO, [[10, 100, 200, 210]], [[30, 110], [35, 180]]),
         (REASONER, [[10, 100, 200, 210], [225, 296, 706, 786]], [[30, 110], [302, 410]]),
         (SegR1Tags(max_boxes=1, max_points=2), [[1, 2, 3, 4]], [[5, 6], [7, 8]]),
+        (SegR1Released(max_boxes=1, max_points=2), [[1, 2, 3, 4]], [[5, 6], [7, 8]]),
         (SegR1Points(max_points=2), [], [[1, 2], [3, 4]]),
     ],
-    ids=[*IDS, "seg_r1_tags", "seg_r1_points"],
+    ids=[*IDS, "seg_r1_tags", "seg_r1_released", "seg_r1_points"],
 )
 def test_the_answer_that_a_question_gives_as_its_example_is_one(
     grammar: Grammar, boxes: list[list[int]], points: list[list[int]]
 ) -> None:
     text = grammar.messages(None)[-1]["content"][1]["text"]
-    text = text[max(text.rfind("<think>"), 0) :]
+    text = text[max(text.rfind("<think>"), 0) :].replace(",...]", "]")  # the number of points is left open
     for name, number in zip(["x1", "y1", "x2", "y2", "x3", "y3", "x4", "y4"], "12345678", strict=True):
         text = text.replace(name, number)
     parsed = grammar.parse(text, absolute_pixels(1000, 1000))

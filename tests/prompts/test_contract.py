@@ -1,4 +1,4 @@
-"""What every grammar owes the rest of the house: one contract, five grammars."""
+"""What every grammar owes the rest of the house: one contract, six grammars."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from segrl.prompts.answer_json import SamR1Json, SegZeroJson, VisionReasonerJson
 from segrl.prompts.frames import absolute_pixels, permille
+from segrl.prompts.released import SegR1Released
 from segrl.prompts.tags import SegR1Points, SegR1Tags
 from segrl.protocols import Grammar, Unfolding
 from segrl.types import Frame, MaskPrompt, Parsed, ParseFault
@@ -33,6 +34,7 @@ class Case:
 
 CASES = {
     "seg_r1_tags": Case(SegR1Tags(max_boxes=3, max_points=4), (1, 3), (1, 4)),
+    "seg_r1_released": Case(SegR1Released(max_boxes=3, max_points=4), (1, 3), (1, 4)),
     "seg_r1_points": Case(SegR1Points(max_points=4), (0, 0), (1, 4)),
     "sam_r1_json": Case(SamR1Json(max_points=4), (1, 1), (1, 4)),
     "seg_zero_json": Case(SegZeroJson(), (1, 1), (2, 2), background=False),
@@ -342,8 +344,12 @@ def test_a_hundred_kilobytes_of_anything_anywhere_raise_nothing_and_take_no_time
 
 
 @every_grammar
-def test_twenty_thousand_accidents_raise_nothing_leave_no_doubt_and_take_no_time(name: str) -> None:
-    case, rng, times = CASES[name], random.Random(20261121), 20_000
+@pytest.mark.parametrize(
+    "times", [pytest.param(5_000, id="some"), pytest.param(100_000, id="all", marks=pytest.mark.slow)]
+)
+def test_accidents_raise_nothing_leave_no_doubt_and_take_no_time(name: str, times: int) -> None:
+    """What is written is read back in the tests above; here it is read after one to three accidents."""
+    case, rng = CASES[name], random.Random(20261121)
     both = [absolute_pixels(height=333, width=251), absolute_pixels(height=1, width=3), permille(7, 9)]
     good = [
         (case.grammar.render(Parsed(thought=thought, prompt=spoken(case)), frame), frame)
@@ -360,14 +366,16 @@ def test_twenty_thousand_accidents_raise_nothing_leave_no_doubt_and_take_no_time
             text = text[:place] + monsters[number // 100 % len(monsters)] + text[place:]
         heard[check(case.grammar, text, frame)] += 1
     assert heard[None] > times // 20  # many are still sentences, and all that can go wrong goes wrong
-    assert {fault for fault in ParseFault if heard[fault] == 0} == NEVER[name]
+    assert {fault for fault in ParseFault if heard[fault] == 0} >= NEVER[name]
+    assert times < 100_000 or {fault for fault in ParseFault if heard[fault] == 0} == NEVER[name]
 
 
 LISTED = {ParseFault.NO_LABELS, ParseFault.LABEL_COUNT}
 THINKING = {ParseFault.NO_THOUGHT, ParseFault.NO_BOX, ParseFault.DEGENERATE_BOX}
 IN_JSON = {ParseFault.NO_ANSWER, ParseFault.BAD_JSON}
 NEVER: dict[str, set[ParseFault]] = {
-    "seg_r1_tags": IN_JSON,
+    "seg_r1_tags": {ParseFault.BAD_JSON},
+    "seg_r1_released": IN_JSON | {ParseFault.NO_THOUGHT, ParseFault.DUPLICATE_FIELD},
     "seg_r1_points": IN_JSON | THINKING,
     "sam_r1_json": LISTED,
     "seg_zero_json": LISTED | {ParseFault.BAD_LABEL},

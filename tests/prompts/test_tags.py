@@ -95,7 +95,7 @@ def test_fields_inside_the_thought_are_not_the_answer_after_a_stray_closing_tag_
 
 
 def test_fields_before_the_thought_are_not_the_answer() -> None:
-    assert TAGS.parse(f"{BOX}, {TWO_POINTS}, {LABELS} {THOUGHT}", FRAME).fault is ParseFault.NO_BOX
+    assert TAGS.parse(f"{BOX}, {TWO_POINTS}, {LABELS} {THOUGHT}", FRAME).fault is ParseFault.NO_ANSWER
 
 
 # --- what is refused
@@ -124,7 +124,8 @@ NOT_A_LABEL = (
     "[3,0]",
     "[-1,0]",
     "[01,0]",
-    "[1,0.0]",
+    "[1,0.5]",
+    "[1.,0]",
     "[1,]",
     "[]",
     "[True,False]",
@@ -134,6 +135,7 @@ OUTSIDE = ("[100,20,300,40]", "[-9,-9,0,0]")
 NO_AREA = ("[10,20,10,40]", "[30,20,10,40]", "[10,40,30,20]", *OUTSIDE)
 TAG_FAULTS: dict[ParseFault, list[str]] = {
     ParseFault.NO_THOUGHT: ["", GOOD.replace("<think>", ""), GOOD.replace("</think>", "")],
+    ParseFault.NO_ANSWER: [THOUGHT, THOUGHT + " \n"],
     ParseFault.NO_BOX: [GOOD.replace(*pair) for pair in ((BOX, ""), ("</bbox>", "<bbox>"), ("bbox", "box"))],
     ParseFault.NO_POINTS: [GOOD.replace(TWO_POINTS, ""), GOOD.replace("</points>", "")],
     ParseFault.NO_LABELS: [GOOD.replace(LABELS, ""), GOOD.replace("</labels>", "")],
@@ -155,7 +157,41 @@ def test_each_fault_is_named(fault: ParseFault, text: str) -> None:
 
 
 def test_every_kind_of_fault_has_a_text_above() -> None:
-    assert set(TAG_FAULTS) == set(ParseFault) - {ParseFault.NO_ANSWER, ParseFault.BAD_JSON}
+    assert set(TAG_FAULTS) == set(ParseFault) - {ParseFault.BAD_JSON}
+
+
+def test_a_label_may_have_a_fraction_of_nothing_as_coordinates_may() -> None:
+    text = GOOD.replace("[1,0]", "[1.0, 0.000]")
+    parsed = TAGS.parse(text, FRAME)
+    assert (parsed.fault, parsed.prompt.labels.tolist()) == (None, [1, 0])
+    assert [len(step.points) for _, step in TAGS.unfold(text, FRAME)] == [0, 1, 2]
+    assert POINTS.parse(GOOD_POINTS.replace("[1,0]", "[1.0,0.0]"), FRAME).prompt.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("behind", "rest"), [("", ""), (".", ""), (" .\n", ""), ("..", ".."), (". And so on", ". And so on")]
+)
+def test_a_full_stop_ends_the_sentence_and_more_is_rambling(behind: str, rest: str) -> None:
+    assert TAGS.parse(GOOD + behind, FRAME).rest == POINTS.parse(GOOD_POINTS + behind, FRAME).rest == rest
+
+
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        (GOOD.replace("[1,0]", "[2,0]") + " and so on", "and so on"),
+        (GOOD.replace("[1,0]", "[2,0]"), ""),
+        (THOUGHT + " a fish at the left", "a fish at the left"),
+        (THOUGHT + " <bbox>[10,20", "<bbox>[10,20"),
+    ],
+)
+def test_what_stands_behind_a_faulty_answer_is_kept_too(text: str, rest: str) -> None:
+    parsed = TAGS.parse(text, FRAME)
+    assert (parsed.prompt, parsed.rest) == (None, rest)
+
+
+def test_words_in_front_of_the_thought_are_legal_as_in_the_released_code() -> None:
+    parsed = TAGS.parse("well, " + GOOD, FRAME)
+    assert (parsed.fault, parsed.rest) == (None, "")
 
 
 def test_a_fault_after_the_thought_keeps_the_thought() -> None:
@@ -392,10 +428,10 @@ def test_the_question_shows_one_image_before_the_text(
 
 
 def test_the_questions_own_example_of_the_format_is_the_grammars() -> None:
-    asked = TAGS.messages(None)[-1]["content"][1]["text"]
+    asked = TAGS.messages(None)[-1]["content"][1]["text"].replace(",...]", "]")
     filled = asked.replace("x1,y1,x2,y2", "10,20,30,40").replace("x3,y3", "1,2").replace("x4,y4", "3,4")
     assert TAGS.parse(filled, FRAME).fault is None
-    asked = POINTS.messages(None)[-1]["content"][1]["text"]
+    asked = POINTS.messages(None)[-1]["content"][1]["text"].replace(",...]", "]")
     assert POINTS.parse(asked.replace("x1,y1", "1,2").replace("x2,y2", "3,4"), FRAME).fault is None
 
 

@@ -120,3 +120,18 @@ def test_no_term_sees_what_a_mask_covers_of_an_ignored_region() -> None:
         said(["", ""], [np.ones((2, 2), bool), ignore]), [sample]
     )
     assert scores.total.tolist() == [[3.0, 0.0]]
+
+
+@pytest.mark.parametrize("paid", [float("nan"), float("inf"), float("-inf")])
+def test_a_reward_that_is_no_finite_number_is_refused_by_name(paid):
+    def broken(answer: Answer, sample: Sample) -> float:
+        return paid if answer.text == "b" else 0.0
+
+    mixture = RewardMixture(
+        {"length": {"fn": length, "weight": 1.0}, "broken": {"fn": broken, "weight": 1.0}}
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"reward\.terms\.broken: a finite number must be paid; got .*(nan|inf).* an answer to 1$",
+    ):
+        mixture(said(["a", "a", "a", "b"], [MASK] * 4), samples(2))

@@ -1,5 +1,6 @@
 """Rewards of SAM-R1, Seg-Zero, VisionReasoner and DAPO; and that a policy that does not look earns little on all."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -10,7 +11,7 @@ from segrl.metrics.functional.shape import inner_point, tight_box
 from segrl.rewards import geometry
 from segrl.rewards.mask import Quantile, binary, iou, tiered, tiered_potential
 from segrl.rewards.mixture import RewardMixture
-from segrl.rewards.text import overlong, reasoned, unrepeated
+from segrl.rewards.text import objects_formed, overlong, parses, reasoned, unrepeated, well_formed
 from segrl.types import Answer, MaskPrompt, Parsed, ParseFault, Sample
 
 SIDE = 100
@@ -100,14 +101,41 @@ def test_reasoning_and_repetition():
         0,
     ]
     assert reasoned(answer(fault=ParseFault.BAD_NUMBERS), sample()) == 1.0
-    assert unrepeated(answer(thought="A. B. A. C."), sample()) == 1.0
-    assert unrepeated(answer(thought="A. B. A. B."), sample()) == 0.0
+    assert reasoned(answer(fault=ParseFault.DUPLICATE_FIELD), sample()) == 0.0
+    assert reasoned(answer(fault=ParseFault.BAD_NUMBERS, rest="and so on"), sample()) == 0.0
+    for text, paid in (("A. B. A. C.", 1.0), ("A. B. A. B.", 0.0), ("<think> A. A. A. A", 0.0), ("", 1.0)):
+        assert unrepeated(replace(answer(thought="A. A. A. A."), text=text), sample()) == paid
+
+
+@pytest.mark.parametrize(
+    ("parsed", "share"),
+    [
+        ({}, 1.0),
+        ({"rest": "and so on"}, 0.0),
+        ({"fault": ParseFault.NO_POINTS, "partly": 0.75}, 0.75),
+        ({"fault": ParseFault.NO_POINTS, "partly": 0.75, "rest": "and so on"}, 0.0),
+        ({"fault": ParseFault.BAD_JSON}, 0.0),
+        ({"loose": True}, 0.0),
+        ({"loose": True, "partly": 0.5}, 0.5),
+    ],
+)
+def test_vision_reasoners_format_pays_the_share_that_is_there(parsed, share):
+    assert objects_formed(answer(**parsed), sample()) == share
+
+
+def test_what_is_read_loosely_is_paid_by_its_mask_and_by_nothing_that_was_published_otherwise():
+    truth, loose = sample(SMALL), answer(SMALL, [tight_box(SMALL)], [inner_point(SMALL)], loose=True)
+    assert iou(loose, truth) == 1.0 and reasoned(loose, truth) == 1.0
+    assert MATCHED(loose, truth) == geometry.box_overlaps(loose, truth, threshold=0.5) == 0.0
+    assert well_formed(loose, truth) == parses(loose, truth) == 0.0
 
 
 def test_overlong_falls_over_the_margin_and_nothing_is_paid_for_what_was_cut_off():
     paid = [overlong(answer(length=n), sample(), budget=40, margin=10) for n in (5, 30, 35, 40)]
     assert paid == [1.0, 1.0, 0.5, 0.0]
     assert overlong(answer(length=40, finished=False), sample(), budget=100, margin=10) == 0.0
+    fifth = [overlong(answer(length=n), sample(), budget=400, margin=None) for n in (320, 360, 400)]
+    assert fifth == [1.0, 0.5, 0.0]
 
 
 SMALL, TALL = block(10, 10, 30, 40), block(50, 60, 95, 90)

@@ -191,6 +191,16 @@ def test_a_run_that_samples_elsewhere_needs_no_server():
     assert "rollout=vllm_server is needed" in done.stderr or "--extra vllm" in done.stderr
 
 
+def test_an_environment_in_which_vllm_cannot_list_its_packages_is_refused(monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=r"^PATH: uv must be on it"):
+        serve.check_packages_can_be_listed()
+    (tmp_path / "uv").touch(mode=0o755)
+    serve.check_packages_can_be_listed()
+
+
 def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

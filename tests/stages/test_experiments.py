@@ -124,7 +124,7 @@ def test_referring_experiment_trains_on_a_folder_of_its_dataset(cli, tmp_path, e
 def test_a_cold_start_trains_on_traces_made_from_masks(cli, tmp_path, experiment):
     root = download(tmp_path / "data", LAYOUTS["sod_duts"], 4)
     traces = tmp_path / "traces.jsonl"
-    arguments = ("data=duts", f"data.root={root}", f"out={traces}", "least_iou=0.05")
+    arguments = ("data=duts", f"data.root={root}", f"out={traces}", "least_iou=0.05", "head=sam2_nano")
     code, out, err = cli("traces", *arguments, module="prepare")
     assert code == 0, err
     lines = [json.loads(line) for line in traces.read_text().splitlines()]

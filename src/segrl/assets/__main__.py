@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 SEED = 1
+_LICENCE = "apache-2.0"  # the scenes are drawn by segrl, and the weights start from nothing
 
 
 def _train(experiment: str, runs: Path, *overrides: str) -> subprocess.Popen[bytes]:
@@ -48,14 +50,17 @@ def blank(folder: Path) -> Path:
     from segrl.prompts.tags import SegR1Tags
 
     annotate, grammar = Annotator(0.25, 32, 3), SegR1Tags(16, 64)
+    texts = instructions.read(HERE / "policy_nano" / instructions.NAME)
     scenes = SyntheticScenes("vocabulary", 300, SEED, 128, (0.3, 1.0), (1, 3))
     answers = [
         grammar.render(annotate(scenes[i], np.random.default_rng(i)), permille(128, 128))
         for i in range(len(scenes))
     ]
-    asked = [instructions.SEG_R1_SYSTEM, instructions.SEG_R1_USER, instructions.SEG_R1_POINTS_USER]
+    asked = [texts["seg_r1_tags"]["system"], texts["seg_r1_tags"]["user"], texts["seg_r1_points"]["user"]]
     torch.manual_seed(SEED)
-    return nano.write(folder, nano.qwen3_vl(nano.vocabulary_texts(asked, answers)))
+    written = nano.write(folder, nano.qwen3_vl(nano.vocabulary_texts(asked, answers)))
+    shutil.copy(HERE / "policy_nano" / instructions.NAME, written)  # so that its trainings ask with them
+    return written
 
 
 def box_scores(run: Path) -> dict[str, float]:
@@ -102,13 +107,13 @@ def export(runs: Path, out: Path) -> None:
         runs / "nano_sft" / "checkpoints" / "last.ckpt", out / "policy_nano",
         f"Qwen3-VL's classes at 2.5 million parameters: an early cold start, left for reinforcement learning to improve. "
         f"It imitates annotators who draw loose boxes. {made} On 256 held-out scenes: {scores}.",
-        "asset:sam2_nano.safetensors",
+        "asset:sam2_nano.safetensors", _LICENCE,
     )  # fmt: skip
     weights = read_checkpoint(runs / "nano_head" / "checkpoints" / "last.ckpt", "--runs")["state_dict"]
     head = {k.removeprefix("head.model."): v.to(torch.float16).contiguous() for k, v in weights.items()}
     save_file(head, out / "sam2_nano.safetensors", metadata={"format": "pt"})
     note = f"SAM 2.1 (`sam2_nano.yaml`), stored in half precision. {made} The score is the mean IoU from true boxes."
-    (out / "sam2_nano.md").write_text(card(runs / "nano_head", note))
+    (out / "sam2_nano.md").write_text(card(runs / "nano_head", note, licence=_LICENCE))
 
 
 def main() -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from segrl.data.boundary import reading, reason
 from segrl.protocols import Encoder, Grammar
-from segrl.types import Batch, Parsed, Sample
+from segrl.types import Batch, Frame, Parsed, Prefix, Sample
 
 
 class Trace(Protocol):
@@ -49,15 +50,29 @@ class Collate:
         keys = [zlib.crc32(sample.id.encode()) for sample in samples]
         grammars = [choice[key % len(choice)] for key in keys]
         prefixes = [
-            self.encoder.encode(g.messages(s.query), s.image) for g, s in zip(grammars, samples, strict=True)
+            _prefix(self.encoder, grammar, sample) for grammar, sample in zip(grammars, samples, strict=True)
         ]
         if self.trace is None:
             return Batch(samples=list(samples), prefixes=prefixes)
         answers = []
         for sample, prefix, grammar, key in zip(samples, prefixes, grammars, keys, strict=True):
             parsed = self.trace(sample, np.random.default_rng(key))
-            answers.append(self.encoder.answer(grammar.render(parsed, prefix.frame)))
+            answers.append(self.encoder.answer(_written(grammar, sample, parsed, prefix.frame)))
         return Batch(samples=list(samples), prefixes=prefixes, answers=answers)
+
+
+def _prefix(encoder: Encoder, grammar: Grammar, sample: Sample) -> Prefix:
+    """One sample as the policy reads it; ValueError naming one that its processor refuses."""
+    with reading(sample.id, "an image and a query that the policy's processor takes are needed"):
+        return encoder.encode(grammar.messages(sample.query), sample.image)
+
+
+def _written(grammar: Grammar, sample: Sample, parsed: Parsed, frame: Frame) -> str:
+    """The answer to imitate as text; ValueError naming a sample whose trace the grammar cannot write."""
+    try:
+        return grammar.render(parsed, frame)
+    except ValueError as error:
+        raise ValueError(f"{sample.id}: {reason(error)}") from None
 
 
 class Shuffled(Sampler[int]):

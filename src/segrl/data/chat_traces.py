@@ -6,6 +6,7 @@ Each has `image`, `problem`, `thinking` and `solution`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -15,13 +16,16 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from segrl.data.survey import OnDisk, Piece, Survey
+from segrl.data.boundary import found_at, is_file, reading, reason
+from segrl.data.survey import OnDisk, Piece, Survey, sample_of
 from segrl.data.transforms import read_image, squash
 from segrl.prompts.frames import absolute_pixels
 from segrl.protocols import Grammar
 from segrl.types import Parsed, Sample
 
 _COLUMNS = ("problem", "thinking", "solution")
+_OPEN, _CLOSE = "<think>", "</think>"
+_PLACE = re.compile(r"[\[(]\s{0,3}\d{1,5}(?:\.\d{1,5})?\s{0,3},\s{0,3}\d{1,5}")
 
 
 class Line(BaseModel):
@@ -32,6 +36,7 @@ class Line(BaseModel):
     problem: str = ""
     """What was asked; the grammar asks in its own words, so that SFT asks as RL does."""
     thinking: str
+    """The thought, with or without a pair of think tags around it: FCoT is published with them."""
     solution: str
     """Boxes, points and labels in the grammar's words, in pixels of the image."""
     query: str | None = None
@@ -54,26 +59,34 @@ class Stored:
 @lru_cache(maxsize=2)
 def _images(shard: Path, group: int) -> list[bytes]:
     """The images of one row group, which the samples of a loader worker often share."""
+    import pyarrow
     import pyarrow.parquet
 
-    column = (
-        pyarrow.parquet.ParquetFile(shard).read_row_group(group, ["image"], use_threads=False).column("image")
-    )
+    try:
+        rows = pyarrow.parquet.ParquetFile(shard).read_row_group(group, ["image"], use_threads=False)
+        column = rows.column("image")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{shard}: images of row group {group} are needed; {reason(error)}") from None
     return [(image or {}).get("bytes") or b"" for image in column.to_pylist()]
 
 
 def _read_lines(path: Path) -> tuple[list[tuple[str, Line, Stored]], list[str]]:
     """The traces of a `.jsonl`, each with a word for where it stands, and the faults of others."""
     traces, faults = [], []
-    for number, text in enumerate(path.read_bytes().split(b"\n"), 1):
+    try:
+        with reading(path, "a .jsonl of chat traces is needed"):
+            content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except ValueError as error:
+        return [], [str(error)]
+    for number, text in enumerate(content.split(b"\n"), 1):
         if not text.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            line = _line(where, json.loads(text))
-            traces.append((where, line, Stored(path=path.parent / line.image)))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            faults.append(f"{where}: JSON is needed; {error}")
+            with reading(where, "JSON is needed"):
+                values = json.loads(text)
+            line = _line(where, values)
+            traces.append((where, line, Stored(path=found_at(path.parent / line.image))))
         except ValueError as error:
             faults.append(str(error))
     return traces, faults
@@ -128,6 +141,24 @@ def _line(where: str, values: Any) -> Line:  # noqa: ANN401 - what JSON or parqu
         raise ValueError(f"{where}: {key}{found['msg'].lower()}") from None
 
 
+def _thought(where: str, line: Line) -> str:
+    """A trace's thought without the tags around it; ValueError naming the row if there are tags inside."""
+    thought = line.thinking.strip()
+    if thought.startswith(_OPEN) and thought.endswith(_CLOSE):
+        thought = thought.removeprefix(_OPEN).removesuffix(_CLOSE).strip()
+    for tag in (_OPEN, _CLOSE):
+        if tag in thought:
+            raise ValueError(
+                f"{where}: thinking: one thought, with or without think tags around it, is needed; got {tag} inside"
+            )
+    return thought
+
+
+def names_places(thought: str) -> bool:
+    """Return whether a thought names coordinates, such as (120, 48): they stay as written when a solution is rescaled."""
+    return _PLACE.search(thought) is not None
+
+
 class ChatTraces(OnDisk):
     """Samples with a trace and no mask.
 
@@ -138,7 +169,8 @@ class ChatTraces(OnDisk):
         side: resize images to this square; none leaves them as they are.
 
     Raises:
-        ValueError: naming file and line, if a line is no trace; on access, if its solution is no sentence of the grammar.
+        ValueError: naming file and line, if a line is no trace; on access, if its solution is no sentence of the grammar or its
+            thought holds tags.
     """
 
     def __init__(self, path: str, grammar: Grammar, side: int | None) -> None:
@@ -167,7 +199,7 @@ class ChatTraces(OnDisk):
         traces, faults = cls._found(path)
         found = Survey(faults=faults)
         for index, (where, line, stored) in enumerate(traces):
-            if not stored.path.is_file():
+            if not is_file(stored.path):
                 found.without_image.append(f"{where.rpartition(', ')[2]} ({line.image})")
                 continue
             found.pieces.append(
@@ -186,16 +218,20 @@ class ChatTraces(OnDisk):
 
     @classmethod
     def _read(cls, index: int, where: str, line: Line, stored: Stored, grammar: Grammar) -> Sample:
-        """One sample at its own size; its mask is empty."""
+        """One sample at its own size; its mask is empty. ValueError naming the row, if the grammar cannot read or write it."""
         image = read_image(stored.path, content=stored.content(), upright=True)
         frame = absolute_pixels(*image.shape[:2])
-        said = grammar.parse(f"<think> {line.thinking} </think> {line.solution}", frame)
+        thought = _thought(where, line)
+        said = grammar.parse(f"{_OPEN} {thought} {_CLOSE} {line.solution}", frame)
         if said.fault is not None:
             raise ValueError(f"{where}: a solution that the grammar reads is needed; {said.fault.value}")
-        return Sample(
-            id=cls._named(index, line), image=image, mask=np.zeros(image.shape[:2], bool), query=line.query,
-            trace=replace(said, thought=line.thinking.strip()),
-        )  # fmt: skip
+        trace = replace(said, thought=thought)
+        try:
+            grammar.render(trace, frame)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        mask = np.zeros(image.shape[:2], bool)
+        return Sample(id=cls._named(index, line), image=image, mask=mask, query=line.query, trace=trace)
 
     def __len__(self) -> int:
         """Number of traces."""
@@ -208,7 +244,9 @@ class ChatTraces(OnDisk):
 
     def __getitem__(self, index: int) -> Sample:
         """Read one; its mask is empty."""
-        sample = self._read(index, *self.traces[index], self.grammar)
+        where, line, stored = self.traces[index]
+        with sample_of(where):
+            sample = self._read(index, where, line, stored, self.grammar)
         return sample if self.side is None else squash(sample, self.side)
 
 

@@ -7,17 +7,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from io import BytesIO
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from PIL import Image
-
-from segrl.data.survey import Piece, Survey, first_names
-from segrl.data.transforms import UNDECODABLE, mask_kind
-
-_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF
+from segrl.data.boundary import reading
+from segrl.data.chat_traces import names_places
+from segrl.data.pictures import NEEDED, header
+from segrl.data.survey import Piece, Survey, counted, first_names
+from segrl.data.transforms import mask_kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +35,8 @@ class Finding:
     share: float | None = None
     """Of the image that is object; none where there is no mask."""
     ignored: bool = False
+    places: bool | None = None
+    """Whether its thought names coordinates; None where it has no thought."""
     fault: str | None = None
     """Why it cannot be read."""
 
@@ -45,39 +44,30 @@ class Finding:
 def look(piece: Piece) -> Finding:
     """Read one sample as its loader does, and remember what it is; what is unfit is a finding, not an error."""
     try:
-        content = piece.image.read_bytes() if piece.content is None else piece.content()
-        with Image.open(BytesIO(content)) as image:
-            size, orientation = image.size, image.getexif().get(_ORIENTATION, 1)
-    except (*UNDECODABLE, ValueError) as error:
-        return Finding(
-            id=piece.id, fault=f"{piece.image}: an image is needed; the file cannot be decoded ({error})"
-        )
+        with reading(piece.image, NEEDED):
+            content = piece.image.read_bytes() if piece.content is None else piece.content()
+        image = header(piece.image, content)
+    except ValueError as error:
+        return Finding(id=piece.id, fault=" ".join(str(error).split()))
     digest = hashlib.sha1(content, usedforsecurity=False).hexdigest()
-    seen: dict[str, Any] = {"id": piece.id, "digest": digest, "size": size, "turned": orientation != 1}
+    seen: dict[str, Any] = {"id": piece.id, "digest": digest, "size": image.size, "turned": image.turn != 1}
     try:
-        wanted = _size(piece.mask) if piece.mask is not None else piece.size
-        if wanted is not None and size != wanted and not (orientation in _SIDEWAYS and size[::-1] == wanted):
+        wanted = header(piece.mask).shown if piece.mask is not None else piece.size
+        size = image.size
+        if wanted is not None and wanted not in (size, image.shown):
             whose = "the annotations say" if piece.mask is None else "mask"
             seen["other_size"] = f"{piece.id}: image {size[0]}x{size[1]}, {whose} {wanted[0]}x{wanted[1]}"
         if piece.mask is not None:
             seen["kind"] = mask_kind(piece.mask)
-        sample = piece.read()
+        sample = piece.sample()
     except ValueError as error:
         return Finding(**seen, fault=" ".join(str(error).split()))
     return Finding(
         **seen,
         share=None if sample.trace is not None else float(sample.mask.mean()),
         ignored=sample.ignore is not None,
+        places=None if sample.trace is None else names_places(sample.trace.thought),
     )
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """Width and height by the header; ValueError naming what is no image."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except UNDECODABLE as error:
-        raise ValueError(f"{path}: an image is needed; the file cannot be decoded ({error})") from None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,6 +91,12 @@ class SplitReport:
     full: list[str]
     ignored: int
     """Samples with pixels that no score looks at."""
+    thoughts: int
+    """Samples with a thought to imitate."""
+    places: int
+    """Those whose thought names coordinates."""
+    unread: dict[str, int]
+    """What the folders also hold and nobody reads: by suffix, "hidden", "sub folders"."""
 
     @property
     def wrong(self) -> bool:
@@ -127,6 +123,13 @@ class SplitReport:
         if self.share is not None:
             told.append(
                 f"  {'object share':<18}least {self.share[0]:.4f}, median {self.share[1]:.4f}, largest {self.share[2]:.4f}"
+            )
+        if self.unread:
+            told.append(f"  {'not read':<18}{counted(Counter(self.unread))}")
+        if self.thoughts:
+            told.append(
+                f"  {'thoughts':<18}{self.thoughts}, of which {self.places} name coordinates: those stay as written, "
+                "while solutions are rescaled to the policy's frame"
             )
         if self.ignored:
             told.append(f"  {'ignored regions':<18}in {self.ignored}")
@@ -176,7 +179,8 @@ def _gathered(name: str, survey: Survey, published: int | None, found: list[Find
         kinds=dict(Counter(one.kind for one in found if one.kind is not None)),
         share=(min(shares), median(shares), max(shares)) if shares else None,
         empty=[one.id for one in found if one.share == 0], full=[one.id for one in found if one.share == 1],
-        ignored=sum(one.ignored for one in found),
+        ignored=sum(one.ignored for one in found), unread=dict(survey.unread),
+        thoughts=sum(one.places is not None for one in found), places=sum(bool(one.places) for one in found),
     )  # fmt: skip
 
 

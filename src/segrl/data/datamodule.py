@@ -72,9 +72,11 @@ class SegDataModule(lightning.LightningDataModule):
         """Number of training samples; raises ValueError if they do not fill one batch."""
         length = len(self.train)
         if length < self.batch_size * ranks:
+            fits = length // ranks
+            way_out = f"set data.batch_size={fits}" if fits else "fewer ranks are needed (trainer.devices)"
             raise ValueError(
-                f"data.batch_size: at most {length // ranks} fit the {length} training samples on {ranks} rank(s); "
-                f"got {self.batch_size}"
+                f"data.batch_size: at most {fits} fit the {length} training samples on {ranks} rank(s); "
+                f"got {self.batch_size} ({way_out})"
             )
         return length
 

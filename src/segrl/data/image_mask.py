@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from unicodedata import normalize
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from segrl.data.survey import OnDisk, Piece, Survey, first_names
+from segrl.data.pictures import SUFFIXES
+from segrl.data.survey import OnDisk, Piece, Survey, counted, first_names, listed, sample_of
 from segrl.data.transforms import MaskRule, check_pair, read_pair, squash
 from segrl.types import Sample
-
-_IMAGES = {".jpg", ".jpeg", ".png", ".bmp"}
-_MASKS = {".png", ".jpg", ".jpeg", ".bmp"}
 
 
 class FolderPair(BaseModel):
@@ -73,19 +73,25 @@ class Pairing:
     without_mask: set[str] = field(default_factory=set)
     without_image: set[str] = field(default_factory=set)
     faults: list[str] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
+    """What the folders also hold, by suffix or kind."""
 
 
-def _files(folder: Path, suffixes: set[str], keep: str, faults: list[str]) -> dict[str, Path]:
-    """Stem to file, system files left out; two files of one stem are a fault."""
+def _left(unread: Counter[str]) -> str:
+    """What was not read, for the end of a refusal."""
+    return f" (not read: {counted(unread)})" if unread else ""
+
+
+def _files(folder: Path, keep: str, faults: list[str], unread: Counter[str]) -> dict[str, Path]:
+    """Stem (its letters composed) to file; two files of one stem are a fault."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("._") or path.suffix.lower() not in suffixes or keep not in path.stem:
+    for path in listed(folder, SUFFIXES, unread, faults):
+        stem = normalize("NFC", path.stem)
+        if normalize("NFC", keep) not in stem:
             continue
-        if path.stem in found:
-            faults.append(
-                f"{folder}: one file per name is needed; got {found[path.stem].name} and {path.name}"
-            )
-        found[path.stem] = path
+        if stem in found:
+            faults.append(f"{folder}: one file per name is needed; got {found[stem].name} and {path.name}")
+        found[stem] = path
     return found
 
 
@@ -101,11 +107,10 @@ def pairing(
             )
     if found.faults:
         return found
-    pictures, truths = (
-        _files(folder, suffixes, keep, found.faults)
-        for folder, suffixes in ((images, _IMAGES), (masks, _MASKS))
-    )
+    pictures = _files(images, keep, found.faults, found.unread)
+    truths = pictures if images == masks else _files(masks, keep, found.faults, found.unread)
     if mask_suffix:
+        mask_suffix = normalize("NFC", mask_suffix)
         truths = {s.removesuffix(mask_suffix): path for s, path in truths.items() if s.endswith(mask_suffix)}
         if images == masks:
             pictures = {s: path for s, path in pictures.items() if not s.endswith(mask_suffix)}
@@ -129,17 +134,30 @@ def pair(
     if found.without_mask:
         raise ValueError(
             f"{masks}: a mask for every image is needed; there is none for {first_names(found.without_mask)}"
+            f"{_left(found.unread)}"
         )
     if found.without_image:
         raise ValueError(
             f"{images}: an image for every mask is needed; there is none for {first_names(found.without_image)}"
+            f"{_left(found.unread)}"
         )
     if not found.pairs:
         raise ValueError(
             f"{images}: at least one image is needed; the folder holds none"
             + (f" named *{keep}*" if keep else "")
+            + _left(found.unread)
         )
     return found.pairs
+
+
+def _deeper(key: str, folder: Path) -> str:
+    """The sub folders that hold images, where somebody may have meant one of them."""
+    held = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_dir() and any(file.suffix.lower() in SUFFIXES for file in path.iterdir())
+    ]
+    return f"; sub folders are not read: did you mean {key}={held[0]}?" if held else ""
 
 
 def pair_maps(predictions: Path, truths: Path, keep: str) -> list[tuple[Path, Path]]:
@@ -152,20 +170,27 @@ def pair_maps(predictions: Path, truths: Path, keep: str) -> list[tuple[Path, Pa
         if not folder.is_dir():
             raise ValueError(f"{key}: a folder is needed; there is no {folder}")
     faults: list[str] = []
-    maps, masks = (_files(folder, _MASKS, keep, faults) for folder in (predictions, truths))
+    unread: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+    maps, masks = (
+        _files(folder, keep, faults, left) for folder, left in zip((predictions, truths), unread, strict=True)
+    )
     if faults:
         raise ValueError(faults[0])
     if alone := set(masks) - set(maps):
         raise ValueError(
             f"pred: a map for every ground truth is needed; there is none for {first_names(alone)}"
+            f"{_deeper('pred', predictions)}{_left(unread[0])}"
         )
     if alone := set(maps) - set(masks):
         raise ValueError(
             f"gt: a ground truth for every map is needed; there is none for {first_names(alone)}"
+            f"{_deeper('gt', truths)}{_left(unread[1])}"
         )
     if not masks:
         raise ValueError(
-            f"gt: at least one mask is needed; {truths} holds none" + f" named *{keep}*" * bool(keep)
+            f"gt: at least one mask is needed; {truths} holds none"
+            + f" named *{keep}*" * bool(keep)
+            + f"{_deeper('gt', truths)}{_left(unread[1])}"
         )
     return [(maps[stem], masks[stem]) for stem in masks]
 
@@ -203,7 +228,9 @@ class ImageMaskFolders(OnDisk):
             images, masks = base / one.images, base / one.masks
             part = pairing(images, masks, one.keep, one.only_with_image, one.mask_suffix)
             if not part.pairs and not part.faults:
-                part.faults.append(f"{images}: at least one image with a mask is needed; there is none")
+                part.faults.append(
+                    f"{images}: at least one image with a mask is needed; there is none{_left(part.unread)}"
+                )
             pieces = []
             for image, mask in part.pairs:
                 name = cls._named(base, image, len(folders) > 1)
@@ -215,6 +242,7 @@ class ImageMaskFolders(OnDisk):
                     without_mask=sorted(part.without_mask),
                     without_image=sorted(part.without_image),
                     faults=part.faults,
+                    unread=part.unread,
                 )
             )
         return found
@@ -240,5 +268,7 @@ class ImageMaskFolders(OnDisk):
     def __getitem__(self, index: int) -> Sample:
         """Read one pair."""
         image, mask, rule = self.pairs[index]
-        sample = self._read(image, mask, rule, self._named(self.root, image, self.several))
+        name = self._named(self.root, image, self.several)
+        with sample_of(name):
+            sample = self._read(image, mask, rule, name)
         return sample if self.side is None else squash(sample, self.side)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from segrl.data.boundary import found_at, is_file, reading
 from segrl.data.survey import Piece, Pieces, Survey, first_names
 from segrl.data.transforms import check_pair, read_pair
 from segrl.types import Sample
@@ -33,14 +34,13 @@ class Line(BaseModel):
 def _line(path: Path, number: int, text: bytes) -> Line:
     """One line of the list; ValueError naming it."""
     try:
-        said = json.loads(text)
+        with reading(f"{path}, line {number}", "JSON is needed"):
+            said = json.loads(text)
         for key in said if isinstance(said, dict) else ():
             meant = difflib.get_close_matches(key, set(Line.model_fields) - set(said), n=1, cutoff=0.85)
             if key not in Line.model_fields and meant:
                 raise ValueError(f"{path}, line {number}: {key}: no such key; did you mean {meant[0]}?")
         return Line.model_validate(said)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}, line {number}: JSON is needed; {error}") from None
     except ValidationError as error:
         found = error.errors()[0]
         key = "".join(f"{part}: " for part in found["loc"])
@@ -48,8 +48,8 @@ def _line(path: Path, number: int, text: bytes) -> Line:
 
 
 def _read(image: Path, mask: Path, line: Line, name: str) -> Sample:
-    """One sample at its own size."""
-    return replace(read_pair(image, mask, line.query), id=name)
+    """Read one sample at its own size; lines of the same image are one cluster."""
+    return replace(read_pair(image, mask, line.query), id=name, cluster=line.image)
 
 
 class Listed(Pieces):
@@ -80,10 +80,12 @@ class Listed(Pieces):
     def survey(cls, path: str | None, root: str | None, side: int | None) -> Survey:
         """What the list names, fit or not; `side` changes nothing."""
         at, found, lines = Path(path or ""), Survey(), dict[int, Line]()
-        if path is None or not at.is_file():
+        if path is None or not is_file(at):
             found.faults.append(f"{path}: a .jsonl of image, mask and query is needed; there is no such file")
             return found
-        for number, text in enumerate(at.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        with reading(at, "a .jsonl of image, mask and query is needed"):
+            content = at.read_bytes()
+        for number, text in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
             if text.strip():
                 try:
                     lines[number] = _line(at, number, text)
@@ -97,10 +99,10 @@ class Listed(Pieces):
             if name in seen:
                 found.faults.append(f"{at}, line {number}: an id of its own is needed; {name} is there twice")
             seen.add(name)
-            image, mask = base / line.image, base / line.mask
-            if not image.is_file():
+            image, mask = found_at(base / line.image), found_at(base / line.mask)
+            if not is_file(image):
                 found.without_image.append(f"line {number} ({line.image})")
-            elif not mask.is_file():
+            elif not is_file(mask):
                 found.without_mask.append(f"line {number} ({line.mask})")
             else:
                 read = partial(_read, image, mask, line, name)

@@ -6,23 +6,29 @@ import json
 from functools import partial
 from pathlib import Path
 from typing import Annotated
+from unicodedata import normalize
 
 import numpy as np
-from pydantic import BaseModel, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from segrl.data.survey import Piece, Pieces, Survey, first_names
-from segrl.data.transforms import read_image, shown_size
+from segrl.data.boundary import reading
+from segrl.data.pictures import SUFFIXES
+from segrl.data.survey import Piece, Pieces, Survey, counted, first_names, listed
+from segrl.data.transforms import read_image
 from segrl.types import Sample
 
 _TARGET, _IGNORED = 1, 255
-_IMAGES = {".jpg", ".jpeg", ".png"}
+_FARTHEST = 32_767  # of a coordinate from 0: OpenCV's own arithmetic is in 16 bits before the point
+
+
+Coordinate = Annotated[float, Field(ge=-_FARTHEST, le=_FARTHEST, allow_inf_nan=False)]
 
 
 class Shape(BaseModel):
     """One polygon; "flag" marks one that means nothing, "ignore" a region that is not scored."""
 
     label: str
-    points: list[tuple[FiniteFloat, FiniteFloat]] = Field(min_length=1)
+    points: list[tuple[Coordinate, Coordinate]] = Field(min_length=1)
 
 
 class Annotation(BaseModel):
@@ -35,15 +41,15 @@ class Annotation(BaseModel):
 
 def read_annotation(path: Path) -> Annotation:
     """A JSON in utf-8 or, as some of the published files are, cp1252; ValueError naming what is no annotation."""
-    content = path.read_bytes()
+    with reading(path, "JSON is needed"):
+        content = path.read_bytes()
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError:
+            text = content.decode("cp1252", errors="replace")
+        said = json.loads(text)
     try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError:
-        text = content.decode("cp1252", errors="replace")
-    try:
-        return Annotation.model_validate(json.loads(text))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: JSON is needed; {error}") from None
+        return Annotation.model_validate(said)
     except ValidationError as error:
         found = error.errors()[0]
         raise ValueError(f"{path}: {'.'.join(map(str, found['loc']))}: {found['msg'].lower()}") from None
@@ -77,10 +83,10 @@ def draw(shapes: list[Shape], height: int, width: int) -> tuple[np.ndarray, np.n
 
 def _read(image: Path, annotation: Annotation, sentence: int, name: str) -> Sample:
     """One sample, upright as the camera meant it: the polygons were drawn on the photograph as it is shown."""
-    pixels = read_image(image, shown_size(image))
+    pixels = read_image(image, upright=True)
     mask, ignore = draw(annotation.shapes, *pixels.shape[:2])
     return Sample(
-        id=name, image=pixels, mask=mask, query=annotation.text[sentence].strip(), path=image,
+        id=name, image=pixels, mask=mask, query=annotation.text[sentence].strip(), path=image, cluster=image.stem,
         ignore=ignore if ignore.any() else None,
     )  # fmt: skip
 
@@ -100,19 +106,23 @@ class ReasonSeg(Pieces):
 
     def __init__(self, root: str, split: str, every_sentence: bool, side: int | None) -> None:
         found = self._listed(root, split, every_sentence)
-        folder = Path(root) / split
+        folder, left = Path(root) / split, f" (not read: {counted(found.unread)})" * bool(found.unread)
         if found.faults:
             raise ValueError(found.faults[0])
         if found.without_mask:
             raise ValueError(
                 f"{folder}: a .json for every image is needed; there is none for {first_names(found.without_mask)}"
+                f"{left}"
             )
         if found.without_image:
             raise ValueError(
                 f"{folder}: an image for every .json is needed; there is none for {first_names(found.without_image)}"
+                f"{left}"
             )
         if not found.pieces:
-            raise ValueError(f"{folder}: at least one image with its .json is needed; the folder holds none")
+            raise ValueError(
+                f"{folder}: at least one image with its .json is needed; the folder holds none{left}"
+            )
         super().__init__(found.pieces, side)
 
     @classmethod
@@ -129,9 +139,15 @@ class ReasonSeg(Pieces):
                 f"{root}: a folder that holds {split} is needed; there is none (set the dataset's root)"
             )
             return found
-        files = [path for path in sorted(folder.iterdir()) if not path.name.startswith("._")]
-        images = {path.stem: path for path in files if path.suffix.lower() in _IMAGES}
-        texts = {path.stem: path for path in files if path.suffix.lower() == ".json"}
+        images: dict[str, Path] = {}
+        texts: dict[str, Path] = {}
+        for path in listed(folder, {*SUFFIXES, ".json"}, found.unread, found.faults):
+            of, stem = texts if path.suffix.lower() == ".json" else images, normalize("NFC", path.stem)
+            if stem in of:
+                found.faults.append(
+                    f"{folder}: one file per name is needed; got {of[stem].name} and {path.name}"
+                )
+            of[stem] = path
         found.without_mask = sorted(set(images) - set(texts))
         found.without_image = sorted(set(texts) - set(images))
         for stem in sorted(set(images) & set(texts)):

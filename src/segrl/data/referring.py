@@ -5,69 +5,21 @@ RefCOCO, RefCOCO+ and RefCOCOg have `refs(<split_by>).p`, one object per ref; gR
 
 from __future__ import annotations
 
-import json
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 
-from segrl.data.survey import OnDisk, Piece, Survey, first_names
+from segrl.data.annotations import read_instances, read_refs, read_segmentation
+from segrl.data.boundary import found_at, is_file, reading, reason
+from segrl.data.survey import OnDisk, Piece, Survey, first_names, sample_of
 from segrl.data.transforms import read_image, squash
 from segrl.types import Sample
 
 _NOTHING = -1  # gRefCOCO's mark of a sentence that names no object
-
-
-_KEYS = {"ref_id", "ann_id", "image_id", "split", "sentences"}
-_DAMAGED = (
-    pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, MemoryError, OverflowError,
-)  # fmt: skip
-
-
-class _Plain(pickle.Unpickler):
-    """Lists, dicts, strings and numbers; anything that would call code is refused."""
-
-    def find_class(self, module_name: str, global_name: str) -> Any:  # noqa: ANN401 - the base's signature
-        """Never."""
-        raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
-
-
-def read_refs(path: Path) -> list[dict[str, Any]]:
-    """The refs in a Python 2 pickle or a JSON file; raises ValueError naming one that is missing, damaged, or not plain data."""
-    if not path.is_file():
-        raise ValueError(
-            f"data: a refs file is needed; there is no {path} (set data.root, or the root of the test set)"
-        )
-    try:
-        if path.suffix == ".json":
-            refs = json.loads(path.read_text())
-        else:
-            refs = _Plain(BytesIO(path.read_bytes()), encoding="latin1").load()
-    except _DAMAGED as error:
-        raise ValueError(f"{path}: a file of plain data is needed; it cannot be read ({error})") from None
-    if not isinstance(refs, list) or not all(isinstance(ref, dict) and ref.keys() >= _KEYS for ref in refs):
-        raise ValueError(
-            f"{path}: a list of refs with {', '.join(sorted(_KEYS))} is needed; it holds something else"
-        )
-    return refs
-
-
-def read_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:  # noqa: ANN401 - COCO's own union
-    """COCO polygons or run lengths to bool `[height, width]`: the union, even where polygons overlap."""
-    from pycocotools import mask
-
-    if isinstance(segmentation, list):
-        encoded = mask.merge(mask.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        encoded = mask.frPyObjects(segmentation, height, width)
-    else:
-        encoded = segmentation
-    return np.ascontiguousarray(mask.decode(encoded)).astype(bool)
 
 
 def belongs(ref_split: str, split: str) -> bool:
@@ -94,17 +46,12 @@ class Annotations:
         """From the files; ValueError naming one that is missing or is not what it should be."""
         path, instances = Path(annotations) / refs, Path(annotations) / "instances.json"
         chosen = [ref for ref in read_refs(path) if belongs(ref["split"], split) and ref["sentences"]]
-        if not instances.is_file() or not Path(images).is_dir():
-            missing = images if instances.is_file() else instances
+        if not is_file(instances) or not Path(images).is_dir():
+            missing = images if is_file(instances) else instances
             raise ValueError(
                 f"data: annotations and images are needed; there is no {missing} (set data.root, or the root of the test set)"
             )
-        try:
-            coco = json.loads(instances.read_text())
-            objects = {a["id"]: a for a in coco["annotations"]}
-            pictures = {i["id"]: i for i in coco["images"]}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{instances}: COCO's annotations are needed; it holds none ({error})") from None
+        objects, pictures = read_instances(instances)
         return cls(path=path, refs=chosen, objects=objects, pictures=pictures, images=Path(images))
 
     def named(self, ref: dict[str, Any]) -> list[int]:
@@ -130,22 +77,31 @@ class Annotations:
     def image(self, ref: dict[str, Any]) -> tuple[Path, tuple[int, int]]:
         """File, height and width: found by the image's id, for the file name in a ref is not one of COCO's."""
         picture = self.pictures[ref["image_id"]]
-        return self.images / picture["file_name"], (picture["height"], picture["width"])
+        return found_at(self.images / picture["file_name"]), (picture["height"], picture["width"])
 
     def sample(self, ref: dict[str, Any], sentence: dict[str, Any]) -> Sample:
         """Read one sentence's image and draw what it names; the sentence is stripped and in lower case, as LISA and its kin score it."""
         path, size = self.image(ref)
-        objects = [read_segmentation(self.objects[i]["segmentation"], *size) for i in self.named(ref)]
-        mask = np.logical_or.reduce(objects) if objects else np.zeros(size, bool)
         image = read_image(path, size)
         if image.shape[:2] != size:
             raise ValueError(
                 f"{path}: an image of {size[1]}x{size[0]} is needed; it is {image.shape[1]}x{image.shape[0]}"
             )
+        objects = [self._drawn(ref, one, size) for one in self.named(ref)]
+        mask = np.logical_or.reduce(objects) if objects else np.zeros(size, bool)
         return Sample(
             id=name_of(ref, sentence), image=image, mask=mask, query=str(sentence["sent"]).strip().lower(), path=path,
-            objects=np.stack(objects) if objects else np.zeros((0, *size), bool),
+            objects=np.stack(objects) if objects else np.zeros((0, *size), bool), cluster=f"image {ref['image_id']}",
         )  # fmt: skip
+
+    def _drawn(self, ref: dict[str, Any], one: int, size: tuple[int, int]) -> np.ndarray:
+        """The mask of an object; ValueError naming file, ref and object if its segmentation draws none."""
+        where = f"{self.path.parent / 'instances.json'}: object {one} of ref {ref['ref_id']}: segmentation"
+        with reading(where, "COCO's polygons or run lengths are needed"):
+            try:
+                return read_segmentation(self.objects[one].get("segmentation"), *size)
+            except ValueError as error:
+                raise ValueError(f"{where}: {reason(error)}") from None
 
 
 def name_of(ref: dict[str, Any], sentence: dict[str, Any]) -> str:
@@ -227,7 +183,7 @@ class ReferringExpressions(OnDisk):
             if ref["image_id"] not in of.pictures or not set(of.named(ref)) <= set(of.objects):
                 continue
             path, (height, width) = of.image(ref)
-            if path.name in lost or not path.is_file():
+            if path.name in lost or not is_file(path):
                 lost.add(path.name)
                 continue
             found.pieces += [
@@ -259,5 +215,7 @@ class ReferringExpressions(OnDisk):
 
     def __getitem__(self, index: int) -> Sample:
         """Read one."""
-        sample = self.annotations.sample(*self.rows[index])
+        ref, sentence = self.rows[index]
+        with sample_of(name_of(ref, sentence)):
+            sample = self.annotations.sample(ref, sentence)
         return sample if self.side is None else squash(sample, self.side)

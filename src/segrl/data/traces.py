@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
+import numpy as np
+from PIL import Image
+
+from segrl.data.pictures import decoded, orientation, turned
+from segrl.data.transforms import read_image
+from segrl.metrics.functional.overlap import iou
 from segrl.metrics.functional.shape import components, inner_point, tight_box
+from segrl.prompts.frames import absolute_pixels
+from segrl.protocols import Grammar, MaskHead, SampleSet
 from segrl.types import MaskPrompt, Parsed, Sample
 
 _ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
@@ -71,3 +80,63 @@ class Annotator:
             row, column = _ROWS[min(int(y * 3), 2)], _COLUMNS[min(int(x * 3), 2)]
             sentences.append(f"A {size} object, {row} {column}.")
         return " ".join(sentences)
+
+
+@dataclass(slots=True, kw_only=True)
+class Judged:
+    """How far the writing of traces has come, and what was left out."""
+
+    lines: list[dict[str, str]] = field(default_factory=list)
+    seen: int = 0
+    empty: int = 0
+    """Samples without an object."""
+    unsolved: int = 0
+    """Traces from whose prompt the mask head does not draw the mask again."""
+
+
+def written(
+    samples: SampleSet, head: MaskHead, grammar: Grammar, annotate: Annotator, least_iou: float, judged: Judged
+) -> Iterator[dict[str, str]]:  # fmt: skip
+    """Yield the traces that the mask head finds again, each with its image's path; count the others in `judged`.
+
+    Raises:
+        ValueError: for samples that were not read from files, or a file that is unfit.
+    """
+    asked = grammar.messages(None)[-1]["content"]
+    assert isinstance(asked, list)
+    problem = next(part["text"] for part in asked if part["type"] == "text")
+    for index in range(len(samples)):
+        sample = samples[index]
+        judged.seen = index + 1
+        if sample.path is None:
+            raise ValueError(
+                "data: samples that were read from files are needed to write traces of; these were drawn"
+            )
+        if not sample.mask.any():
+            judged.empty += 1
+            continue
+        image, mask = as_read_back(sample)
+        frame = absolute_pixels(*mask.shape)
+        text = grammar.render(annotate.annotate(mask, np.random.default_rng(index)), frame)
+        said = grammar.parse(text, frame)
+        ((drawn,),) = head.segment([image], [[said.prompt]])
+        if iou(drawn, mask) < least_iou:
+            judged.unsolved += 1
+            continue
+        solution = text.partition("</think>")[2].strip() or text
+        yield {"image": str(sample.path), "problem": problem, "thinking": said.thought, "solution": solution}
+
+
+def as_read_back(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    """Return image and mask of a sample as its file alone is read: upright, as the camera meant it.
+
+    A mask that was drawn on the photograph as it is stored is turned with it, so that its trace is in the frame of whoever
+    reads the trace.
+    """
+    assert sample.path is not None
+    upright = read_image(sample.path, upright=True)
+    if np.array_equal(upright, sample.image):
+        return sample.image, sample.mask
+    turn = orientation(decoded(sample.path))
+    mask = np.asarray(turned(Image.fromarray(sample.mask.astype(np.uint8)), turn)) > 0
+    return upright, mask

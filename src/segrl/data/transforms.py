@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from segrl.data.boundary import reading
+from segrl.data.pictures import (
+    NEEDED,
+    decoded,
+    header,
+    in_rgb,
+    orientation,
+    sixteen,
+    turned,
+)
 from segrl.types import Sample
 
-_ORIENTATION = 0x0112  # EXIF; 5 and above lie on their side
-UNDECODABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError)
+_INKS = (
+    12  # largest difference of channels that is a JPEG's noise where four inks are printed over each other
+)
+_PLAIN = ("L", "1")
 _DARK = 64  # no soft edge and no vote leaves a mask without any pixel as dark as this; labels do
 _SAME_SHAPE = 0.01  # largest difference of aspect over which a mask is brought to its image's size
 
@@ -43,40 +54,61 @@ class MaskRule:
 PLAIN = MaskRule()
 
 
-def _open(path: Path, content: bytes | None = None) -> Image.Image:
-    """The decoded file, or bytes of it; ValueError naming it if it is no image or is cut off."""
-    try:
-        image = Image.open(path if content is None else BytesIO(content))
-        image.load()
-    except FileNotFoundError:
-        raise ValueError(f"{path}: an image is needed; there is no such file") from None
-    except (*UNDECODABLE, ValueError) as error:
-        raise ValueError(f"{path}: an image is needed; the file cannot be decoded ({error})") from None
-    return image
-
-
 def _greys(image: Image.Image, fewest: int) -> np.ndarray | None:
-    """What a palette file shows, if it shows so many greys and no colour; none otherwise."""
-    indices, palette = np.asarray(image), np.asarray(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    """What a palette file shows, if it shows so many greys and no colour; None otherwise."""
+    indices, colours = np.asarray(image), image.getpalette("RGB")
+    palette = np.asarray(colours or (), np.uint8).reshape(-1, 3)
     used = np.flatnonzero(np.bincount(indices.ravel(), minlength=256))
-    if len(used) < fewest or used[-1] >= len(palette) or (palette[used] != palette[used][:, :1]).any():
+    if used[-1] >= len(palette) or (palette[used] != palette[used][:, :1]).any():
         return None
     table = np.zeros(256, np.uint8)
     table[used] = palette[used][:, 0]
-    return table[indices]
+    return table[indices] if len(np.unique(table[used])) >= fewest else None
 
 
 def _values(path: Path, image: Image.Image) -> np.ndarray:
-    """A mask file's one channel `[H, W]`; ValueError naming a colour file whose channels differ."""
-    if image.mode == "1":  # Pillow's own bools have bytes of 255, and whoever looks at bytes is misled
-        return np.asarray(image.convert("L")) > 0
-    values = np.asarray(image)
-    if values.ndim == 2:
-        return values
+    """A mask file's one channel `[H, W]`.
+
+    Raises:
+        ValueError: naming a colour file whose channels differ, one that shows nothing but has something in its transparency,
+            and a mode that is no mask's.
+    """
+    match image.mode:
+        case "1":  # Pillow's own bools have bytes of 255, and whoever looks at bytes is misled
+            return np.asarray(image.convert("L")) > 0
+        case "L" | "P" | "I":
+            return np.asarray(image)
+        case "I;16" | "I;16L" | "I;16B" | "I;16N":
+            return sixteen(path, image)
+        case "LA" | "RGB" | "RGBA" | "RGBX":
+            values = np.asarray(image)
+        case "CMYK":
+            return _printed(path, image)
+        case _:
+            raise ValueError(f"{path}: a grey mask is needed; this one is {image.mode} in Pillow's words")
     channels = values[..., :3] if values.shape[-1] >= 3 else values[..., :1]
     if (channels != channels[..., :1]).any():
         raise ValueError(f"{path}: a grey mask is needed; this one is {image.mode} and its channels differ")
+    if image.mode in ("LA", "RGBA") and np.ptp(channels[..., 0]) == 0 < np.ptp(values[..., -1]):
+        raise ValueError(
+            f"{path}: a grey mask is needed; this one is {channels[0, 0, 0]} everywhere, and what differs is its "
+            "transparency (save that as a grey file)"
+        )
     return channels[..., 0]
+
+
+def _printed(path: Path, image: Image.Image) -> np.ndarray:
+    """What a mask of four inks shows, uint8 `[H, W]`; ValueError naming one that shows colours."""
+    shown = np.asarray(image.convert("RGB"))
+    if (shown.max(-1) - shown.min(-1) > _INKS).any():
+        raise ValueError(f"{path}: a grey mask is needed; this one is CMYK and shows colours")
+    return shown[..., 1]
+
+
+def _opened_mask(path: Path) -> Image.Image:
+    """A mask file, turned as it says that it is to be seen."""
+    image = decoded(path)
+    return turned(image, orientation(image))
 
 
 def read_mask(path: Path, rule: MaskRule = PLAIN) -> np.ndarray:
@@ -90,7 +122,12 @@ def read_mask(path: Path, rule: MaskRule = PLAIN) -> np.ndarray:
             the object?), a colour file whose channels differ, and grey values that are neither 0/1 nor reach above 128,
             or that are labels: three or more, none of them dark.
     """
-    image = _open(path)
+    with reading(path, NEEDED):
+        return _object(path, _opened_mask(path), rule)
+
+
+def _object(path: Path, image: Image.Image, rule: MaskRule) -> np.ndarray:
+    """As `read_mask`, of the decoded file."""
     if rule.names_values:
         return rule.object_of(_values(path, image))
     if image.mode == "P":
@@ -105,6 +142,8 @@ def read_mask(path: Path, rule: MaskRule = PLAIN) -> np.ndarray:
         values = _values(path, image)
     if values.dtype == bool:
         return values
+    if image.mode == "I":
+        sixteen(path, image)
     top = int(values.max())
     if top > 255:  # 16-bit PNG, decoded to uint16 or int32
         values, top = values // 257, top // 257
@@ -126,20 +165,21 @@ def read_map(path: Path) -> np.ndarray:
     Raises:
         ValueError: for a file that cannot be decoded, a coloured palette, or a colour file whose channels differ.
     """
-    image = _open(path)
-    values = _greys(image, 1) if image.mode == "P" else _values(path, image)
-    if values is None:
-        raise ValueError(f"{path}: a grey map is needed; this is a palette PNG of colours")
-    if values.dtype == bool:
-        return values.astype(np.uint8) * 255
-    if values.max() == 1:
-        return values.astype(np.uint8) * 255
-    return (values >> 8 if values.max() > 255 else values).astype(np.uint8)
+    with reading(path, NEEDED):
+        image = _opened_mask(path)
+        values = _greys(image, 1) if image.mode == "P" else _values(path, image)
+        if values is None:
+            raise ValueError(f"{path}: a grey map is needed; this is a palette PNG of colours")
+        if image.mode == "I":
+            sixteen(path, image)
+        if values.dtype == bool or values.max() == 1:
+            return values.astype(np.uint8) * 255
+        return (values >> 8 if values.max() > 255 else values).astype(np.uint8)
 
 
 def mask_kind(path: Path) -> str:
     """What a ground-truth file holds, in words: "0/255", "0/1", "graded", "palette", with "16 bit" or "3 channels" before."""
-    image = _open(path)
+    image = decoded(path)
     if image.mode in ("1", "P"):
         return {"1": "1 bit", "P": "palette"}[image.mode]
     values = _values(path, image)
@@ -153,16 +193,6 @@ def mask_kind(path: Path) -> str:
     if found <= {0, 255} or found <= {0, 65535}:
         return f"{many}{depth}0/{255 if max(found) < 256 else 65535}"
     return f"{many}{depth}{'0/1' if found <= {0, 1} else 'graded'}"
-
-
-def shown_size(path: Path) -> tuple[int, int]:
-    """Height and width of a photograph as its camera meant it to be seen; ValueError naming what is no image."""
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(_ORIENTATION, 1) >= 5
-            return image.size if turned else image.size[::-1]
-    except UNDECODABLE as error:
-        raise ValueError(f"{path}: an image is needed; the file cannot be decoded ({error})") from None
 
 
 def read_image(
@@ -179,14 +209,12 @@ def read_image(
     Raises:
         ValueError: for a file that cannot be decoded.
     """
-    image = _open(path, content)
-    turned = ImageOps.exif_transpose(image)
-    if upright or (size is not None and turned.size == (size[1], size[0])):
-        image = turned
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow would cut it off at 255
-        grey = (np.asarray(image) // 257).astype(np.uint8)
-        return np.stack([grey] * 3, -1)
-    return np.asarray(image.convert("RGB"))
+    with reading(path, NEEDED):
+        image = decoded(path, content)
+        shown = turned(image, orientation(image))
+        if upright or (size is not None and shown.size == (size[1], size[0])):
+            image = shown
+        return in_rgb(path, image)
 
 
 def _same_shape(image: tuple[int, int], mask: tuple[int, int]) -> bool:
@@ -215,28 +243,21 @@ def check_pair(image_path: Path, mask_path: Path, rule: MaskRule = PLAIN) -> Non
     Raises:
         ValueError: as `read_pair`, except for damage inside a file whose beginning and end are whole, and labels in grey.
     """
-    try:
-        with Image.open(image_path) as image:
-            size, turned = image.size, image.getexif().get(_ORIENTATION, 1) >= 5
-    except UNDECODABLE as error:
-        raise ValueError(f"{image_path}: an image is needed; the file cannot be decoded ({error})") from None
-    try:
-        with Image.open(mask_path) as mask:
-            wanted, plain = mask.size, mask.mode in ("L", "1")
-    except UNDECODABLE as error:
-        raise ValueError(f"{mask_path}: an image is needed; the file cannot be decoded ({error})") from None
-    fits = wanted == size or turned and wanted == size[::-1] or rule.resize and _same_shape(size, wanted)
+    image, mask = header(image_path), header(mask_path)
+    fits = mask.shown in (image.size, image.shown) or rule.resize and _same_shape(image.size, mask.shown)
     if not fits:
-        raise _sizes_differ(image_path, size, mask_path, wanted)
-    if not plain or not _ends_whole(mask_path):
+        raise _sizes_differ(image_path, image.size, mask_path, mask.shown)
+    if mask.mode not in _PLAIN or not _ends_whole(mask_path):
         read_mask(mask_path, rule)
+    if not _ends_whole(image_path):
+        read_image(image_path)
 
 
 def _ends_whole(path: Path) -> bool:
     """Whether a PNG has its last chunk; other formats are not judged by their end."""
     if path.suffix.lower() != ".png":
         return True
-    with path.open("rb") as file:
+    with reading(path, NEEDED), path.open("rb") as file:
         file.seek(-min(12, path.stat().st_size), 2)
         return b"IEND" in file.read()
 

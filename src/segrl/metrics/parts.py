@@ -86,50 +86,36 @@ class SetMeans(Metric):
         return dict(zip(self.sizes, means, strict=True))
 
 
-class SetScores(SetMeans):
-    """The scores of a family over a set, as a metric.
-
-    Args:
-        family: which.
-    """
-
-    def __init__(self, family: Family) -> None:
-        smallest = np.zeros((2, 2), np.uint8), np.array([[True, False], [False, False]])
-        super().__init__({name: len(part) for name, part in family.parts(*smallest, None).items()})
-        self.family = family
-
-    def compute(self) -> dict[str, Tensor]:
-        """Each score, a float64 scalar."""
-        means = {name: mean.cpu().numpy() for name, mean in super().compute().items()}
-        return {name: torch.as_tensor(value) for name, value in self.family.summary(means).items()}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """One score of a set, with the 95 % interval that drawing the samples anew gives it."""
+    """One score of a set, with the 95 % interval that drawing its clusters anew gives it."""
 
     value: float
     interval: tuple[float, float] | None
-    """None where none was asked for."""
+    """`None` where none was asked for."""
 
     def as_json(self) -> dict[str, float | tuple[float, float] | None]:
-        """What is not a number is none."""
+        """Return value and interval; a value that is not a number is `None`."""
         return {"value": None if np.isnan(self.value) else self.value, "interval": self.interval}
 
 
-def scores(family: Family, rows: Sequence[Parts], draws: int, seed: int) -> dict[str, Score]:
-    """The scores of a set.
+def scores(
+    family: Family, rows: Sequence[Parts], draws: int, seed: int, clusters: np.ndarray | None = None
+) -> dict[str, Score]:
+    """Return the scores of a set, by name.
 
     Args:
         family: which.
         rows: what each sample contributes, at least one.
         draws: resamples of the interval; 0 makes none.
         seed: of the draws.
+        clusters: int64 `[samples]`, of `intervals.numbered`: samples of one cluster are drawn together, since they are not
+            independent; if None, every sample is drawn by itself.
     """
     columns = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     values = family.summary({name: column.mean(0) for name, column in columns.items()})
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in values}
-    weights = bootstrap_weights(len(rows), draws, seed) if draws else np.zeros((0, len(rows)))
+    weights = bootstrap_weights(len(rows), draws, seed, clusters) if draws else np.zeros((0, len(rows)))
     for start in range(0, draws, _DRAWS_AT_ONCE):
         some = weights[start : start + _DRAWS_AT_ONCE]
         for name, again in family.summary({name: some @ column for name, column in columns.items()}).items():

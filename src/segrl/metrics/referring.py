@@ -19,7 +19,7 @@ class Referring:
 
     Args:
         empty: IoU of a sample whose truth and mask are both empty: "one" (LISA, gRefCOCO), "zero" (Seg-R1), or "skip": it
-            counts neither in `giou` nor in `p@`.
+            counts neither in `giou` nor in `p@`. A mask that is empty by a fault is IoU 0 in all three.
         ignore: pixels that the annotators left open: "exclude" (LISA), "background" (Seg-R1) or "target" (Seg-Zero).
         no_target: also `n_acc` (share of samples without a target that got an empty mask, and not by a fault) and `t_acc` (with a target, a mask);
             `p@` is then of the samples with a target, as in ReLA's code.
@@ -40,7 +40,7 @@ class Referring:
     @property
     def convention(self) -> str:
         """What a reader of its numbers has to know, in one line."""
-        return f"truth and mask empty: {self.empty}; ignored pixels: {self.ignore}; a fault is an empty mask"
+        return f"truth and mask empty: {self.empty}; ignored pixels: {self.ignore}; a fault is an empty mask, and IoU 0"
 
     @property
     def knows_ignored(self) -> bool:
@@ -55,8 +55,8 @@ class Referring:
         if ignore is not None and self.ignore == "target":
             truth = truth | ignore
         both, either = intersection_union(mask, truth, ignore if self.ignore == "exclude" else None)
-        counted = float(either > 0 or self.empty != "skip")
-        overlap = both / either if either else float(self.empty == "one")
+        counted = float(either > 0 or self.empty != "skip" or faulty)
+        overlap = both / either if either else float(self.empty == "one" and not faulty)
         found = {"counted": counted, "iou": overlap * counted, "intersection": both, "union": either}
         target, drawn = bool(truth.any()), bool(mask.any())
         found |= {"target": target, "target_drawn": target and drawn}

@@ -23,7 +23,9 @@ METRICS = (
 
 
 def score(mask: np.ndarray, truth: np.ndarray, faulty: bool) -> dict[str, float]:
-    """Every score in `NAMES` of one answer; a faulty answer's mask is empty, and counts."""
+    """Return every score in `NAMES` of one answer; a faulty answer's mask is empty, and is scored as `Saliency` does."""
+    if faulty and not truth.any():
+        mask = np.ones_like(mask)
     values = (iou(mask, truth), structure(mask, truth), mean_absolute_error(mask, truth), float(faulty))
     return dict(zip(NAMES, values, strict=True))
 
@@ -35,6 +37,9 @@ class Saliency:
     largest value of the set's mean curve), `iou` mean per image, `ciou` all intersections over all unions, `hce` human
     correction effort, `biou` boundary IoU, `mba` mean boundary accuracy. The last five look at the mask of values from 128 up; `hce` stretches the map first, as
     pysodmetrics does.
+
+    A map that is empty by a fault is scored as it is; where the truth is empty, too, that would be the right answer, and it is
+    scored as a full map: `sm`, `iou`, E, `biou` and `mba` are 0, `mae` is 1. `ciou` takes it as it is: it adds nothing to either sum.
 
     Args:
         metrics: names of those to compute, in the order of the table.
@@ -54,7 +59,7 @@ class Saliency:
     @property
     def convention(self) -> str:
         """What a reader of its numbers has to know, in one line."""
-        return "pysodmetrics 1.6.2's definitions; adp_e and adp_f take an empty mask for a full one; both empty: IoU 1"
+        return "pysodmetrics 1.6.2's definitions; adp_e and adp_f take an empty mask for a full one; both empty: IoU 1, by a fault 0"
 
     @property
     def knows_ignored(self) -> bool:
@@ -70,7 +75,9 @@ class Saliency:
                 "scores: a family that knows ignored pixels is needed (segrl.metrics.referring.Referring); "
                 "these samples have some"
             )
-        wanted = set(self.metrics)
+        wanted, drawn = set(self.metrics), saliency
+        if faulty and not truth.any():
+            saliency = np.full_like(saliency, 255)
         found: dict[str, float | np.ndarray] = {}
         if wanted & {"sm", "mae", "adp_e", "mean_e", "max_e", "adp_f", "mean_f", "max_f"}:
             counted = of.tally(saliency, truth)
@@ -83,7 +90,7 @@ class Saliency:
         if wanted & {"iou", "ciou", "hce", "biou", "mba"}:
             mask = saliency >= _HALF
             found["iou"] = iou(mask, truth)
-            found["intersection"], found["union"] = intersection_union(mask, truth, None)
+            found["intersection"], found["union"] = intersection_union(drawn >= _HALF, truth, None)
             for name, measure in (
                 ("hce", correction_effort),
                 ("biou", boundary_iou),

@@ -54,6 +54,8 @@ class HFEncoder:
             "size": {"shortest_edge": pixel_budget[0], "longest_edge": pixel_budget[1]}
         }  # fmt: skip
         self.processor = AutoProcessor.from_pretrained(weights, local_files_only=True, **budget)
+        added = self.processor.tokenizer.added_tokens_decoder.values()
+        self._special = [token.content for token in added if token.special and len(token.content) > 1]
         self.image_side = image_side
         self.frame_of: Callable[[int, int], Frame] = permille if family == "qwen3_vl" else absolute_pixels
 
@@ -62,7 +64,9 @@ class HFEncoder:
         picture = Image.fromarray(image)
         if self.image_side is not None and picture.size != (self.image_side, self.image_side):
             picture = picture.resize((self.image_side, self.image_side), Image.Resampling.BICUBIC)
-        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = self.processor.apply_chat_template(
+            self._as_text(messages), tokenize=False, add_generation_prompt=True
+        )
         out = self.processor(text=[text], images=[picture], return_tensors="pt")
         grid, eyes = out["image_grid_thw"], self.processor.image_processor
         types, patch = out["mm_token_type_ids"][0].long(), eyes.patch_size
@@ -72,10 +76,26 @@ class HFEncoder:
             frame=self.frame_of(int(grid[0, 1]) * patch, int(grid[0, 2]) * patch),
         )  # fmt: skip
 
+    def _as_text(self, messages: Sequence[Message]) -> list[Message]:
+        """Return the same chat, in whose texts no special token's name stands."""
+        chat: list[Message] = []
+        for message in messages:
+            content = message["content"]
+            assert isinstance(content, list), "grammars write their messages as lists of parts"
+            parts = [{**p, "text": self.spelled(p["text"])} if "text" in p else p for p in content]
+            chat.append({**message, "content": parts})
+        return chat
+
+    def spelled(self, text: str) -> str:
+        """Return text with a space inside of every special token's name: it is read as letters, not as an image or an end."""
+        for word in self._special:
+            text = text.replace(word, f"{word[0]} {word[1:]}")
+        return text
+
     def answer(self, text: str) -> Tensor:
         """Text to int64 `[T]` with the stop token."""
         tokenizer = self.processor.tokenizer
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(self.spelled(text), add_special_tokens=False)["input_ids"]
         return torch.tensor([*ids, tokenizer.eos_token_id])
 
     def decode(self, tokens: Tensor, mask: Tensor) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from segrl.foreign import strange
+from segrl.prompts import instructions
 
 NAME = "segrl.json"
 PARTS = {
@@ -52,6 +53,9 @@ def read(folder: Path) -> Card:
     checked(card, path)
     for part in PARTS:
         _adapter(part, card[part])
+    beside = folder / instructions.NAME
+    if "instructions" not in card["grammar"] and beside.is_file():
+        card["grammar"]["instructions"] = instructions.read(beside)
     return dict(card)
 
 
@@ -117,6 +121,8 @@ def checked(card: object, path: Path) -> Card:
         value = str(card[part].get(key))
         if not allowed.fullmatch(value):
             raise ValueError(f"{path}: {part}.{key}: {allowed.pattern} is needed; got {value:.80}")
+    if (given := card["grammar"].get("instructions")) is not None:  # texts, never a file of this machine
+        instructions.checked(given, f"{path}: grammar.instructions")
     if (
         card["head"].get("embeddings_folder") is not None
     ):  # a card of somebody else's would have us write where it likes

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ _POSTPROCESSING = {
 _ENCODED = (
     4 * 1024**2
 )  # pixels in one call of the encoder: a GPU has enough to do, and each million takes 0.4 GB
+Precision = Literal["float32", "bfloat16"]
+_PRECISIONS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -123,7 +125,10 @@ def _within(prompt: MaskPrompt, box: np.ndarray) -> MaskPrompt:
 
 
 def split_by_box(prompt: MaskPrompt) -> list[MaskPrompt]:
-    """One prompt per box, points assigned to the boxes that hold them; without boxes, the prompt as it is."""
+    """Return one prompt per box, with its own point or with the points it holds; without boxes, the prompt as it is."""
+    if prompt.paired:
+        objects = zip(prompt.boxes, prompt.points, prompt.labels, strict=True)
+        return [MaskPrompt.of([box], [point], [label]) for box, point, label in objects]
     if len(prompt.boxes):
         return [_within(prompt, box) for box in prompt.boxes]
     return [prompt] if len(prompt.points) else []
@@ -138,15 +143,21 @@ class Sam2Head(nn.Module):
         decode_batch: most prompts in one decoder call.
         embeddings_kept: latest images whose embeddings stay in memory.
         embeddings_folder: where embeddings stay for other epochs, runs and ranks; none writes none.
+        precision: "float32" or "bfloat16", of the passes of encoder and mask decoder, whatever autocast surrounds them: the
+            policy's passes may be in another precision.
 
     Raises:
-        ValueError: if the checkpoint's weights are those of another architecture.
+        ValueError: if the checkpoint's weights are those of another architecture, or the precision is another.
     """
 
     def __init__(
-        self, architecture: str, checkpoint: str | None, decode_batch: int, embeddings_kept: int, embeddings_folder: str | None
+        self, architecture: str, checkpoint: str | None, decode_batch: int, embeddings_kept: int,
+        embeddings_folder: str | None, precision: Precision = "float32",
     ) -> None:  # fmt: skip
         super().__init__()
+        if precision not in _PRECISIONS:
+            raise ValueError(f"head.precision: one of {', '.join(_PRECISIONS)} is needed; got {precision}")
+        self.precision = _PRECISIONS[precision]
         self.model: Any
         self.model = _build(architecture)
         self.mean: Tensor
@@ -193,10 +204,17 @@ class Sam2Head(nn.Module):
 
     def embed(self, pixels: Tensor) -> list[Tensor]:
         """Image features from fine to coarse: strides 4, 8 and 16; the last is the image embedding."""
-        features = list(self.model.forward_image(pixels)["backbone_fpn"][-self.model.num_feature_levels :])
-        if self.model.directly_add_no_mem_embed:
-            features[-1] = features[-1] + self.model.no_mem_embed.view(1, -1, 1, 1)
+        with self._passes():
+            levels = self.model.forward_image(pixels)["backbone_fpn"]
+            features = list(levels[-self.model.num_feature_levels :])
+            if self.model.directly_add_no_mem_embed:
+                features[-1] = features[-1] + self.model.no_mem_embed.view(1, -1, 1, 1)
         return features
+
+    def _passes(self) -> torch.autocast:
+        """Return the context of the head's own precision, which replaces the autocast of whatever surrounds it."""
+        kind = self.mean.device.type
+        return torch.autocast(kind, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16)
 
     def _changed(self) -> None:
         self.embeddings.forget()
@@ -204,13 +222,11 @@ class Sam2Head(nn.Module):
 
     def _maker(self) -> str:
         """What makes embeddings: weights, input size and precision; only a folder needs to know the weights' own print."""
-        kind = self.mean.device.type
-        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.mean.dtype
         if self.embeddings.folder is None:
-            return f"{precision}@{self.mean.device}"
+            return f"{self.precision}@{self.mean.device}"
         if self.weights_print is None:
             self.weights_print = fingerprint(self.model.state_dict(), self.size, _MEAN, _STD)
-        return f"{self.weights_print}-{str(precision).removeprefix('torch.')}"
+        return f"{self.weights_print}-{str(self.precision).removeprefix('torch.')}"
 
     def prepare(self, images: Sequence[np.ndarray]) -> None:
         """Begin to encode images that `segment` will be asked about, beside what the caller does next.
@@ -224,14 +240,7 @@ class Sam2Head(nn.Module):
             self._encode_beside(images, device)
         elif device.type == "cpu" and torch.get_num_threads() > 1:
             self.worker = self.worker or ThreadPoolExecutor(1)
-            on, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-
-            def encode() -> None:
-                """In the caller's precision."""
-                with torch.autocast("cpu", dtype=dtype, enabled=on):  # a thread does not inherit it
-                    self._features(images)
-
-            self.ahead = self.worker.submit(encode)
+            self.ahead = self.worker.submit(self._features, images)
 
     def _encode_beside(self, images: Sequence[np.ndarray], device: torch.device) -> None:
         """Encode on a stream of its own; where that fails say so once, and leave it to `segment`."""
@@ -286,29 +295,31 @@ class Sam2Head(nn.Module):
         Returns:
             logits `[M, 1, S/4, S/4]`, predicted IoU `[M, 1]`.
         """
-        sparse, dense = self._embed_prompts(prompts, features[-1])
-        logits, iou, _, _ = self.model.sam_mask_decoder(
-            image_embeddings=features[-1],
-            image_pe=self.model.sam_prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=False,
-            repeat_image=False,
-            high_res_features=features[:-1],
-        )
+        with self._passes():
+            sparse, dense = self._embed_prompts(prompts, features[-1])
+            logits, iou, _, _ = self.model.sam_mask_decoder(
+                image_embeddings=features[-1],
+                image_pe=self.model.sam_prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+                multimask_output=False,
+                repeat_image=False,
+                high_res_features=features[:-1],
+            )
         return logits, iou
 
     def decode_all(self, features: list[Tensor], prompts: Sequence[MaskPrompt]) -> tuple[Tensor, Tensor]:
         """As `decode`, but all four masks, the single one first: `[M, 4, S/4, S/4]` and `[M, 4]`. For training a head."""
-        sparse, dense = self._embed_prompts(prompts, features[-1])
-        logits, iou, _, _ = self.model.sam_mask_decoder.predict_masks(
-            image_embeddings=features[-1],
-            image_pe=self.model.sam_prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            repeat_image=False,
-            high_res_features=features[:-1],
-        )
+        with self._passes():
+            sparse, dense = self._embed_prompts(prompts, features[-1])
+            logits, iou, _, _ = self.model.sam_mask_decoder.predict_masks(
+                image_embeddings=features[-1],
+                image_pe=self.model.sam_prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+                repeat_image=False,
+                high_res_features=features[:-1],
+            )
         return logits, iou
 
     def _embed_prompts(self, prompts: Sequence[MaskPrompt], like: Tensor) -> tuple[Tensor, Tensor]:

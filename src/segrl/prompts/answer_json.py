@@ -1,7 +1,8 @@
 """The grammars that answer in JSON: SAM-R1's, Seg-Zero's and VisionReasoner's.
 
 All three are `<think> ... </think> ... <answer>JSON</answer>`. Whatever stands between thought and answer is legal: SAM-R1's own
-prompt asks for words there. JSON is read by the standard library's linear scanner and never evaluated.
+prompt asks for words there. JSON is read by the standard library's linear scanner and never evaluated. What a grammar reads
+although it is not written as it asks is `Parsed.loose`: the mask counts, no format reward is paid.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import json
 import math
 import re
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from segrl.prompts import instructions
 from segrl.prompts.frames import from_unit, to_unit
+from segrl.prompts.instructions import Sections, chat, told
 from segrl.prompts.scan import Fault, Said, fields, opened, unfolded
 from segrl.protocols import Message
 from segrl.types import Frame, MaskPrompt, Parsed, ParseFault
@@ -23,6 +25,7 @@ from segrl.types import Frame, MaskPrompt, Parsed, ParseFault
 _LONGEST = 20_000  # characters of an answer; a box of numbers is never longer
 _LARGEST = 1e6
 _VALUE = r"[ \t\r\n]*-?[0-9]{1,7}(?:\.[0-9]{1,7})?[ \t\r\n]*"
+_STRING = re.compile(r"""\"(?:[^\"\\]|\\.)*+\"?|'(?:[^'\\]|\\.)*+'?""", re.DOTALL)
 _LIST = re.compile(rf"\[((?:{_VALUE},){{2,3}}{_VALUE})\]")
 
 
@@ -31,31 +34,54 @@ def _no_constant(name: str) -> float:
     raise ValueError(name)
 
 
-def _load(payload: str) -> object:
-    """The JSON value; single quotes are read as double ones where there are no double ones (Seg-Zero asks for them)."""
+def _in_double_quotes(found: re.Match[str]) -> str:
+    """Return a string of Python's as one of JSON's."""
+    text = found[0]
+    if text[0] == '"':
+        return text
+    inner = text[1:-1].replace("\\'", "'").replace('\\"', '"').replace('"', '\\"')
+    return f'"{inner}"'
+
+
+def _load(payload: str) -> tuple[object, set[str]]:
+    """Return the value, and how it is written otherwise than in JSON: "fence" around it, "quotes" that are single.
+
+    Seg-Zero asks in single quotes, and base models write fences. Strings in single quotes are read as Python reads
+    them, whatever the others are; nothing else of Python's is.
+    """
     if len(payload) > _LONGEST:
         raise Fault(ParseFault.TOO_MANY)
-    text = payload.replace("'", '"') if '"' not in payload else payload
-    try:
-        return json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        raise Fault(ParseFault.BAD_JSON) from None
+    how, text = set(), payload.strip()
+    if text.startswith("```") and text.endswith("```") and len(text) >= 6:
+        how.add("fence")
+        text = text[3:-3].strip()
+        text = text[4:] if text[:4].lower() == "json" else text
+    for reading in ("json", "quotes"):
+        try:
+            return json.loads(text, parse_constant=_no_constant), how
+        except (ValueError, RecursionError):
+            if reading == "quotes" or "'" not in text:
+                break
+            text = _STRING.sub(_in_double_quotes, text)
+            how.add("quotes")
+    raise Fault(ParseFault.BAD_JSON)
 
 
-def _split(text: str) -> tuple[str, str, str]:
-    """Thought, payload, and what follows the answer."""
+def _outer(text: str) -> tuple[Parsed, str]:
+    """Return thought and what stands around it and the answer, or a fault of theirs; and the answer's content."""
     thoughts = fields(text, "think", 2)
     if not thoughts:
-        raise Fault(ParseFault.NO_THOUGHT)
-    behind = text.find("</think>", text.find("<think>")) + len("</think>")
+        return Parsed(fault=ParseFault.NO_THOUGHT), ""
+    thought, begin = thoughts[0].strip(), text.find("<think>")
+    behind = text.find("</think>", begin) + len("</think>")
     answers = fields(text[behind:], "answer", 2)
     if not answers:
-        raise Fault(ParseFault.NO_ANSWER)
+        return Parsed(thought=thought, fault=ParseFault.NO_ANSWER), ""
     if len(thoughts) > 1 or len(answers) > 1:
-        raise Fault(ParseFault.DUPLICATE_FIELD)
+        return Parsed(thought=thought, fault=ParseFault.DUPLICATE_FIELD), ""
     start = text.find("<answer>", behind) + len("<answer>")
-    rest = text[start + len(answers[0]) + len("</answer>") :].strip()
-    return thoughts[0].strip(), answers[0], rest
+    rest = text[start + len(answers[0]) + len("</answer>") :]
+    return Parsed(thought=thought, rest=f"{text[:begin].strip()} {rest.strip()}".strip()), answers[0]
 
 
 def _numbers(value: object, count: int) -> list[float]:
@@ -88,6 +114,19 @@ def _mapping(value: object) -> dict[str, Any]:
     return value
 
 
+def _alone(value: object) -> tuple[dict[str, Any], bool]:
+    """Return the one object, and whether it stands in a list, as base models write it."""
+    listed = isinstance(value, list) and len(value) == 1
+    return _mapping(value[0] if isinstance(value, list) and listed else value), listed
+
+
+def _said_box(one: dict[str, Any], name: str, other: str) -> tuple[object, bool]:
+    """Return what an object has as its box, and whether under the `other` name."""
+    if name not in one and other not in one:
+        raise Fault(ParseFault.NO_BOX)
+    return (one[name], False) if name in one else (one[other], True)
+
+
 def _whole(values: np.ndarray, frame: Frame) -> list[list[int]]:
     """Unit coordinates `[n, 2k]` to integers of the frame."""
     whole: list[list[int]] = from_unit(values, frame).tolist()
@@ -115,28 +154,29 @@ def _sayable(parsed: Parsed) -> MaskPrompt:
     return parsed.prompt
 
 
-def _ask(text: str, query: str | None) -> list[Message]:
-    """One user message: image, then text."""
-    what = (query or "").strip().rstrip(".").strip() or instructions.NO_QUERY
-    said = text.replace("{Question}", what)
-    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": said}]}]
-
-
 class SamR1Json:
     """`{"bbox": [x1,y1,x2,y2], "points": [[x,y,1], ...]}`: one object, points labelled (SAM-R1, arXiv 2505.22596, figure 1).
 
+    Read, too, but loosely: a ```json fence, single quotes, a list of the one object, `bbox_2d` for `bbox`.
+
     Args:
         max_points: more are a fault.
+        instructions: a YAML file, or its sections, to ask with; None asks with the paper's text.
+
+    Raises:
+        ValueError: if the instructions are damaged, naming file and text.
     """
 
+    section = "sam_r1_json"
     says = frozenset({"thought", "boxes", "points", "steps"})
 
-    def __init__(self, max_points: int) -> None:
+    def __init__(self, max_points: int, instructions: str | Sections | None = None) -> None:
         self.max_points = max_points
+        self.texts = told(instructions, self.section)
 
     def messages(self, query: str | None) -> list[Message]:
-        """Image, then the instruction around the query; no system message of its own."""
-        return _ask(instructions.SAM_R1_USER, query)
+        """Return image, then the instruction around the query; no system message of its own."""
+        return chat(self.texts, query)
 
     def render(self, parsed: Parsed, frame: Frame) -> str:
         """Raises ValueError unless `parsed` has one box and 1 to `max_points` points."""
@@ -155,25 +195,26 @@ class SamR1Json:
 
     def parse(self, text: str, frame: Frame) -> Parsed:
         """Read thought, box and points; all are needed."""
-        thought = ""
+        outer, payload = _outer(text)
+        if outer.fault is not None:
+            return outer
         try:
-            thought, payload, rest = _split(text)
-            answer = _mapping(_load(payload))
-            if "bbox" not in answer:
-                raise Fault(ParseFault.NO_BOX)
+            value, how = _load(payload)
+            answer, listed = _alone(value)
+            corners, renamed = _said_box(answer, "bbox", "bbox_2d")
             if not isinstance(answer.get("points"), list) or not answer["points"]:
                 raise Fault(ParseFault.NO_POINTS)
             if len(answer["points"]) > self.max_points:
                 raise Fault(ParseFault.TOO_MANY)
-            box = _box(answer["bbox"], frame)
+            box = _box(corners, frame)
             triples = [_numbers(point, 3) for point in answer["points"]]
             if any(label not in (0, 1) for _, _, label in triples):
                 raise Fault(ParseFault.BAD_LABEL)
         except Fault as fault:
-            return Parsed(thought=thought, fault=fault.kind)
+            return replace(outer, fault=fault.kind)
         points = to_unit(np.array(triples)[:, :2], frame)
         prompt = MaskPrompt.of([box], points, [int(label) for _, _, label in triples])
-        return Parsed(thought=thought, prompt=prompt, rest=rest)
+        return replace(outer, prompt=prompt, loose=bool(how) or listed or renamed)
 
     def unfold(self, text: str, frame: Frame) -> list[tuple[int, MaskPrompt]]:
         """The first list of four numbers is the box, lists of three are points; each is complete where it closes."""
@@ -197,13 +238,24 @@ class SamR1Json:
 
 
 class SegZeroJson:
-    """`{'bbox': [...], 'points_1': [x,y], 'points_2': [x,y]}`: one object, two points inside it (Seg-Zero, arXiv 2503.06520)."""
+    """`{'bbox': [...], 'points_1': [x,y], 'points_2': [x,y]}`: one object, two points inside it (Seg-Zero, arXiv 2503.06520).
 
+    A ```json fence and a list of the one object are read and paid, for the released code takes the first `{...}` that stands
+    there; single quotes are, for its instruction asks in them. Read loosely: `bbox_2d` for `bbox`.
+
+    Args:
+        instructions: see `SamR1Json`.
+    """
+
+    section = "seg_zero_json"
     says = frozenset({"thought", "boxes", "points"})
 
+    def __init__(self, instructions: str | Sections | None = None) -> None:
+        self.texts = told(instructions, self.section)
+
     def messages(self, query: str | None) -> list[Message]:
-        """Image, then the instruction around the query, which Seg-Zero writes in lower case."""
-        return _ask(instructions.SEG_ZERO_USER, None if query is None else query.lower())
+        """Return image, then the instruction around the query, which Seg-Zero writes in lower case."""
+        return chat(self.texts, None if query is None else query.lower())
 
     def render(self, parsed: Parsed, frame: Frame) -> str:
         """A single point is said twice. Raises ValueError unless `parsed` has one box and one or two points, all inside."""
@@ -218,37 +270,55 @@ class SegZeroJson:
 
     def parse(self, text: str, frame: Frame) -> Parsed:
         """Read thought, box and two points; all are needed."""
-        thought = ""
+        outer, payload = _outer(text)
+        if outer.fault is not None:
+            return outer
         try:
-            thought, payload, rest = _split(text)
-            answer = _mapping(_load(payload))
-            if "bbox" not in answer:
-                raise Fault(ParseFault.NO_BOX)
+            answer, _ = _alone(_load(payload)[0])
+            corners, renamed = _said_box(answer, "bbox", "bbox_2d")
             if "points_1" not in answer or "points_2" not in answer:
                 raise Fault(ParseFault.NO_POINTS)
-            box = _box(answer["bbox"], frame)
+            box = _box(corners, frame)
             pairs = [_numbers(answer[name], 2) for name in ("points_1", "points_2")]
         except Fault as fault:
-            return Parsed(thought=thought, fault=fault.kind)
+            return replace(outer, fault=fault.kind)
         prompt = MaskPrompt.of([box], to_unit(np.array(pairs), frame), [1, 1])
-        return Parsed(thought=thought, prompt=prompt, rest=rest)
+        return replace(outer, prompt=prompt, loose=renamed)
+
+
+def _share(objects: object) -> float:
+    """Return the share of boxes and points that are lists of the right length, as VisionReasoner's format reward counts them."""
+    if not isinstance(objects, list) or not objects:
+        return 0.0
+    right = [
+        isinstance(one, dict) and isinstance(one.get(name), list) and len(one[name]) == count
+        for one in objects
+        for name, count in (("bbox_2d", 4), ("point_2d", 2))
+    ]
+    return sum(right) / len(right)
 
 
 class VisionReasonerJson:
     """`[{"bbox_2d": [...], "point_2d": [x,y]}, ...]`: any number of objects; `[]` says that there is none (arXiv 2505.12081).
 
+    Box k and point k are one object, for the mask head, too. Read, too, but loosely: a ```json fence, single quotes, one
+    object without a list, `bbox` for `bbox_2d`.
+
     Args:
         max_boxes: more are a fault.
+        instructions: see `SamR1Json`.
     """
 
+    section = "vision_reasoner_json"
     says = frozenset({"thought", "boxes", "points", "nothing"})
 
-    def __init__(self, max_boxes: int) -> None:
+    def __init__(self, max_boxes: int, instructions: str | Sections | None = None) -> None:
         self.max_boxes = max_boxes
+        self.texts = told(instructions, self.section)
 
     def messages(self, query: str | None) -> list[Message]:
-        """Image, then the instruction around the query."""
-        return _ask(instructions.VISION_REASONER_USER, query)
+        """Return image, then the instruction around the query."""
+        return chat(self.texts, query)
 
     def render(self, parsed: Parsed, frame: Frame) -> str:
         """Box k and point k are one object. Raises ValueError unless there are as many boxes as foreground points."""
@@ -268,21 +338,26 @@ class VisionReasonerJson:
 
     def parse(self, text: str, frame: Frame) -> Parsed:
         """Read thought and objects, in the order written."""
-        thought = ""
+        outer, payload = _outer(text)
+        if outer.fault is not None:
+            return outer
+        partly = 0.0
         try:
-            thought, payload, rest = _split(text)
-            objects = _load(payload)
+            value, how = _load(payload)
+            partly = 0.0 if how else _share(value)
+            objects = [value] if isinstance(value, dict) else value
             if not isinstance(objects, list):
                 raise Fault(ParseFault.BAD_JSON)
             if len(objects) > self.max_boxes:
                 raise Fault(ParseFault.TOO_MANY)
-            if any("bbox_2d" not in _mapping(one) for one in objects):
-                raise Fault(ParseFault.NO_BOX)
+            corners = [_said_box(_mapping(one), "bbox_2d", "bbox") for one in objects]
             if any("point_2d" not in one for one in objects):
                 raise Fault(ParseFault.NO_POINTS)
-            boxes = [_box(one["bbox_2d"], frame) for one in objects]
+            boxes = [_box(box, frame) for box, _ in corners]
             pairs = [_numbers(one["point_2d"], 2) for one in objects]
         except Fault as fault:
-            return Parsed(thought=thought, fault=fault.kind)
+            return replace(outer, fault=fault.kind, partly=partly)
         points = to_unit(np.array(pairs).reshape(-1, 2), frame)
-        return Parsed(thought=thought, prompt=MaskPrompt.of(boxes, points, [1] * len(points)), rest=rest)
+        prompt = MaskPrompt.of(boxes, points, [1] * len(points), paired=True)
+        loose = bool(how) or isinstance(value, dict) or any(renamed for _, renamed in corners)
+        return replace(outer, prompt=prompt, loose=loose, partly=partly if loose else 0.0)

@@ -1,30 +1,38 @@
-"""What the policy is told. One text for SFT, RL and evaluation: a policy is asked as it was trained."""
+"""What the policy is told: segrl's texts, and the files that take their place. One text for SFT, RL and evaluation."""
 
 from __future__ import annotations
 
-# Seg-R1, grpo.py:362-368 and 378-384 (system and user message of the RL stage).
+from collections.abc import Mapping
+from pathlib import Path
+
+from segrl.protocols import Message
+
+NAME = "instructions.yaml"
+"""A file of this name beside a policy's weights holds what that policy was asked with."""
+
+# After Seg-R1's grpo.py, system and user message of the RL stage, in segrl's own words (docs/seg_r1.md says why).
 SEG_R1_SYSTEM = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
     "The assistant first thinks about the reasoning process in the mind and then provides the user with the answer. "
     "The reasoning process should be enclosed within <think> </think>, and the bounding box, points and points labels "
     "within <bbox> </bbox>, <points> </points> and <labels> </labels>, i.e., "
-    "<think> reasoning process here </think> <bbox>[x1,y1,x2,y2]</bbox>, <points>[[x3,y3],[x4,y4]]</points>, "
-    "<labels>[1,0]</labels>. Where 1 indicates a foreground point and 0 a background point. "
+    "<think> reasoning process here </think> <bbox>[x1,y1,x2,y2]</bbox>, <points>[[x3,y3],[x4,y4],...]</points>, "
+    "<labels>[1,0,...]</labels>. Where 1 indicates a foreground point and 0 a background point. "
     "Only generate a moderate number of points."
 )
 SEG_R1_USER = (
     "Identify and segment all the primary objects in the image. Output the result using the exact format: "
-    "<think> reasoning process here </think> <bbox>[x1,y1,x2,y2]</bbox>, <points>[[x3,y3],[x4,y4]]</points>, "
-    "<labels>[1,0]</labels>."
+    "<think> reasoning process here </think> <bbox>[x1,y1,x2,y2]</bbox>, <points>[[x3,y3],[x4,y4],...]</points>, "
+    "<labels>[1,0,...]</labels>."
 )
-# Seg-R1 asks for one expression with these words in its referring evaluation.
+# After Seg-R1's referring evaluation, where no full stop follows the expression.
 SEG_R1_REFER = "Identify and segment {query}."
 
-# Seg-R1, grpo_prerl.py:283-294 (no system message of its own).
+# After Seg-R1's grpo_prerl.py, in segrl's own words; no system message of its own, here as there.
 SEG_R1_POINTS_USER = (
     "Generate a sparse set of point prompts to help segment the most salient object in the image. "
     "Include both foreground and background points, and only a moderate number of them. "
-    "Output the result using the exact format: <points>[[x1,y1],[x2,y2]]</points> <labels>[1,0]</labels>, "
+    "Output the result using the exact format: <points>[[x1,y1],[x2,y2],...]</points> <labels>[1,0,...]</labels>, "
     "where 1 indicates a foreground point and 0 a background point."
 )
 
@@ -59,3 +67,116 @@ VISION_REASONER_USER = (
     "and point(s) inside the interested object(s) in JSON format.i.e., <think> thinking process here </think><answer>"
     '[{"bbox_2d": [10,100,200,210], "point_2d": [30,110]}, {"bbox_2d": [225,296,706,786], "point_2d": [302,410]}]</answer>'
 )
+
+OWN: dict[str, dict[str, str]] = {
+    "seg_r1_tags": {"system": SEG_R1_SYSTEM, "user": SEG_R1_USER, "refer": SEG_R1_REFER},
+    "seg_r1_points": {"system": "", "user": SEG_R1_POINTS_USER, "refer": SEG_R1_REFER},
+    "sam_r1_json": {"system": "", "user": SAM_R1_USER},
+    "seg_zero_json": {"system": "", "user": SEG_ZERO_USER},
+    "vision_reasoner_json": {"system": "", "user": VISION_REASONER_USER},
+}
+"""By section, segrl's own texts. Where there is a `refer`, it asks for a query and `user` for whatever stands out."""
+
+Sections = Mapping[str, Mapping[str, str] | None]
+"""By section, the texts that take the place of segrl's own; a section that is empty keeps them."""
+
+
+def _needed(section: str, key: str) -> str:
+    """Return what a text must hold, for the query to stand there."""
+    if key == "refer":
+        return "{query}"
+    return "{Question}" if key == "user" and "refer" not in OWN[section] else ""
+
+
+def checked(sections: object, source: str) -> dict[str, dict[str, str]]:
+    """Return the sections of a file as plain texts.
+
+    Raises:
+        ValueError: naming `source`, section and key, if it holds anything but known sections of known texts with the
+            placeholders that they need.
+    """
+    if not isinstance(sections, Mapping) or not sections:
+        raise ValueError(f"{source}: sections of texts are needed, of {', '.join(OWN)}; got {sections!r:.80}")
+    texts: dict[str, dict[str, str]] = {}
+    for section, given in sections.items():
+        if section not in OWN:
+            raise ValueError(f"{source}: {section}: there is no such section; there are {', '.join(OWN)}")
+        if not isinstance(given, Mapping | None):
+            raise ValueError(f"{source}: {section}: texts by name are needed; got {given!r:.80}")
+        for key, text in (given or {}).items():
+            where = f"{source}: {section}.{key}"
+            if key not in OWN[section]:
+                raise ValueError(f"{where}: there is no such text; there are {', '.join(OWN[section])}")
+            if not isinstance(text, str) or (not text.strip() and key != "system"):
+                raise ValueError(f"{where}: a text is needed; got {text!r:.80}")
+            if (placeholder := _needed(section, key)) not in text:
+                raise ValueError(
+                    f"{where}: {placeholder} is needed where the query shall stand; got {text!r:.80}"
+                )
+            if "${" in text:
+                raise ValueError(f"{where}: a text without ${{ is needed, for a configuration looks that up")
+        texts[section] = dict(given or {})
+    return texts
+
+
+def read(path: Path) -> dict[str, dict[str, str]]:
+    """Return the sections of a YAML file; ValueError naming the file where it is none, see `checked`."""
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"grammar.instructions: a YAML file of texts is needed; there is no file {path}")
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: YAML is needed; {' '.join(str(error).split())}") from None
+    return checked(loaded, str(path))
+
+
+def told(given: str | Sections | None, section: str) -> dict[str, str]:
+    """Return the texts of one section: those given, and segrl's own where none is.
+
+    Args:
+        given: a YAML file, its sections, or None for segrl's own texts.
+        section: of `OWN`.
+
+    Raises:
+        ValueError: if the file is not there or is damaged, or says nothing of the section.
+    """
+    if given is None:
+        return dict(OWN[section])
+    source = given if isinstance(given, str) else "grammar.instructions"
+    sections = read(Path(given)) if isinstance(given, str) else checked(given, source)
+    if section not in sections:
+        raise ValueError(
+            f"{source}: a section {section} is needed, for this grammar asks with it ({section}: {{}} keeps segrl's "
+            f"own texts); it has {', '.join(sections)}"
+        )
+    return OWN[section] | sections[section]
+
+
+def written(section: str, texts: Mapping[str, str]) -> str:
+    """Return a file that says these texts, and that the other grammars keep segrl's own."""
+    import yaml
+
+    others: dict[str, dict[str, str]] = {name: {} for name in OWN}
+    return str(
+        yaml.safe_dump(others | {section: dict(texts)}, sort_keys=False, allow_unicode=True, width=110)
+    )
+
+
+def chat(texts: Mapping[str, str], query: str | None) -> list[Message]:
+    """Return the chat of a section's texts: the system message if there is one, then the image before the text.
+
+    White space and full stops around the query are left out, so that a text may close with its own.
+    """
+    what = (query or "").strip().rstrip(".").strip()
+    if "refer" in texts:
+        said = texts["refer"].replace("{query}", what) if what else texts["user"]
+    else:
+        said = texts["user"].replace("{Question}", what or NO_QUERY)
+    system = (
+        [{"role": "system", "content": [{"type": "text", "text": texts["system"]}]}]
+        if texts["system"]
+        else []
+    )
+    return [*system, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": said}]}]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 
-from segrl.prompts import instructions
 from segrl.prompts.frames import from_unit, to_unit
+from segrl.prompts.instructions import Sections, chat, told
 from segrl.prompts.scan import Fault, Said, fields, opened, spans, unfolded
 from segrl.protocols import Message
 from segrl.types import Frame, MaskPrompt, Parsed, ParseFault
@@ -22,14 +23,20 @@ _NUMBER = r"(-?[0-9]{1,6}(?:\.[0-9]{1,6})?)"
 _BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 _PAIR = re.compile(rf"{_NUMBER},{_NUMBER}")
 _POINT = re.compile(rf"\[{_NUMBER},{_NUMBER}\]")
-_LABEL = re.compile(r"([01])\s*[,\]]")
-_LABELS = re.compile(r"\s*\[\s*(?:[01]\s*[,\]]\s*){1,64}")
+_ONE = r"([01])(?:\.0{1,6})?"
+_WHOLE = re.compile(_ONE)
+_LABEL = re.compile(rf"{_ONE}\s*[,\]]")
+_LABELS = re.compile(rf"\s*\[\s*(?:{_ONE}\s*[,\]]\s*){{1,64}}")
 
 
 def _rest(text: str) -> str:
-    """What follows the last field that is closed; a closing tag alone is no field."""
+    """Return what follows the last field that is closed, or all of it where none is.
+
+    A closing tag alone is no field. A full stop alone is not counted: it ends a sentence, the instruction's example too.
+    """
     ends = [end + len(f"</{tag}>") for tag in ("bbox", "points", "labels") for _, end in spans(text, tag)]
-    return text[max(ends) :].strip()
+    rest = text[max(ends, default=0) :].strip()
+    return "" if rest == "." else rest
 
 
 def _only(text: str, tag: str, missing: ParseFault) -> str:
@@ -78,12 +85,12 @@ def _read_points(text: str, frame: Frame, limit: int) -> tuple[np.ndarray, np.nd
     if any(pair is None for pair in pairs):
         raise Fault(ParseFault.BAD_NUMBERS)
     values = labels[1:-1].split(",")
-    if any(value not in ("0", "1") for value in values):
+    if any(_WHOLE.fullmatch(value) is None for value in values):
         raise Fault(ParseFault.BAD_LABEL)
     if len(values) != len(pairs):
         raise Fault(ParseFault.LABEL_COUNT)
     xy = np.array([[float(v) for v in pair.groups()] for pair in pairs if pair is not None])
-    return to_unit(xy, frame), np.array([int(v) for v in values], np.int64)
+    return to_unit(xy, frame), np.array([int(value[0]) for value in values], np.int64)
 
 
 def _write_points(prompt: MaskPrompt, frame: Frame, between: str, limit: int) -> str:
@@ -101,26 +108,29 @@ class SegR1Tags:
     """`<think> ... </think> <bbox>[x1,y1,x2,y2]</bbox>, <points>[[x,y],...]</points>, <labels>[1,0,...]</labels>`.
 
     Several objects are several `<bbox>` fields; points are one list for all of them. Coordinates outside the
-    image are clamped to its border. Source: Seg-R1 (arXiv 2506.22624), released `grpo.py`.
+    image are clamped to its border. Words in front of the thought are legal, as in the released code.
+    Source: Seg-R1 (arXiv 2506.22624), released `grpo.py`.
 
     Args:
         max_boxes: more are a fault (each box is one more mask to decode).
         max_points: more are a fault.
+        instructions: a YAML file, or its sections, to ask with; None asks with segrl's own texts.
+
+    Raises:
+        ValueError: if the instructions are damaged, naming file and text.
     """
 
+    section = "seg_r1_tags"
     says = frozenset({"thought", "boxes", "points", "steps"})
 
-    def __init__(self, max_boxes: int, max_points: int) -> None:
+    def __init__(self, max_boxes: int, max_points: int, instructions: str | Sections | None = None) -> None:
         self.max_boxes = max_boxes
         self.max_points = max_points
+        self.texts = told(instructions, self.section)
 
     def messages(self, query: str | None) -> list[Message]:
-        """System, then image before text, as in the RL stage; the same order in SFT and evaluation."""
-        ask = instructions.SEG_R1_USER if query is None else instructions.SEG_R1_REFER.format(query=query)
-        return [
-            {"role": "system", "content": [{"type": "text", "text": instructions.SEG_R1_SYSTEM}]},
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ask}]},
-        ]
+        """Return system message, then image before text, as in the RL stage; the same order in SFT and evaluation."""
+        return chat(self.texts, query)
 
     def render(self, parsed: Parsed, frame: Frame) -> str:
         """Raises ValueError if `parsed` is nothing that this grammar could read back."""
@@ -142,13 +152,15 @@ class SegR1Tags:
     def parse(self, text: str, frame: Frame) -> Parsed:
         """Read thought, boxes, points and labels; all four are needed."""
         thoughts = fields(text, "think", 2)
+        if len(thoughts) != 1:
+            kind = ParseFault.DUPLICATE_FIELD if thoughts else ParseFault.NO_THOUGHT
+            return Parsed(thought=thoughts[0].strip() if thoughts else "", fault=kind)
+        begin = text.find("<think>")
+        answer = text[text.find("</think>", begin) + len("</think>") :]
+        outer = Parsed(thought=thoughts[0].strip(), rest=_rest(answer))
         try:
-            if not thoughts:
-                raise Fault(ParseFault.NO_THOUGHT)
-            if len(thoughts) > 1:
-                raise Fault(ParseFault.DUPLICATE_FIELD)
-            behind = text.find("</think>", text.find("<think>"))
-            answer = text[behind:]
+            if not answer.strip():
+                raise Fault(ParseFault.NO_ANSWER)
             boxes = fields(answer, "bbox", self.max_boxes + 1)
             if not boxes:
                 raise Fault(ParseFault.NO_BOX)
@@ -157,9 +169,8 @@ class SegR1Tags:
             corners = [_read_box(box, frame) for box in boxes]
             points, labels = _read_points(answer, frame, self.max_points)
         except Fault as fault:
-            return Parsed(thought=thoughts[0].strip() if thoughts else "", fault=fault.kind)
-        prompt = MaskPrompt.of(corners, points, labels)
-        return Parsed(thought=thoughts[0].strip(), prompt=prompt, rest=_rest(answer))
+            return replace(outer, fault=fault.kind)
+        return replace(outer, prompt=MaskPrompt.of(corners, points, labels))
 
     def unfold(self, text: str, frame: Frame) -> list[tuple[int, MaskPrompt]]:
         """A box is complete where its tag closes, a point where its label is followed by a comma or a bracket."""
@@ -183,23 +194,23 @@ class SegR1Tags:
 class SegR1Points:
     """`<points>[[x,y],...]</points> <labels>[1,0,...]</labels>`: the grammar of Seg-R1's pre-RL stage.
 
+    Words in front of the points are legal, as in the released code: this grammar has no other place for a thought.
+
     Args:
         max_points: more are a fault.
+        instructions: see `SegR1Tags`.
     """
 
+    section = "seg_r1_points"
     says = frozenset({"points"})
 
-    def __init__(self, max_points: int) -> None:
+    def __init__(self, max_points: int, instructions: str | Sections | None = None) -> None:
         self.max_points = max_points
+        self.texts = told(instructions, self.section)
 
     def messages(self, query: str | None) -> list[Message]:
-        """Image, then text; no system message."""
-        ask = (
-            instructions.SEG_R1_POINTS_USER
-            if query is None
-            else instructions.SEG_R1_REFER.format(query=query)
-        )
-        return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ask}]}]
+        """Return image, then text; no system message in segrl's own texts."""
+        return chat(self.texts, query)
 
     def render(self, parsed: Parsed, frame: Frame) -> str:
         """Points and labels; boxes and thought have no words here. Raises ValueError without a mask prompt."""

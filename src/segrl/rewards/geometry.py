@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from segrl.metrics.functional.shape import inner_point, tight_box
-from segrl.types import Answer, Sample
+from segrl.types import Answer, MaskPrompt, Sample
 
 
 def objects_of(sample: Sample) -> list[np.ndarray]:
@@ -42,9 +42,14 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.asarray(both / np.maximum(areas - both, 1e-12))
 
 
+def _paid_prompt(answer: Answer) -> MaskPrompt | None:
+    """Return the mask prompt that the released codes pay: not what is read although their own parsers refuse it."""
+    return None if answer.parsed.loose else answer.parsed.prompt
+
+
 def _single(answer: Answer, sample: Sample) -> tuple[np.ndarray, np.ndarray] | None:
-    """The first box of the answer and of the truth; none where either has none."""
-    prompt, objects = answer.parsed.prompt, objects_of(sample)
+    """Return the first box of the answer and of the truth; None where either has none, or the answer is read loosely."""
+    prompt, objects = _paid_prompt(answer), objects_of(sample)
     if prompt is None or not len(prompt.boxes) or not objects:
         return None
     return prompt.boxes[0], tight_box(np.logical_or.reduce(objects))
@@ -66,7 +71,7 @@ def box_is_near(answer: Answer, sample: Sample, *, tolerance: float) -> float:
 
 def points_are_near(answer: Answer, sample: Sample, *, tolerance: float) -> float:
     """1 if both points lie in the answer's box and near the two true ones, in the better order (Seg-Zero: 100 pixels of 840)."""
-    prompt, boxes = answer.parsed.prompt, _single(answer, sample)
+    prompt, boxes = _paid_prompt(answer), _single(answer, sample)
     if prompt is None or boxes is None or len(prompt.points) != 2:
         return 0.0
     box = boxes[0]
@@ -84,7 +89,8 @@ def matched(
 ) -> float:
     """Up to 3 for each object (box overlaps, box is near, point is near), by the best matching, over the larger number.
 
-    VisionReasoner (arXiv 2505.12081, section 3.3; Hungarian algorithm). No object and none named pays 3.
+    VisionReasoner (arXiv 2505.12081, section 3.3; Hungarian algorithm). No object and none named pays 3, which is segrl's own:
+    the released code pays 0.
 
     Args:
         answer: box k and point k are one object.
@@ -93,7 +99,7 @@ def matched(
         box_tolerance: mean side error below which a box is near (10 pixels of 840).
         point_tolerance: distance below which a point inside its own box is near (30 pixels of 840).
     """
-    prompt, objects = answer.parsed.prompt, objects_of(sample)
+    prompt, objects = _paid_prompt(answer), objects_of(sample)
     if prompt is None or len(prompt.boxes) != len(prompt.points):
         return 0.0
     if not objects or not len(prompt.boxes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NotRequired, TypedDict
@@ -53,13 +54,22 @@ class RewardMixture:
                 fn.remember(state[name])
 
     def __call__(self, answers: Sequence[Answer], samples: Sequence[Sample]) -> Scores:
-        """Score N = B*G answers to B samples, groups contiguous."""
+        """Score N = B*G answers to B samples, groups contiguous.
+
+        Raises:
+            ValueError: if a term pays what is no finite number, which no advantage and no sampling by spread would survive.
+        """
         group = len(answers) // len(samples)
         assert group * len(samples) == len(answers), "groups are whole"
         counted = [replace(a, mask=samples[n // group].counted(a.mask)) for n, a in enumerate(answers)]
         terms = {}
         for name, (fn, _) in self.terms.items():
             values = [fn(answer, samples[n // group]) for n, answer in enumerate(counted)]
+            for n, value in enumerate(values):
+                if not math.isfinite(value):
+                    raise ValueError(
+                        f"reward.terms.{name}: a finite number must be paid; got {value} for an answer to {samples[n // group].id}"
+                    )
             terms[name] = torch.tensor(values, dtype=torch.float32).view(len(samples), group)
         for fn, _ in self.terms.values():
             if isinstance(fn, Quantile):

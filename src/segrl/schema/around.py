@@ -84,6 +84,7 @@ class Tracked(Part):
     tracking_uri: Text
     artifacts: Text
     experiment: Text
+    checkpoints: bool = False
 
 
 class Trainer(Part):

@@ -101,6 +101,7 @@ class PrepareTraces(Part):
     name: Name
     seed: Seed
     out: Text
+    overwrite: bool
     least_iou: Share
     sources: Sources
     policy: Annotated[Any, slot("policy")]

@@ -68,15 +68,22 @@ class Sam2Head(Part):
     decode_batch: Places
     embeddings_kept: int = Field(ge=0, le=MOST)
     embeddings_folder: Text | None
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
-class Points(Part):
+class Asking(Part):
+    """A grammar, which asks."""
+
+    instructions: Text | dict[str, Any] | None = None
+
+
+class Points(Asking):
     """A grammar of points."""
 
     max_points: int = Field(ge=1, le=4096)
 
 
-class Boxes(Part):
+class Boxes(Asking):
     """A grammar of boxes."""
 
     max_boxes: int = Field(ge=1, le=4096)
@@ -161,7 +168,7 @@ class Overlong(Part):
     """DAPO's punishment of length."""
 
     budget: Tokens
-    margin: Tokens
+    margin: Annotated[float, Field(gt=0, le=131_072)] | None
 
 
 class PointCount(Part):
@@ -286,6 +293,7 @@ class Data(Open):
     """`data`: what its own YAML refers to, and what is said of the dataset."""
 
     batch_size: int = Field(ge=1, le=1_000_000)
+    global_batch: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     workers: int = Field(ge=0, le=1024)
     published: dict[str, Count | None] = {}
     licence: Text = "not stated"

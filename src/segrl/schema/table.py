@@ -39,7 +39,8 @@ PARTS: dict[str, dict[str, type[Part]]] = {
     "head": _in("models.sam2_head", Sam2Head=parts.Sam2Head),
     "grammar": {
         **_in("prompts.tags", SegR1Tags=parts.Tags, SegR1Points=parts.Points),
-        **_in("prompts.answer_json", SamR1Json=parts.Points, SegZeroJson=Nothing, VisionReasonerJson=parts.Boxes),
+        **_in("prompts.released", SegR1Released=parts.Tags),
+        **_in("prompts.answer_json", SamR1Json=parts.Points, SegZeroJson=parts.Asking, VisionReasonerJson=parts.Boxes),
     },
     "reward": _in("rewards.mixture", RewardMixture=parts.RewardMixture),
     "fn": {
@@ -48,7 +49,7 @@ PARTS: dict[str, dict[str, type[Part]]] = {
             Quantile=parts.Quantile,
         ),
         **_in(
-            "rewards.text", well_formed=Nothing, parses=Nothing, reasoned=Nothing, unrepeated=Nothing, overlong=parts.Overlong,
+            "rewards.text", well_formed=Nothing, objects_formed=Nothing, parses=Nothing, reasoned=Nothing, unrepeated=Nothing, overlong=parts.Overlong,
             point_count=parts.PointCount,
         ),
         **_in(

@@ -16,7 +16,7 @@ _SHOWN = ("reward/total", "sft/loss", "head/iou", "tower/box_loss")
 
 
 class Progress(lightning.Callback):
-    """One line now and then: update, headline scalar, faults, time left.
+    """One line now and then: update, headline scalar, share of unparsable completions, time left.
 
     Args:
         every_seconds: between lines.
@@ -47,7 +47,7 @@ class Progress(lightning.Callback):
         left = (now - self.began) / max(1, step - self.first_step) * (total - step)
         scalars = [f"{name} {pl_module.latest[name]:.3f}" for name in _SHOWN if name in pl_module.latest]
         if "rollout/fault_rate" in pl_module.latest:
-            scalars.append(f"faults {pl_module.latest['rollout/fault_rate']:.0%}")
+            scalars.append(f"unparsable {pl_module.latest['rollout/fault_rate']:.0%}")
         print(f"  step {step}/{total}  {'  '.join(scalars)}  {left / 60:.1f} min left", flush=True)
 
 

@@ -13,6 +13,8 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from segrl.metrics.direction import better, worst
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the file and renames, so what was saved before is intact until the new one is whole."""
@@ -127,12 +129,12 @@ class KeepBest(lightning.Callback):
 
     Args:
         path: one file, written anew each time.
-        monitor: such as `val/synthetic/sm`, the more the better; none keeps nothing.
+        monitor: such as `val/synthetic/sm`, whose kind says whether more or less is better; None keeps nothing.
     """
 
     def __init__(self, path: str, monitor: str | None) -> None:
         self.path, self.monitor = path, monitor
-        self.best = float("-inf")
+        self.best = worst(monitor or "")
 
     def state_dict(self) -> dict[str, float]:
         """For a checkpoint."""
@@ -145,7 +147,7 @@ class KeepBest(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Gone on with in a new folder, the best is still to come."""
         if not Path(self.path).is_file():
-            self.best = float("-inf")
+            self.best = worst(self.monitor or "")
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save, if it is the best; raises ValueError for a metric that was not validated."""
@@ -155,6 +157,6 @@ class KeepBest(lightning.Callback):
             known = ", ".join(name for name in trainer.callback_metrics if name.startswith("val/"))
             raise ValueError(f"callbacks.best.monitor: one of {known} is needed; got {self.monitor}")
         value = float(trainer.callback_metrics[self.monitor])
-        if value > self.best:
+        if better(self.monitor, value, self.best):
             self.best = value
             trainer.save_checkpoint(self.path)

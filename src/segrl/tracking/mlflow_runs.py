@@ -1,96 +1,194 @@
-"""MLflow on sqlite: one run per training, gone on with after a resume; one parent per sweep."""
+"""MLflow: one run per training, gone on with after a resume; one parent per sweep. Its failures stop no run that could go on."""
 
 from __future__ import annotations
 
-import logging
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from segrl.tracking.mlflow_store import CannotTrackError, Place, Run, failures, reason
+
 if TYPE_CHECKING:
-    from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger
+    from lightning.pytorch.loggers import CSVLogger, Logger
 
 _PARENT = "SEGRL_PARENT_RUN"
-_RUN_ID = "mlflow_run_id"
-
-
-def quiet() -> None:
-    """No telemetry, and no log lines of the database's first migration."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("DO_NOT_TRACK", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+_JOB = "SEGRL_JOB_NAME"
+ARTIFACTS = (
+    "metrics.json", "table.txt", "config.yaml", "provenance.json", "history.jsonl", "validation.jsonl", "reward_curve.png",
+    "before_after.png", "sheets", "evaluation", "per_sample.jsonl", "overlays", "masks", "checkpoints",
+)  # fmt: skip
+"""What of a run folder is copied into the artifacts."""
 
 
 def open_logger(
-    folder: Path, tags: Mapping[str, str], *, tracking_uri: str, artifacts: str, experiment: str
-) -> MLFlowLogger:
-    """The run that belongs to a run folder: a new one, or the one that the folder already names."""
-    quiet()
-    from lightning.pytorch.loggers import MLFlowLogger
+    folder: Path, tags: Mapping[str, str], *, tracking_uri: str, artifacts: str, experiment: str, checkpoints: bool = False
+) -> Logger:  # fmt: skip
+    """Return the logger of a run folder, which need not be there yet; its run in MLflow is made at the first use.
 
-    remembered = folder / _RUN_ID
-    parent = os.environ.get(_PARENT)
-    logger = MLFlowLogger(
-        experiment_name=experiment,
-        run_name=folder.name,
-        tracking_uri=tracking_uri,
-        artifact_location=Path(artifacts).resolve().as_uri(),
-        tags={**tags, "run_folder": str(folder), **({"mlflow.parentRunId": parent} if parent else {})},
-        run_id=remembered.read_text().strip() if remembered.is_file() else None,
+    Raises:
+        ValueError: naming the key, if a new run cannot be tracked. A run that is gone on with says so, and goes on.
+    """
+    from segrl.tracking.mlflow_logger import RUN_ID, MlflowRun
+
+    if not isinstance(checkpoints, bool):
+        raise ValueError(f"logger.checkpoints: it must be true or false; got {checkpoints!r}")
+    place = Place(tracking_uri=tracking_uri, artifacts=artifacts, experiment=experiment)
+    if not any((folder / name).is_file() for name in (RUN_ID, "history.jsonl")):
+        place.connect()
+    parent = {"mlflow.parentRunId": os.environ[_PARENT]} if _PARENT in os.environ else {}
+    return MlflowRun(
+        place, folder, {**tags, **parent}, os.environ.get(_JOB, folder.absolute().name), checkpoints
     )
-    remembered.write_text(str(logger.run_id))
-    return logger
 
 
 def open_csv(folder: Path, tags: Mapping[str, str]) -> CSVLogger:
-    """Scalars in `metrics.csv` of the run folder, and no database."""
+    """Return a logger that writes scalars into `metrics.csv` of the run folder, and no database."""
     from lightning.pytorch.loggers import CSVLogger
 
     return CSVLogger(folder, name="", version="")
 
 
 def keep(logger: Logger | None, paths: list[Path], metrics: Mapping[str, float]) -> None:
-    """Copy files into the run's artifacts, and log its final numbers."""
-    from lightning.pytorch.loggers import MLFlowLogger
+    """Log a run's final numbers and, in MLflow, copy files into its artifacts and end it."""
+    from segrl.tracking.mlflow_logger import MlflowRun
 
-    if logger is None:
-        return
-    logger.log_metrics(dict(metrics))
-    if isinstance(logger, MLFlowLogger):
-        for path in paths:
-            if path.is_dir():
-                logger.experiment.log_artifacts(logger.run_id, str(path), path.name)
-            elif path.is_file():
-                logger.experiment.log_artifact(logger.run_id, str(path))
+    if isinstance(logger, MlflowRun):
+        logger.conclude(paths, metrics)
+    elif logger is not None:
+        logger.log_metrics(dict(metrics))
 
 
-def open_parent(tracking_uri: str, artifacts: str, experiment: str, tags: Mapping[str, str]) -> str:
-    """Create the run above a sweep's jobs; they find its id in the environment until `close_parent`."""
-    quiet()
-    from mlflow.tracking import MlflowClient
+def where(logger: Logger | None, runs: str) -> str:
+    """Return the line that says how a finished run is looked at; empty without MLflow."""
+    from segrl.tracking.mlflow_logger import MlflowRun
 
-    client = MlflowClient(tracking_uri)
-    known = client.get_experiment_by_name(experiment)
-    home = (
-        known.experiment_id
-        if known
-        else client.create_experiment(experiment, Path(artifacts).resolve().as_uri())
+    if not isinstance(logger, MlflowRun):
+        return ""
+    if logger.off or logger.run is None:
+        return f"MLflow lacks a part of it: python -m segrl.track {logger.folder}"
+    return f"open MLflow: make mlflow{'' if runs == 'runs' else f' RUNS={runs}'}, then {link(logger.run)}"
+
+
+def link(run: Run) -> str:
+    """Return the address of a run's page while `make mlflow` serves; without its end MLflow shows a page for traces of chats."""
+    return (
+        f"http://127.0.0.1:5000/#/experiments/{run.experiment_id}/runs/{run.run_id}"
+        "?workflowType=machine_learning"
     )
-    run_id: str = client.create_run(home, run_name="sweep", tags=dict(tags)).info.run_id
-    os.environ[_PARENT] = run_id
-    return run_id
 
 
-def close_parent(tracking_uri: str, run_id: str, best: str, objective: float | None) -> None:
-    """End the run above a sweep's jobs, and say which job was best."""
-    from mlflow.tracking import MlflowClient
+def bring_in(folder: Path, place: Place, config: Mapping[str, object], checkpoints: bool) -> tuple[Run, int]:
+    """Bring what a run folder holds into MLflow: parameters, tags, scalars, final numbers, files; a second call adds nothing.
 
+    Args:
+        folder: of a run or an evaluation.
+        place: database and experiment.
+        config: the run's configuration, resolved.
+        checkpoints: whether checkpoints are copied, too.
+
+    Returns:
+        The run in MLflow, and how many scalars it lacked.
+
+    Raises:
+        ValueError: if MLflow cannot be written, or a file of the folder is damaged.
+    """
+    from segrl.tracking.mlflow_logger import RUN_ID, rows
+
+    tags = {str(k): str(v) for k, v in _json(folder / "provenance.json").items()}
+    final = _json(folder / "metrics.json")
+    named = folder / RUN_ID
+    known = named.read_text(errors="replace").strip() if named.is_file() else None
+    try:
+        run = Run.begin(place, folder, tags, known, folder.absolute().name)
+        named.write_text(run.run_id)
+        run.describe(config)
+        step = int(final.get("steps", 0))
+        added = run.log_missing([*rows(folder), *([(step, numbers(final))] if final else [])])
+        run.attach([folder / name for name in ARTIFACTS], checkpoints)
+        run.end("FINISHED" if final else "KILLED")
+    except failures() as error:
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(f"{folder}: MLflow must take the run in; {reason(error)}") from None
+    return run, added
+
+
+def _json(file: Path) -> dict[str, object]:
+    """Return what a JSON file of a run folder holds; nothing where there is none. Raises ValueError naming a damaged one."""
+    if not file.is_file():
+        return {}
+    try:
+        held = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: it must be JSON; {reason(error)}") from None
+    if not isinstance(held, dict):
+        raise ValueError(f"{file}: it must be a JSON object; it is a {type(held).__name__}")
+    return held
+
+
+def numbers(final: Mapping[str, object]) -> dict[str, float]:
+    """Return the final numbers in a metrics.json, of a run or of an evaluation, by their logged names."""
+    found = _node(final.get("metrics")) | {"objective": final.get("objective")}
+    for name, scored in _node(final.get("datasets")).items():
+        one = _node(scored)
+        found |= {
+            f"test/{name}/{key}": _node(score).get("value") for key, score in _node(one.get("scores")).items()
+        }
+        found[f"test/{name}/fault_rate"] = one.get("fault_rate")
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
+
+
+def _node(value: object) -> dict[str, object]:
+    """Return a mapping as it is, and nothing in place of any other value."""
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def open_parent(place: Place, tags: Mapping[str, str]) -> Run:
+    """Create the run above a sweep's jobs; they find its id in the environment until `close_parent`.
+
+    Raises:
+        ValueError: naming the key, if the sweep cannot be tracked.
+    """
+    client, experiment = place.connect()
+    try:
+        made = client.create_run(experiment, run_name="sweep", tags=dict(tags))
+    except failures() as error:
+        raise CannotTrackError(
+            f"logger.tracking_uri: MLflow must take the sweep in; {reason(error)} (or logger=csv)"
+        ) from None
+    os.environ[_PARENT] = made.info.run_id
+    return Run(client=client, experiment_id=experiment, run_id=made.info.run_id)
+
+
+def close_parent(run: Run, best: str, objective: float | None, status: str) -> None:
+    """End the run above a sweep's jobs, and say which job was best; what MLflow refuses is said in one line."""
     os.environ.pop(_PARENT, None)
-    client = MlflowClient(tracking_uri)
-    client.set_tag(run_id, "best", best)
-    if objective is not None:
-        client.log_metric(run_id, "objective", objective)
-    client.set_terminated(run_id)
+    try:
+        if best:
+            run.client.set_tag(run.run_id, "best", best)
+        if objective is not None:
+            run.client.log_metric(run.run_id, "objective", objective)
+        run.end(status)
+    except failures() as error:
+        print(f"MLflow: {reason(error)}; the sweep's own run is not closed", flush=True)
+
+
+def name_job(name: str | None) -> None:
+    """Name the run that the next `open_logger` of this process, or of its children, makes; None takes its folder's name."""
+    if name is None:
+        os.environ.pop(_JOB, None)
+    else:
+        os.environ[_JOB] = name
+
+
+def fail_job(place: Place, folder: Path) -> None:
+    """Mark the run of a job that an error ended as FAILED, where MLflow has one and takes it."""
+    named = folder / "mlflow_run_id"
+    if named.is_file():
+        try:
+            client, experiment = place.connect()
+            Run(client=client, experiment_id=experiment, run_id=named.read_text()).end("FAILED")
+        except failures() as error:
+            print(f"MLflow: {reason(error)}; the run of {folder} is not closed", flush=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
+from segrl.metrics.functional.intervals import numbered
 from segrl.metrics.parts import Family, Parts, Score
 from segrl.types import Answer, Sample
 
@@ -27,13 +28,25 @@ def row(
     }  # fmt: skip
     mask, truth = sample.counted(answer.mask), sample.counted(sample.mask)
     return {
-        "dataset": dataset, "id": sample.id, "query": sample.query, "text": answer.text,
+        "dataset": dataset, "id": sample.id, **clustered(sample), "query": sample.query, "text": answer.text,
         "fault": None if fault is None else fault.name, **said,
         "intersection": int(np.count_nonzero(mask & truth)), "union": int(np.count_nonzero(mask | truth)),
         "mask_area": int(np.count_nonzero(answer.mask)), "truth_area": int(np.count_nonzero(sample.mask)),
         "scores": {name: None if np.isnan(value) else float(value) for name, value in family.summary(parts).items()},
         "parts": {name: _packed(value) for name, value in parts.items()}, "seconds": round(seconds, 4),
     }  # fmt: skip
+
+
+def clustered(sample: Sample) -> dict[str, str]:
+    """Return the key that a sample's line has where other samples are of the same image."""
+    return {} if sample.cluster is None else {"cluster": sample.cluster}
+
+
+def clusters(lines: Iterable[Mapping[str, Any]]) -> np.ndarray:
+    """Return the number of each line's cluster, int64 `[lines]`: what their intervals draw."""
+    return numbered([
+        ("image", line["cluster"]) if "cluster" in line else (line["dataset"], line["id"]) for line in lines
+    ])  # fmt: skip
 
 
 def _packed(value: np.ndarray) -> float | list[float]:
@@ -87,20 +100,34 @@ def join(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
         (folder / _PARTS).rmdir()
 
 
-def print_tables(
-    tables: dict[str, dict[str, Score]], counts: dict[str, int], faults: dict[str, float] | None = None
-) -> None:
-    """Datasets in rows, scores with their 95 % intervals in columns, few a line."""
-    names = list(next(iter(tables.values())))
+def tables_text(
+    tables: dict[str, dict[str, Score]],
+    counts: dict[str, int],
+    faults: dict[str, float] | None = None,
+    images: Mapping[str, int] | None = None,
+) -> str:
+    """Return a table of plain text: datasets in rows, scores with their 95 % intervals in columns, few a line.
+
+    Args:
+        tables: by dataset, its scores.
+        counts: samples of each dataset.
+        faults: share of each dataset's completions that could not be parsed.
+        images: clusters of each dataset, which its intervals draw; if None, they draw samples.
+    """
+    told, names = list[str](), list(next(iter(tables.values())))
     wide = 11 if all(table[name].interval is None for table in tables.values() for name in names) else 28
     for start in range(0, len(names), 112 // wide):
         shown = names[start : start + 112 // wide]
-        print(f"\n  {'':<16}{'n':>7}" + "".join(f"{name:>{wide}}" for name in shown))
+        told.append(f"\n  {'':<16}{'n':>7}" + "".join(f"{name:>{wide}}" for name in shown))
         for dataset, table in tables.items():
             cells = "".join(f"{_cell(table[name]):>{wide}}" for name in shown)
-            print(f"  {dataset:<16}{counts[dataset]:>7}{cells}")
+            told.append(f"  {dataset:<16}{counts[dataset]:>7}{cells}")
+    if together := [name for name in images or {} if images[name] != counts[name]]:
+        drawn = ", ".join(f"{name} {images[name]:,} images of {counts[name]:,} samples" for name in together)
+        told.append(f"\n  intervals draw images, each with all of its samples: {drawn}")
     if faults is not None:
-        print("\n  unparsable: " + ", ".join(f"{name} {rate:.1%}" for name, rate in faults.items()))
+        told.append("\n  unparsable: " + ", ".join(f"{name} {rate:.1%}" for name, rate in faults.items()))
+    return "\n".join(told)
 
 
 def _cell(score: Score) -> str:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import platform
 import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+JOB_OVERRIDES = "SEGRL_JOB_OVERRIDES"
+"""Variable that holds the overrides of a sweep's job, as JSON, while it runs."""
 
 
 def _git(*arguments: str) -> str:
@@ -27,9 +32,19 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _module() -> str:
-    """Of the process: `segrl.train` for .../segrl/train.py."""
-    return f"segrl.{Path(sys.argv[0]).stem.removeprefix('segrl-')}"
+def command() -> str:
+    """Return the command line that repeats this run: of a sweep's job, that of the job alone."""
+    words = sys.argv[1:]
+    module = f"segrl.{Path(sys.argv[0]).stem.removeprefix('segrl-')}"
+    if JOB_OVERRIDES in os.environ:
+        flags = ("--config-dir", "-cd")
+        elsewhere = [
+            words[i : i + 2] if word in flags else [word]
+            for i, word in enumerate(words)
+            if word.startswith(flags)
+        ]
+        words = [*(word for some in elsewhere for word in some), *json.loads(os.environ[JOB_OVERRIDES])]
+    return " ".join(["python -m", module, *(shlex.quote(word) for word in words)])
 
 
 def _version(package: str) -> str:
@@ -41,10 +56,10 @@ def _version(package: str) -> str:
 
 
 def provenance(config_yaml: str) -> dict[str, str]:
-    """Tags of a run: command, commit, whether the tree differs from it, hash of the configuration, versions."""
+    """Return the tags of a run: command, commit, whether the tree differs from it, hash of the configuration, versions."""
     packages = ("segrl", "torch", "transformers", "lightning", "sam2")
     return {
-        "command": " ".join(["python -m", _module(), *(shlex.quote(argument) for argument in sys.argv[1:])]),
+        "command": command(),
         "git.commit": _git("rev-parse", "HEAD") or "unknown",
         "git.dirty": str(bool(_git("status", "--porcelain"))).lower(),
         "config.sha256": hashlib.sha256(config_yaml.encode()).hexdigest(),

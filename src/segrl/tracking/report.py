@@ -16,6 +16,7 @@ from segrl.metrics.saliency import NAMES
 from segrl.protocols import SampleSet
 from segrl.stages.base import Record
 from segrl.tracking.figures import Cell, sheet
+from segrl.tracking.per_sample import clustered, clusters
 from segrl.types import MaskPrompt, Sample
 
 _TITLES = {"iou": "IoU", "sm": "S-measure", "mae": "MAE", "fault_rate": "unparsable"}
@@ -47,7 +48,9 @@ def rows(records: Mapping[str, Sequence[Record]]) -> Rows:
 
 
 def _row(dataset: str, record: Record, place: int) -> Row:
-    line = {"dataset": dataset, "id": record.sample.id, **record.scores, "text": record.answer.text}
+    line = {
+        "dataset": dataset, "id": record.sample.id, **clustered(record.sample), **record.scores, "text": record.answer.text,
+    }  # fmt: skip
     prompt = record.answer.parsed.prompt
     if prompt is not None:
         line |= {
@@ -89,8 +92,12 @@ def _scores(lines: Iterable[Mapping[str, Any]]) -> Scores:
 
 
 def load(path: Path) -> Scores:
-    """The scores in a file that `save` wrote."""
-    return _scores(map(json.loads, path.read_text().splitlines()))
+    """Return the scores in a file that `save` wrote."""
+    return _scores(_lines(path))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +108,9 @@ class Comparison:
     after: float
     gain: float
     interval: tuple[float, float]
-    """Paired-bootstrap 95 % interval of the gain."""
+    """Paired-bootstrap 95 % interval of the gain, which draws images, each with all of its samples."""
     n: int
+    images: int
 
 
 Table = dict[str, dict[str, Comparison]]
@@ -118,8 +126,15 @@ def check_same_samples(before: Scores, ids: Mapping[str, Iterable[str]]) -> None
             )
 
 
-def compare(before: Scores, after: Scores, seed: int) -> Table:
-    """Means over the same samples; raises ValueError if the two did not score the same ones."""
+def compare(before: Scores, after: Scores, seed: int, drawn: Mapping[str, np.ndarray]) -> Table:
+    """Compare means over the same samples; raises ValueError if the two did not score the same ones.
+
+    Args:
+        before: scores of the start.
+        after: scores of the end.
+        seed: of the bootstrap.
+        drawn: by dataset int64 `[samples]`, the clusters of `after`'s samples in its order (`per_sample.clusters`).
+    """
     check_same_samples(before, after)
     table: Table = {}
     for dataset, scored in after.items():
@@ -131,10 +146,48 @@ def compare(before: Scores, after: Scores, seed: int) -> Table:
                 before=float(old.mean()),
                 after=float(new.mean()),
                 gain=float((new - old).mean()),
-                interval=paired_bootstrap(old, new, seed),
+                interval=paired_bootstrap(old, new, seed, clusters=drawn[dataset]),
                 n=len(new),
+                images=int(drawn[dataset].max()) + 1,
             )
     return table
+
+
+def conclude(folder: Path, seed: int, updates: int, rate: float, only_scenes: bool) -> Table:
+    """Compare before and after of a run, print the table and why a test set did not move, and write both to `table.txt`.
+
+    Args:
+        folder: of the run; `evaluation/before.jsonl` and `after.jsonl` are there.
+        seed: of the bootstrap.
+        updates: that the run made.
+        rate: the highest learning rate of the policy.
+        only_scenes: the policy has seen drawn scenes alone, and the test sets are photographs.
+    """
+    lines = {name: _lines(folder / "evaluation" / f"{name}.jsonl") for name in ("before", "after")}
+    after: dict[str, list[dict[str, Any]]] = {}
+    for line in lines["after"]:
+        after.setdefault(line["dataset"], []).append(line)
+    drawn = {dataset: clusters(found) for dataset, found in after.items()}
+    table = compare(_scores(lines["before"]), _scores(lines["after"]), seed, drawn)
+    texts = {(line["dataset"], line["id"]): line["text"] for line in lines["before"]}
+    told = [table_text(table)]
+    for dataset, metrics in table.items():
+        low, high = metrics["iou"].interval
+        if low <= 0 <= high:
+            same = sum(line["text"] == texts[dataset, line["id"]] for line in after[dataset])
+            told.append(_unmoved(dataset, same, len(after[dataset]), updates, rate, only_scenes))
+    tell("\n".join(told), folder / "table.txt")
+    return table
+
+
+def _unmoved(dataset: str, same: int, count: int, updates: int, rate: float, only_scenes: bool) -> str:
+    """Say why the gain of a test set may hold 0: what changed at all, how far training went, what the policy knows."""
+    why = (
+        f"\n{dataset}: the interval of its gain in IoU holds 0. {same} of {count} answers are the same text as before; "
+        f"{updates} updates at a learning rate of at most {rate:g} (trainer.max_steps or max_epochs, stage.optimizer.lr)"
+    )
+    unseen = "; this policy has learned from drawn scenes alone, and these are photographs (policy=nano)"
+    return why + (unseen if only_scenes else "")
 
 
 def means(scores: Scores) -> dict[str, float]:
@@ -146,21 +199,39 @@ def means(scores: Scores) -> dict[str, float]:
     }
 
 
-def print_means(metrics: Mapping[str, float]) -> None:
-    """Scores that are compared with nothing, on stdout."""
-    for name, value in metrics.items():
-        print(f"  {name:<32}{value:.4f}")
+def means_text(metrics: Mapping[str, float]) -> str:
+    """Return scores that are compared with nothing, one a line."""
+    return "\n".join(f"  {name:<32}{value:.4f}" for name, value in metrics.items())
 
 
-def print_table(table: Table) -> None:
-    """The comparison on stdout."""
+def table_text(table: Table) -> str:
+    """Return the comparison as a table of plain text."""
+    told = []
     for dataset, metrics in table.items():
-        print(f"\n{dataset}, {next(iter(metrics.values())).n} held-out images")
-        print(f"  {'':<12}{'before':>9}{'after':>9}{'gain':>9}   95 % interval of the gain")
-        for name, row in metrics.items():
-            low, high = row.interval
-            scores = f"{row.before:>9.3f}{row.after:>9.3f}{row.gain:>+9.3f}"
-            print(f"  {_TITLES[name]:<12}{scores}   [{low:+.3f}, {high:+.3f}]")
+        first = next(iter(metrics.values()))
+        counted = f"{first.n} held-out images"
+        if first.images != first.n:
+            counted = f"{first.n} held-out samples of {first.images} images, which the intervals draw"
+        told.append(f"\n{dataset}, {counted}")
+        told.append(f"  {'':<12}{'before':>9}{'after':>9}{'gain':>9}   95 % interval of the gain")
+        told += [_row_text(name, row) for name, row in metrics.items()]
+    return "\n".join(told)
+
+
+def _row_text(name: str, row: Comparison) -> str:
+    """Return one metric's line; a share in percent."""
+    low, high = row.interval
+    if name == "fault_rate":
+        scores = f"{row.before:>9.1%}{row.after:>9.1%}{row.gain:>+9.1%}"
+        return f"  {_TITLES[name]:<12}{scores}   [{low:+.1%}, {high:+.1%}]"
+    scores = f"{row.before:>9.3f}{row.after:>9.3f}{row.gain:>+9.3f}"
+    return f"  {_TITLES[name]:<12}{scores}   [{low:+.3f}, {high:+.3f}]"
+
+
+def tell(text: str, path: Path) -> None:
+    """Print a table, and write it beside the figures that it shows."""
+    print(text)
+    path.write_text(text.lstrip("\n") + "\n")
 
 
 def draw(samples: SampleSet, before: Path, after: Path, path: Path) -> Path:

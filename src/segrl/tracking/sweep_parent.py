@@ -1,48 +1,225 @@
-"""One MLflow run above all jobs of a Hydra multirun, and the table of the jobs when it ends."""
+"""One MLflow run above all jobs of a Hydra multirun; which job starts, which failed and why, and the table when all have ended."""
 
 from __future__ import annotations
 
+import atexit
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import isnan, prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+
+from segrl.metrics.direction import higher_is_better
+from segrl.tracking.provenance import JOB_OVERRIDES
+
+if TYPE_CHECKING:
+    from segrl.tracking.mlflow_store import Place, Run
+
+
+class JobFailedError(ValueError):
+    """A job of a sweep was refused or broke off, for a reason that is told in one line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One job that has ended."""
+
+    job: int
+    differs: str
+    objective: float | None
+    failed: str
+    """Why; empty where it ended well."""
+    folder: str
 
 
 class SweepParent(Callback):
-    """Hydra callback; see `conf/train.yaml`. Does nothing in a single run."""
+    """Hydra callback; see `conf/train.yaml`. Does nothing in a single run.
+
+    A job that fails ends neither the others nor the table: its error is told when it comes, and Hydra's own sweeper, which would raise
+    it again, gets None in place of it. The process then ends with 1. Jobs may run in other processes (hydra-joblib-launcher), so each
+    leaves its row in `jobs.jsonl` of the sweep's folder.
+    """
 
     def __init__(self) -> None:
-        self.rows: list[tuple[str, float | None]] = []
-        self.run_id: str | None = None
+        self.parent: Run | None = None
+        self.swept: list[str] = []
+        self.total: int | None = None
+        self.failed = False
+        self.others = ""  # folder that another run has when a job starts
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ANN401 - Hydra's signature
-        """Open the parent run, where runs are tracked by MLflow."""
-        if "tracking_uri" not in config.logger:
-            return
-        from segrl.tracking.mlflow_runs import open_parent
-
-        Path(config.paths.runs).mkdir(parents=True, exist_ok=True)
+        """Open the parent run, where runs are tracked by MLflow; exit with 2 and one line where it cannot be."""
+        self.swept, self.total = _swept(config)
         tags = {
             "overrides": " ".join(config.hydra.overrides.task),
             "objective_metric": str(config.objective_metric),
         }
-        self.run_id = open_parent(config.logger.tracking_uri, config.logger.artifacts, config.name, tags)
+        if (place := _place(config)) is not None:
+            from segrl.tracking.mlflow_runs import open_parent
+            from segrl.tracking.mlflow_store import CannotTrackError
+
+            try:
+                self.parent = open_parent(place, tags)
+            except CannotTrackError as error:
+                print(f"segrl: {error}", file=sys.stderr)
+                sys.exit(2)
+        atexit.register(self._end, config, "KILLED")
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ANN401
+        """Say which job starts, and name its run by what differs."""
+        if not self._sweeps:
+            return
+        from segrl.tracking.mlflow_runs import name_job
+
+        differs = _differs(list(config.hydra.overrides.task), self.swept)
+        of = "" if self.total is None else f" of {self.total}"
+        print(f"\njob {config.hydra.job.num + 1}{of}: {differs}", flush=True)
+        name_job(differs)
+        os.environ[JOB_OVERRIDES] = json.dumps(list(config.hydra.overrides.task))
+        folder = str(config.paths.run)
+        self.others = folder if Path(folder).exists() else ""
+
+    @property
+    def _sweeps(self) -> bool:
+        """Whether this is a multirun."""
+        return bool(self.swept) or self.total is not None
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:  # noqa: ANN401
-        """Take down a job's objective."""
-        value = job_return.return_value if job_return.status is JobStatus.COMPLETED else None
-        self.rows.append((" ".join(job_return.overrides or []), value if isinstance(value, float) else None))
+        """Take down a job's objective, or why it failed."""
+        if not self._sweeps:
+            return
+        value = job_return._return_value  # the property raises where the job failed
+        folder = "" if job_return.cfg is None else str(job_return.cfg.paths.run)
+        if folder == self.others or not Path(folder).is_dir():
+            folder = ""
+        why = ""
+        if job_return.status is JobStatus.FAILED:
+            why = " ".join(str(value).split()) if isinstance(value, JobFailedError) else _told(value)
+            print(f"segrl: job {config.hydra.job.num + 1} failed: {why}", file=sys.stderr, flush=True)
+            if folder and (place := _place(config)) is not None:
+                from segrl.tracking.mlflow_runs import fail_job
+
+                fail_job(place, Path(folder))
+            if "BasicSweeper" in config.hydra.sweeper._target_:
+                job_return.status, job_return.return_value = JobStatus.COMPLETED, None
+        row = Row(
+            job=config.hydra.job.num + 1, differs=_differs(list(job_return.overrides or []), self.swept),
+            objective=value if isinstance(value, float) and not isnan(value) else None, failed=why, folder=folder,
+        )  # fmt: skip
+        with (Path(config.hydra.sweep.dir) / "jobs.jsonl").open("a") as file:
+            file.write(json.dumps(asdict(row)) + "\n")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ANN401
-        """Print the jobs, best objective first, and close the parent run."""
-        ranked = sorted(self.rows, key=lambda row: -(row[1] if row[1] is not None else float("-inf")))
-        print(f"\n{len(ranked)} jobs by {config.objective_metric}")
-        for name, value in ranked:
-            print(f"  {'none' if value is None else format(value, '.4f'):>8}  {name}")
-        if self.run_id is not None:
-            from segrl.tracking.mlflow_runs import close_parent
+        """Print the jobs and close the parent run; exit with 1 where one failed."""
+        self._end(config, "FINISHED")
+        if self.failed:
+            sys.exit(1)
 
-            best, objective = ranked[0] if ranked else ("", None)
-            close_parent(config.logger.tracking_uri, self.run_id, best, objective)
+    def _end(self, config: DictConfig, status: str) -> None:
+        """Print and write the table, best objective first, and close the parent run; once, also where the process is stopped."""
+        from segrl.tracking.mlflow_runs import close_parent, name_job
+
+        atexit.unregister(self._end)
+        name_job(None)
+        os.environ.pop(JOB_OVERRIDES, None)
+        folder = Path(config.hydra.sweep.dir)
+        file = folder / "jobs.jsonl"
+        rows = [Row(**json.loads(line)) for line in file.read_text().splitlines()] if file.is_file() else []
+        self.failed = any(row.failed for row in rows)
+        rows = ranked(rows, config.objective_metric)
+        if rows:
+            text = table(rows, config.objective_metric)
+            (folder / "table.md").write_text(text)
+            print(f"\n{text}\ntable in {folder / 'table.md'}", flush=True)
+        if self.parent is not None:
+            first = rows[0] if rows and rows[0].objective is not None else None
+            best, objective = ("", None) if first is None else (first.differs, first.objective)
+            close_parent(self.parent, best, objective, status)
+
+
+def ranked(rows: Sequence[Row], metric: str | None) -> list[Row]:
+    """Return the jobs, the best by the metric first; those without an objective come last, in their order."""
+    sign = -1 if higher_is_better(metric or "") else 1
+    scored = [row for row in rows if row.objective is not None]
+    rest = sorted((row for row in rows if row.objective is None), key=lambda row: row.job)
+    return sorted(scored, key=lambda row: (sign * (row.objective or 0.0), row.job)) + rest
+
+
+def table(rows: Sequence[Row], metric: str | None) -> str:
+    """Return Markdown, and below it why jobs failed."""
+    title = f"{len(rows)} jobs by {metric}"
+    if metric is not None:
+        title += f" ({'more' if higher_is_better(metric) else 'less'} is better)"
+    elif known := _metrics(rows):
+        title = (
+            f"{len(rows)} jobs; objective_metric={known[0]} compares them (or another of {', '.join(known)})"
+        )
+    cells = [("job", "what differs", "objective", "run folder"), ("---",) * 4]
+    for row in rows:
+        objective = "failed" if row.failed else "none" if row.objective is None else f"{row.objective:.4f}"
+        cells.append((str(row.job), row.differs.replace("|", "\\|"), objective, row.folder or "none"))
+    lines = ["| " + " | ".join(line) + " |" for line in cells]
+    failed = [f"job {row.job} ({row.differs}) failed: {row.failed}" for row in rows if row.failed]
+    return "\n".join([title, "", *lines, *([""] if failed else []), *failed]) + "\n"
+
+
+def _metrics(rows: Sequence[Row]) -> list[str]:
+    """The scores that a job's metrics.json has, an S-measure first."""
+    from segrl.tracking.mlflow_runs import numbers
+
+    for row in rows:
+        file = Path(row.folder) / "metrics.json"
+        if row.folder and file.is_file():
+            names = [name for name in numbers(json.loads(file.read_text())) if name.startswith("test/")]
+            return sorted(names, key=lambda name: not name.endswith("/sm"))
+    return []
+
+
+def _swept(config: DictConfig) -> tuple[list[str], int | None]:
+    """Keys that differ between the jobs, and how many jobs there are; None where the sweeper decides on the way."""
+    said = list(config.hydra.overrides.task)
+    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    said += [f"{key}={value}" for key, value in params.items()]
+    sweeps = [one for one in OverridesParser.create().parse_overrides(said) if one.is_sweep_override()]
+    keys = [one.get_key_element().lstrip("+") for one in sweeps]
+    if "BasicSweeper" not in config.hydra.sweeper._target_:
+        return keys, None
+    return keys, prod(len(list(one.sweep_string_iterator())) for one in sweeps)
+
+
+def _differs(overrides: Sequence[str], swept: Sequence[str]) -> str:
+    """Such as `group_size=4 seed=1`: the keys that differ between the jobs, by their last part where that is one key's alone."""
+    last = [key.rpartition(".")[2] for key in swept]
+    found = []
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if key in swept:
+            short = key.rpartition(".")[2]
+            found.append(f"{short if last.count(short) == 1 else key}={value}")
+    return " ".join(found) or " ".join(overrides)
+
+
+def _told(error: BaseException) -> str:
+    """One line for an error that is not known to be a user's, whose traceback goes to stderr."""
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _place(config: DictConfig) -> Place | None:
+    """Where the sweep is tracked; None without MLflow."""
+    if "tracking_uri" not in config.logger:
+        return None
+    from segrl.tracking.mlflow_store import Place
+
+    return Place(
+        tracking_uri=config.logger.tracking_uri, artifacts=config.logger.artifacts, experiment=config.logger.experiment
+    )  # fmt: skip

@@ -1,0 +1,223 @@
+"""What COCO's kin write, read with suspicion: refs in a pickle of plain data or in JSON, polygons and run lengths to masks."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import pickletools
+import re
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segrl.data.boundary import is_file, is_text, reading
+
+_KEYS = {"ref_id", "ann_id", "image_id", "split", "sentences"}
+_LONGEST = 1_000_000  # pixels of one outline: pycocotools makes five points of each
+_FARTHEST = 100_000  # of a coordinate from 0
+_RUNS = re.compile(rb"[0-o]*")  # letters of COCO's compressed run lengths
+
+
+class _Plain(pickle.Unpickler):
+    """Lists, dicts, strings and numbers; anything that would call code is refused."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:  # noqa: ANN401 - the base's signature
+        """Never."""
+        raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
+
+
+_OPCODES = {ord(op.code): op for op in pickletools.opcodes}
+_WIDTHS = {
+    pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT4: 4, pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+}  # fmt: skip
+
+
+def _check_places(content: bytes) -> None:
+    """Refuse a pickle that puts something at a place beyond its own length: Python would make a table of that length first."""
+    at, end = 0, len(content)
+    while at < end:
+        op = _OPCODES.get(content[at])
+        at += 1
+        if op is None:
+            raise ValueError(f"no pickle has {content[at - 1]:#04x} there")
+        width = 0 if op.arg is None else op.arg.n
+        if width == pickletools.UP_TO_NEWLINE:
+            stop = content.find(b"\n", at)
+            if stop < 0:
+                raise ValueError("it was cut off")
+            if op.name == "PUT" and not content[at:stop].strip().isdigit():
+                raise ValueError("it puts something at no place")
+            place, at = (int(content[at:stop][:20]) if op.name == "PUT" else 0), stop + 1
+            if op.name in ("GLOBAL", "INST"):
+                at = content.find(b"\n", at) + 1 or end
+        elif width < 0:
+            bytes_of = _WIDTHS[width]
+            place, at = 0, at + bytes_of + int.from_bytes(content[at : at + bytes_of], "little")
+        else:
+            place = (
+                int.from_bytes(content[at : at + width], "little")
+                if op.name in ("BINPUT", "LONG_BINPUT")
+                else 0
+            )
+            at += width
+        if place > end:
+            raise ValueError(f"it puts something at place {place} and has {end} bytes")
+        if op.name == "STOP":
+            return
+
+
+def read_refs(path: Path) -> list[dict[str, Any]]:
+    """Return the refs in a Python 2 pickle or a JSON file.
+
+    Raises:
+        ValueError: naming a file that is missing, damaged, or not plain data, and the first ref that is not one.
+    """
+    if not is_file(path):
+        raise ValueError(
+            f"data: a refs file is needed; there is no {path} (set data.root, or the root of the test set)"
+        )
+    needed = "a file of plain data is needed; it cannot be read"
+    with reading(path, needed):
+        content = path.read_bytes()
+        if path.suffix == ".json":
+            refs = json.loads(content)
+        else:
+            try:
+                _check_places(content)
+                refs = _Plain(BytesIO(content), encoding="latin1").load()
+            except (pickle.UnpicklingError, ValueError) as error:
+                raise ValueError(f"{path}: {needed} ({error})") from None
+    if not isinstance(refs, list) or not all(isinstance(ref, dict) and ref.keys() >= _KEYS for ref in refs):
+        raise ValueError(
+            f"{path}: a list of refs with {', '.join(sorted(_KEYS))} is needed; it holds something else"
+        )
+    for place, ref in enumerate(refs):
+        if fault := _fault(ref):
+            raise ValueError(f"{path}: ref {place + 1} of {len(refs)}: {fault}")
+    return refs
+
+
+def _fault(ref: dict[str, Any]) -> str | None:
+    """What of a ref is no value of its kind; None where all are."""
+    named = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
+    for key, values in (("ref_id", [ref["ref_id"]]), ("image_id", [ref["image_id"]]), ("ann_id", named)):
+        if not all(is_id(value) for value in values):
+            return f"{key}: a number or a name is needed"
+    if not isinstance(ref["split"], str):
+        return "split: a name is needed"
+    if not isinstance(ref["sentences"], list):
+        return "sentences: a list is needed"
+    for sentence in ref["sentences"]:
+        if (
+            not isinstance(sentence, dict)
+            or not is_id(sentence.get("sent_id"))
+            or not is_text(sentence.get("sent"))
+        ):
+            return "sentences: sent_id and sent are needed in each"
+    return None
+
+
+def is_id(value: object) -> bool:
+    """Return whether a value can name something: a whole number or text."""
+    return isinstance(value, int) or is_text(value)
+
+
+def read_instances(path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]]:
+    """Return objects and pictures of COCO's `instances.json`, each by id. Raises ValueError naming what is none."""
+    with reading(path, "COCO's annotations are needed; it holds none"):
+        coco = json.loads(path.read_bytes())
+        objects = {a["id"]: a for a in coco["annotations"]}
+        pictures = {i["id"]: i for i in coco["images"]}
+    for number, picture in pictures.items():
+        sides = (picture.get("height"), picture.get("width"))
+        if not is_text(picture.get("file_name")) or not all(type(side) is int and side > 0 for side in sides):
+            raise ValueError(f"{path}: image {number}: file_name, height and width are needed; it has others")
+    return objects, pictures
+
+
+def read_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:  # noqa: ANN401 - COCO's own union
+    """Draw COCO's polygons or run lengths as bool `[height, width]`: the union, even where polygons overlap.
+
+    Parts with fewer than three corners have no inside and are left out, as long as one part has three.
+
+    Raises:
+        ValueError: for what draws nothing, numbers that are none or far outside of the image, and runs of another size.
+    """
+    if isinstance(segmentation, dict):
+        return _from_runs(segmentation, height, width)
+    if not isinstance(segmentation, list):
+        raise ValueError(f"polygons or run lengths are needed; got {_short(segmentation)}")
+    from pycocotools import mask
+
+    polygons = [_corners(part) for part in segmentation]
+    drawn = [part.tolist() for part in polygons if len(part) >= 6]
+    if not drawn:
+        raise ValueError(f"a polygon of at least three corners is needed; got {_short(segmentation)}")
+    encoded = mask.merge(mask.frPyObjects(drawn, height, width))
+    return np.ascontiguousarray(mask.decode(encoded)).astype(bool)
+
+
+def _corners(part: Any) -> np.ndarray:  # noqa: ANN401 - one entry of a list
+    """A polygon's numbers, float64 `[2n]`."""
+    if not isinstance(part, list) or not all(type(value) in (int, float) for value in part):
+        raise ValueError(f"a polygon is a list of numbers; got {_short(part)}")
+    if len(part) % 2:
+        raise ValueError(f"a polygon has two numbers for each corner; got {len(part)}")
+    if not all(abs(value) <= _FARTHEST for value in part):  # NaN is not, either
+        raise ValueError(f"coordinates within {_FARTHEST} pixels are needed; got {_short(part)}")
+    corners = np.array(part, np.float64)
+    if np.abs(np.diff(corners.reshape(-1, 2), axis=0, append=corners.reshape(-1, 2)[:1])).sum() > _LONGEST:
+        raise ValueError(f"an outline of at most {_LONGEST} pixels is needed; got {_short(part)}")
+    return corners
+
+
+def _from_runs(segmentation: dict[str, Any], height: int, width: int) -> np.ndarray:
+    """Run lengths, column by column, background first: as a list, or as COCO's compressed text."""
+    counts, size = segmentation.get("counts"), segmentation.get("size")
+    if size != [height, width]:
+        raise ValueError(
+            f"run lengths of {height} rows and {width} columns are needed; got size {_short(size)}"
+        )
+    if isinstance(counts, str | bytes):
+        counts = _uncompressed(counts if isinstance(counts, bytes) else counts.encode())
+    runs = counts if isinstance(counts, list) else []
+    whole = all(type(run) is int and 0 <= run <= height * width for run in runs)
+    if not whole or sum(runs) != height * width:
+        raise ValueError(
+            f"run lengths that add up to {height * width} pixels are needed; got {_short(counts)}"
+        )
+    values = np.arange(len(runs)) % 2 == 1
+    return np.ascontiguousarray(np.repeat(values, runs).reshape(width, height).T)
+
+
+def _uncompressed(text: bytes) -> list[int]:
+    """COCO's text of run lengths: five bits a letter, and from the third on differences to the last but one."""
+    if not _RUNS.fullmatch(text):
+        raise ValueError(f"COCO's text of run lengths is needed; got {_short(text)}")
+    runs: list[int] = []
+    value, shift = 0, 0
+    for letter in text:
+        bits = letter - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            if shift > 60:
+                raise ValueError(f"run lengths below 2**60 are needed; got {_short(text)}")
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        value, shift = 0, 0
+    if shift:
+        raise ValueError(f"whole run lengths are needed; {_short(text)} was cut off")
+    return runs
+
+
+def _short(value: object) -> str:
+    """The beginning of what was found, without writing all of it."""
+    if isinstance(value, list):
+        return f"[{', '.join(_short(one) for one in value[:4])}{', ...' if len(value) > 4 else ''}]"
+    return repr(value)[:40] if isinstance(value, str | bytes | int | float | None) else type(value).__name__

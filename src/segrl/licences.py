@@ -1,0 +1,91 @@
+"""Under which terms trained weights may be given on: those of the base model and of the data, as far as they are known."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+_OWN = "SyntheticScenes"  # drawn by segrl: nobody's terms come with them
+_HUB = "https://huggingface.co/"
+_TEXTS = {"apache-2.0": r"Apache License\s+Version 2\.0", "mit": r"MIT License"}
+
+
+def of(config: DictConfig) -> tuple[dict[str, Any], str]:
+    """Return what a card's head says of base model and licence, and the sentence that explains it.
+
+    The base model's licence is the card's where the weights name it and all that was learned from was drawn by segrl; else it is
+    `other`, and the sentence names the terms of both, or says that they are not stated.
+
+    Args:
+        config: of the run, as it was saved.
+    """
+    base, weights = base_of(config)
+    front: dict[str, Any] = {} if base is None else {"base_model": base}
+    named = stated(weights)
+    data = learned_from(config)
+    if named and not data:
+        return front | named, ""
+    under = named.get("license_name") or named.get("license")
+    terms = "whose licence is not stated beside its weights" if under is None else f"under {under}"
+    also = " and ".join(data) if data else "scenes drawn by segrl"
+    sentence = (
+        f"Licence: these weights come from {base or weights.name}, {terms}, and from {also}. "
+        "The terms of all of them hold; segrl states none of its own."
+    )
+    return front | {"license": "other"}, sentence
+
+
+def base_of(config: DictConfig) -> tuple[str | None, Path]:
+    """Return the name on the hub of the policy's weights, None where they are from elsewhere, and their folder."""
+    weights = Path(str(config.policy.weights))
+    source = str(OmegaConf.select(config, "sources", default={}).get("policy.weights", ""))
+    hub = source.startswith(_HUB) and source.rpartition("/")[2] == weights.name
+    return source.removeprefix(_HUB) if hub else None, weights
+
+
+def stated(weights: Path) -> dict[str, Any]:
+    """Return `license` and, where there are some, `license_name` and `license_link` of a weights folder: of its card, or of its LICENSE."""
+    card = weights / "README.md"
+    head = (
+        re.match(r"---\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL) if card.is_file() else None
+    )
+    found: dict[str, Any] = {}
+    if head is not None:
+        for line in head[1].splitlines():
+            key, _, value = line.partition(":")
+            if key in ("license", "license_name", "license_link") and value.strip():
+                found[key] = value.strip().strip("'\"")
+    text = weights / "LICENSE"
+    if "license" not in found and text.is_file():
+        said = text.read_text(errors="replace")[:2000]
+        for name, words in _TEXTS.items():
+            if re.search(words, said):
+                found["license"] = name
+    return found if "license" in found else {}
+
+
+def learned_from(config: DictConfig) -> list[str]:
+    """Return what else than segrl's own scenes the weights were trained on, with its terms: by this run, and by those that it started from."""
+    found: list[str] = []
+    seen: set[Path] = set()
+    here: DictConfig | None = config
+    while here is not None:
+        loader = str(here.data.module.train._target_).rpartition(".")[2]
+        if loader != _OWN:
+            licence = OmegaConf.select(here, "data.licence")
+            root = OmegaConf.to_container(here.data).get("root", loader)  # type: ignore[union-attr]  # unresolved
+            found.append(f"data of `{root}` ({licence or 'whose licence is not stated'})")
+        start = here.init_from
+        here = None
+        if start is not None:
+            saved = Path(str(start)).absolute().parent.parent / "config.yaml"
+            loaded = OmegaConf.load(saved) if saved.is_file() and saved not in seen else None
+            seen.add(saved)
+            if isinstance(loaded, DictConfig):
+                here = loaded
+            else:
+                found.append(f"whatever `{Path(str(start)).name}` learned from, which is not known")
+    return found

@@ -1,0 +1,72 @@
+"""`python -m segrl.track RUN [RUN ...]`: bring run folders into MLflow that it lacks, in whole or in part.
+
+Parameters, tags, the scalars of history.jsonl and validation.jsonl, the final numbers and the files; a second call adds nothing.
+For runs that have ended: one that still runs is marked as KILLED until it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from segrl.front_door import register_resolvers
+from segrl.tracking.mlflow_runs import bring_in, link
+from segrl.tracking.mlflow_store import Place
+
+
+def configuration(folder: Path) -> dict[str, Any]:
+    """Return a run's configuration, resolved; raises ValueError if the folder holds none."""
+    from yaml import YAMLError
+
+    saved = folder / "config.yaml"
+    if not saved.is_file():
+        raise ValueError(f"RUN: it must be a run folder, with a config.yaml; {folder} is none")
+    register_resolvers()
+    try:
+        config = OmegaConf.load(saved)
+        held = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{saved}: it must be a run's configuration; {' '.join(str(error).split())[:160]}"
+        ) from None
+    if not isinstance(held, dict) or not {"name", "paths", "logger"} <= set(held):
+        raise ValueError(f"{saved}: it must be a run's configuration, with name, paths and logger")
+    return {str(key): value for key, value in held.items()}
+
+
+def place_of(config: dict[str, Any], uri: str | None, experiment: str | None) -> Place:
+    """Return where a run is tracked: its own place, or `paths.runs` for a run that had no MLflow."""
+    logger, runs = dict(config["logger"]), Path(str(dict(config["paths"])["runs"]))
+    return Place(
+        tracking_uri=uri or str(logger.get("tracking_uri", f"sqlite:///{runs}/mlflow.db")),
+        artifacts=str(logger.get("artifacts", runs / "mlflow-artifacts")),
+        experiment=experiment or str(logger.get("experiment", config["name"])),
+    )
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m segrl.track", description=__doc__)
+    parser.add_argument("run", type=Path, nargs="+", help="run folder, such as runs/demo/2026-11-28_09-00-00")
+    parser.add_argument("--tracking-uri", help="sqlite:///PATH or a server; the run's own if left out")
+    parser.add_argument("--experiment", help="name in MLflow; the run's own if left out")
+    parser.add_argument("--checkpoints", action="store_true", help="copy checkpoints into the artifacts, too")
+    arguments = parser.parse_args()
+    try:
+        for folder in arguments.run:
+            config = configuration(folder)
+            place = place_of(config, arguments.tracking_uri, arguments.experiment)
+            run, added = bring_in(folder, place, config, arguments.checkpoints)
+            print(f"{folder}: {added} scalars brought in; make mlflow, then {link(run)}", flush=True)
+    except ValueError as error:
+        print(f"segrl: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""A Lightning logger whose MLflow may fail: the run goes on, and its folder keeps what MLflow lacks."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from segrl.tracking.mlflow_store import Place, Rows, Run, failures, reason
+
+RUN_ID = "mlflow_run_id"
+VALIDATION = "validation.jsonl"
+
+
+class MlflowRun(Logger):
+    """Tracks a run folder in MLflow.
+
+    The run in MLflow is made at the first use, when the folder is there. A failure is said once; from then on nothing is
+    asked of MLflow until the run ends, when what it lacks is brought in, or `python -m segrl.track` is left to do it.
+    It is RUNNING until `conclude`, then FINISHED; FAILED by an error; KILLED where the process was stopped.
+
+    Args:
+        place: database and experiment.
+        folder: of the run.
+        tags: of a new run.
+        name: of a new run.
+        checkpoints: whether checkpoints are copied into the artifacts.
+    """
+
+    def __init__(
+        self, place: Place, folder: Path, tags: Mapping[str, str], name: str, checkpoints: bool
+    ) -> None:
+        super().__init__()
+        self.place, self.folder, self.tags, self.run_name = place, folder, dict(tags), name
+        self.checkpoints = checkpoints
+        self.off = False
+        self.run: Run | None = None
+        self._trainer: lightning.Trainer | None = None
+        self._last = (0, 0.0)  # update that was logged, and when
+
+    @property
+    def name(self) -> str:
+        """Of the experiment."""
+        return self.place.experiment
+
+    @property
+    def version(self) -> str:
+        """Id of the run, if there is one by now."""
+        return "" if self.run is None else self.run.run_id
+
+    def log_graph(self, model: lightning.LightningModule, *_: object) -> None:  # type: ignore[override]
+        """Take the trainer, which counts updates; Lightning calls this before it logs anything."""
+        self._trainer = model.trainer
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: object) -> None:  # type: ignore[override]
+        """Log the configuration."""
+        config = vars(params) if isinstance(params, Namespace) else params
+        self._attempt(lambda run: run.describe(config))
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # type: ignore[override]
+        """Log scalars at the updates done by now, as history.jsonl counts them; those of a validation go into the folder, too."""
+        at = (step or 0) if self._trainer is None else self._trainer.global_step
+        validated = {name: float(value) for name, value in metrics.items() if name.startswith("val/")}
+        if validated:
+            with (self.folder / VALIDATION).open("a") as file:
+                file.write(json.dumps({"step": at, **validated}) + "\n")
+        scalars = {**metrics, **({} if validated else self._pace(at))}
+        self._attempt(lambda run: run.log([(at, scalars)]))
+
+    def _pace(self, at: int) -> dict[str, float]:
+        """The next update's learning rate, of the first group, and seconds since the last one: for MLflow alone, for times do not repeat."""
+        if self._trainer is None or not self._trainer.training or not self._trainer.optimizers:
+            return {}
+        now, (before, then) = time.monotonic(), self._last
+        self._last = (at, now)
+        pace = {"run/learning_rate": float(self._trainer.optimizers[0].param_groups[0]["lr"])}
+        if 0 < before < at:
+            pace["run/seconds"] = (now - then) / (at - before)
+        return pace
+
+    def finalize(self, status: str) -> None:
+        """Mark a run that an error ended as FAILED, one that was stopped as KILLED.
+
+        Args:
+            status: "failed" or "KILLED"; Lightning's "success" is of a part of the run, and says nothing here.
+        """
+        stopped = isinstance(sys.exc_info()[1], SIGTERMException | KeyboardInterrupt | SystemExit)
+        if status == "KILLED" or (status == "failed" and stopped):
+            self._end("KILLED")
+        elif status == "failed":
+            self._end("FAILED")
+
+    def conclude(self, paths: list[Path], metrics: Mapping[str, float]) -> None:
+        """Bring in what MLflow lacks, the final numbers and the files, and mark the run as FINISHED."""
+        step = 0 if self._trainer is None else self._trainer.global_step
+        lacking, self.off = self.off, False
+
+        def bring(run: Run) -> None:
+            """Add what is missing, then the files."""
+            run.log_missing([*(rows(self.folder) if lacking else []), (step, dict(metrics))])
+            run.attach(paths, self.checkpoints)
+
+        self._attempt(bring, said=lacking)
+        if lacking and not self.off:
+            print("MLflow: it answers again, and has all scalars", flush=True)
+        self._end("FINISHED")
+
+    def _attempt(self, act: Callable[[Run], object], said: bool = False) -> None:
+        """Do something with the run in MLflow; after a failure, say it and ask no more."""
+        if self.off:
+            return
+        try:
+            act(self._begun())
+        except failures() as error:
+            self.off = True
+            if not said:
+                print(
+                    f"MLflow: {reason(error)}; scalars go on in {self.folder}/history.jsonl; bring them in later with: "
+                    f"python -m segrl.track {self.folder}",
+                    flush=True,
+                )
+
+    def _begun(self) -> Run:
+        """The run in MLflow: the one that the folder names, or a new one, with all that the folder holds by now."""
+        if self.run is None:
+            file = self.folder / RUN_ID
+            known = file.read_text(errors="replace").strip() if file.is_file() else None
+            self.run = Run.begin(self.place, self.folder, self.tags, known, self.run_name)
+            atexit.register(self._end, "KILLED")
+            if self.run.run_id != known:
+                file.write_text(self.run.run_id)
+                self.run.log_missing(rows(self.folder))
+        return self.run
+
+    def _end(self, status: str) -> None:
+        """Say in MLflow how the run ended."""
+        atexit.unregister(self._end)
+        if self.run is not None:
+            self._attempt(lambda run: run.end(status))
+
+
+def rows(folder: Path) -> Rows:
+    """The scalars that a run folder keeps: of every update, and of validations."""
+    from segrl.tracking.callbacks import read_history
+
+    lines = [*read_history(folder / "history.jsonl"), *read_history(folder / VALIDATION)]
+    return [(int(line["step"]), {k: v for k, v in line.items() if k != "step"}) for line in lines]
