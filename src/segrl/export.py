@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from segrl import licences
-from segrl.front_door import asset, enter, scored_checkpoint
+from segrl.front_door import asset, check, enter, scored_checkpoint
+from segrl.resuming import saved
 
 if TYPE_CHECKING:
     from segrl.models.hf_vlm import HFPolicy
@@ -26,10 +27,9 @@ _QUERIES: dict[str, tuple[str | None, ...]] = {
 
 def job(cfg: DictConfig) -> None:
     """Export, and say where."""
-    ckpt, out = (
-        Path(cfg.ckpt).absolute(),
-        Path(cfg.out),
-    )  # a run's files lie around it, also for `last.ckpt` said there
+    check(cfg, "export")
+    # A run's files lie around its checkpoint, also for `last.ckpt` said there.
+    ckpt, out = Path(cfg.ckpt).absolute(), Path(cfg.out)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise ValueError(f"out: a new folder is needed; {out} is there")
     export_policy(ckpt, out, "A policy that writes mask prompts for a promptable segmenter.")
@@ -68,8 +68,7 @@ def export_policy(
         raise ValueError(
             f"ckpt: a checkpoint in a run's folder is needed, RUN/checkpoints/last.ckpt; two folders above {ckpt} is no config.yaml of a run"
         )
-    cfg = OmegaConf.load(run / "config.yaml")
-    assert isinstance(cfg, DictConfig)
+    cfg = saved(run / "config.yaml", "ckpt", "train")
     learned = learned_policy(ckpt, "ckpt")
     parts = pretrained.checked(described(cfg, head_checkpoint), run / "config.yaml")
     grammar = instantiate(cfg.grammar)

@@ -1,30 +1,38 @@
-"""The front door: composes and checks a configuration, and turns a user's mistake into one line.
+"""The front door: compose and check a configuration, refuse a mistake before anything is written.
 
-Nothing heavy is imported here, and nothing is written before the configuration is known to be good.
+Nothing heavy is imported here. `messages` says a mistake in a line, `help_text` what a command does.
 """
 
 from __future__ import annotations
 
-import difflib
-import errno
 import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from segrl.messages import Missing, Refused, Said, dotted, explain
 from segrl.prompts.instructions import NAME as INSTRUCTIONS
 from segrl.prompts.instructions import read as read_instructions
 
 _HERE = Path(__file__).resolve().parent
+_VALUE = re.compile(r"(\+{0,2}[\w.]+)=([\w.+-]+)")
+_SEARCH = "hydra.searchpath="
+_FABRIC = {
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "precision",
+    "strategy",
+}  # keys of the trainer that an evaluation reads
 
 
 def conf_folder() -> Path:
-    """The configuration tree: of the checkout, or of the installed wheel."""
+    """Return the configuration tree: of the checkout, or of the installed wheel."""
     for folder in (_HERE.parent.parent / "conf", _HERE / "_conf"):
         if (folder / "train.yaml").is_file():
             return folder
@@ -34,17 +42,17 @@ def conf_folder() -> Path:
 
 
 def experiments() -> list[str]:
-    """Names of all experiments."""
+    """Return the names of all experiments."""
     return sorted(path.stem for path in (conf_folder() / "experiment").glob("*.yaml"))
 
 
 def asset(name: str) -> str:
-    """Path of a file or folder that ships with the package."""
+    """Return the path of a file or folder that ships with the package."""
     return str(_HERE / "assets" / name)
 
 
 def scored_checkpoint(run: Path) -> Path:
-    """The checkpoint whose scores a run reports: the best, where one was kept, else the last."""
+    """Return the checkpoint whose scores a run reports: the best, where one was kept, else the last."""
     best = run / "checkpoints" / "best.ckpt"
     return best if best.is_file() else run / "checkpoints" / "last.ckpt"
 
@@ -72,16 +80,38 @@ def take_in_instructions(cfg: DictConfig) -> None:
         cfg.grammar.instructions = read_instructions(Path(given))
 
 
-def enter(config_name: str, job: Callable[[DictConfig], object]) -> None:
-    """Run `job` on the configuration that the command line composes; exit 2 with one line where the user erred.
+def enter(config_name: str, job: Callable[[DictConfig], object], files: bool = True) -> None:
+    """Run `job` on the configuration of the command line; exit 2 with one line where the user erred.
 
     SEGRL_TRACE=1 shows the traceback instead.
+
+    Args:
+        config_name: YAML of the command.
+        job: what is run.
+        files: whether it needs the data's files.
     """
+    from segrl.help_text import help_of
+
+    try:
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            print(help_of(config_name, conf_folder()), flush=True)
+            return
+        _run(config_name, job, files)
+    except BrokenPipeError:  # whoever read has enough; what Python would flush at its end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _run(config_name: str, job: Callable[[DictConfig], object], files: bool) -> None:
+    """Compose, check what can be checked before anything is written, and run."""
     import hydra
     from hydra.errors import HydraException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through, so that they are told in one line here
-    sys.argv[1:] = _held_against_the_run(sys.argv[1:])
+    if (
+        here := str(Path.cwd())
+    ) not in sys.path:  # a console script lacks it, and a user's own parts stand there
+        sys.path.append(here)
     register_resolvers()
     known = (HydraException, OmegaConfBaseException, ValueError, OSError)
 
@@ -95,45 +125,157 @@ def enter(config_name: str, job: Callable[[DictConfig], object]) -> None:
             raise
 
     try:
-        for overrides in _sweep_jobs(sys.argv[1:]):
-            composed = _composed(config_name, overrides)
-            if "stage" in composed and composed.get("model") is None:  # a model's folder still has a say
-                check(composed)
+        sys.argv[1:] = as_typed(config_name, _held_against_the_run(sys.argv[1:]))
+        check_jobs(config_name, sys.argv[1:], files)
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(told)()
     except known as error:
         _tell(error, config_name)
         raise
 
 
+def check_jobs(config_name: str, arguments: list[str], files: bool) -> None:
+    """Compose every job of a command line, and check those that no file has a say in.
+
+    Hydra makes its sweep folder before it composes the first job, so jobs are checked before anything exists.
+    """
+    if config_name not in ("train", "evaluate"):
+        return
+    for overrides in _jobs(arguments):
+        composed = _composed(config_name, overrides)
+        if composed.get("resume") is not None:
+            continue
+        if config_name == "train":  # an evaluation changes its configuration first, and then checks it
+            check(composed, config_name, files)
+        refuse_unread(composed, Said(overrides, folders(arguments)))
+
+
+def refusal(config_name: str, arguments: list[str], only_keys: bool = False) -> list[str] | None:
+    """Return the lines that refuse a command line, None where nothing is wrong; nothing is run or written.
+
+    Args:
+        config_name: YAML of the command.
+        arguments: of the command line.
+        only_keys: whether files that are missing are passed over.
+    """
+    from hydra.errors import HydraException
+
+    register_resolvers()
+    try:
+        typed = as_typed(config_name, arguments)
+        for overrides in _jobs(typed):
+            composed = _composed(config_name, overrides)
+            (check_keys if only_keys else check)(composed, config_name)
+            refuse_unread(composed, Said(overrides, folders(typed)))
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+        lines = explain(error, Said(arguments, folders(arguments)), lambda: _keys(config_name, arguments))
+        if lines is None:
+            raise
+        return lines
+    return None
+
+
 def _held_against_the_run(arguments: list[str]) -> list[str]:
-    """Where a run goes on, `a.b=c` may name a key that the defaults lack: `resumed` says whether the run has it."""
+    """Where a run goes on, `a.b=c` may name a key that the defaults lack: `resumed` checks the run's own."""
     if not any(argument.startswith("resume=") for argument in arguments):
         return arguments
     return [f"++{a}" if re.match(r"[\w-]+\.[^=]*=", a) else a for a in arguments]
 
 
+def as_typed(config_name: str, arguments: list[str]) -> list[str]:
+    """Return the arguments, with quotes around texts that Hydra would take for numbers, as a folder 2024_01."""
+    from hydra.errors import HydraException
+
+    from segrl.schema.commands import COMMANDS
+    from segrl.schema.kinds import fault
+    from segrl.schema.walk import Typed, Walk, plain
+
+    parts = [_VALUE.fullmatch(argument) for argument in arguments]
+    odd = {
+        i: part for i, part in enumerate(parts)
+        if part and (re.match(r"[+-]?[\d.]", part[2]) or part[2].lower() in ("true", "false", "inf", "nan"))
+    }  # fmt: skip
+    if not odd:
+        return arguments
+    try:
+        raw = plain(_without_values(config_name, *_groups(arguments)))
+    except (
+        HydraException,
+        OmegaConfBaseException,
+        ValueError,
+    ):  # told when the whole command line is composed
+        return arguments
+    takes: dict[str, bool] = {}
+    for one in Walk(raw, COMMANDS[config_name]):
+        if isinstance(one, Typed):
+            takes[one.key] = takes.get(one.key, True) and fault(one.model, one.field, "text") is None
+    quoted = {i: f"{part[1]}='{part[2]}'" for i, part in odd.items() if takes.get(part[1].lstrip("+"), False)}
+    return [quoted.get(i, argument) for i, argument in enumerate(arguments)]
+
+
+def folders(arguments: list[str]) -> list[Path]:
+    """Return all folders with groups of options: segrl's, those of `--config-dir` and `hydra.searchpath`."""
+    own = [Path(place.removeprefix("file://")) for place in _places(arguments)]
+    return [conf_folder(), *(folder for folder in own if folder.is_dir())]
+
+
+def _places(arguments: list[str]) -> list[str]:
+    """What `--config-dir` and `hydra.searchpath` name."""
+    found = []
+    for i, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name in ("--config-dir", "-cd"):
+            found.append(f"file://{Path(value or ''.join(arguments[i + 1 : i + 2])).resolve()}")
+        if argument.startswith(_SEARCH):
+            found += [place.strip(" '\"") for place in argument.removeprefix(_SEARCH).strip("[]").split(",")]
+    return found
+
+
+def _groups(arguments: list[str]) -> list[str]:
+    """Of the arguments those that choose options, and where options are sought."""
+    names = {path.name for folder in folders(arguments) for path in folder.iterdir() if path.is_dir()}
+    chosen = [a for a in arguments if a.lstrip("+~").split("=")[0] in names and ("," not in a or "[" in a)]
+    return [*chosen, *_sought(arguments)]
+
+
+def _sought(arguments: list[str]) -> list[str]:
+    """`hydra.searchpath`, with what `--config-dir` names."""
+    places = _places(arguments)
+    return [f"{_SEARCH}[{','.join(places)}]"] if places else []
+
+
 def _composed(config_name: str, overrides: list[str]) -> DictConfig:
     """The configuration of one job, outside of `hydra.main`."""
     from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
 
+    GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         return compose(config_name, overrides)
 
 
-def _sweep_jobs(arguments: list[str]) -> list[list[str]]:
-    """The overrides of each job of a multirun; none where it is a single run.
+@functools.cache
+def _without_values(config_name: str, *groups: str) -> DictConfig:
+    """The configuration of the chosen options alone: what the user's keys are sought in."""
+    return _composed(config_name, list(groups))
 
-    Hydra makes its sweep folder before it composes the first job, so the jobs are checked here, before anything exists.
-    """
+
+def _jobs(arguments: list[str]) -> list[list[str]]:
+    """The overrides of each job: one, or those of a multirun; none where another sweeper chooses them."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra._internal.utils import get_args_parser
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     parsed = get_args_parser().parse_args(arguments)
-    if not parsed.multirun or any(override.startswith("hydra/sweeper=") for override in parsed.overrides):
+    sought = _sought(arguments)
+    plain = [override for override in parsed.overrides if not override.startswith(_SEARCH)]
+    if parsed.cfg or parsed.info or parsed.hydra_help or parsed.shell_completion:
         return []
-    overrides = OverridesParser.create().parse_overrides(parsed.overrides)
-    return [list(job) for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
+    if not parsed.multirun:
+        return [[*plain, *sought]]
+    if any(override.startswith("hydra/sweeper=") for override in plain):
+        return []
+    overrides = OverridesParser.create().parse_overrides(plain)
+    return [[*job, *sought] for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
 
 
 def _fail_job(error: BaseException, config_name: str) -> None:
@@ -144,173 +286,97 @@ def _fail_job(error: BaseException, config_name: str) -> None:
     if HydraConfig.get().mode is RunMode.MULTIRUN and os.environ.get("SEGRL_TRACE") != "1":
         from segrl.tracking.sweep_parent import JobFailedError
 
-        line = explain(error, config_name, sys.argv[1:])
-        if line is not None:
-            raise JobFailedError(line) from error
+        arguments = sys.argv[1:]
+        lines = explain(error, Said(arguments, folders(arguments)), lambda: _keys(config_name, arguments))
+        if lines is not None:
+            raise JobFailedError("; ".join(line.strip() for line in lines)) from error
 
 
 def _tell(error: BaseException, config_name: str) -> None:
-    """Exit with one line, if the error is a known mistake."""
-    line = explain(error, config_name, sys.argv[1:])
-    if line is not None and os.environ.get("SEGRL_TRACE") != "1":
-        print(f"segrl: {line}", file=sys.stderr)
+    """Exit with the lines for an error, if it is a known mistake."""
+    arguments = sys.argv[1:]
+    lines = explain(error, Said(arguments, folders(arguments)), lambda: _keys(config_name, arguments))
+    if lines is not None and os.environ.get("SEGRL_TRACE") != "1":
+        print("segrl: " + "\n".join(lines), file=sys.stderr)
         sys.exit(2)
 
 
-def explain(error: BaseException, config_name: str, arguments: list[str]) -> str | None:
-    """One line for a mistake of the user's, or none where the error is not known to be one."""
-    from hydra.errors import HydraException, InstantiationException
-    from pydantic import ValidationError
-
-    from segrl.schema import first_fault
-
-    cause = error
-    while isinstance(cause, HydraException) and cause.__cause__ is not None:
-        cause = cause.__cause__
-    if isinstance(cause, ValidationError):
-        return first_fault(cause)
-    if isinstance(error, InstantiationException) and isinstance(cause, TypeError):
-        return _unbound(str(error))
-    if isinstance(cause, HydraException | OmegaConfBaseException):
-        return _composition(str(cause), config_name, arguments)
-    if type(cause).__name__ == "MisconfigurationException":  # Lightning's word for a trainer that cannot be
-        return f"trainer: {' '.join(str(cause).split())}"
-    if isinstance(cause, OSError):
-        if cause.errno == errno.ENOSPC:
-            return f"paths.runs: no space is left to write {cause.filename or 'the run'}; what was saved before is intact"
-        return None if cause.filename is None else f"{cause.filename}: {str(cause.strerror).lower()}"
-    if isinstance(cause, ValueError) and _raised_here(cause):
-        return " ".join(str(cause).split())
-    if isinstance(cause, ValueError) and str(cause).startswith("Caught ValueError in DataLoader worker"):
-        return " ".join(str(cause).strip().splitlines()[-1].removeprefix("ValueError: ").split())
-    return None
-
-
-def _raised_here(error: BaseException) -> bool:
-    """Whether segrl itself raised it: a library's ValueError is a bug of ours, and keeps its traceback."""
-    at = error.__traceback__
-    while at is not None and at.tb_next is not None:
-        at = at.tb_next
-    return at is not None and Path(at.tb_frame.f_code.co_filename).resolve().is_relative_to(_HERE)
-
-
-def _unbound(message: str) -> str:
-    """A constructor that was given a key it does not take, or not one it needs."""
-    where = re.search(r"full_key: (\S+)", message)
-    what = re.search(r"unexpected keyword argument '(\w+)'", message)
-    node = where.group(1) if where else "the configuration"
-    if what:
-        return f"{node}.{what.group(1)}: its constructor takes no such key"
-    return f"{node}: {' '.join(message.splitlines()[0].split())}"
-
-
-def _composition(message: str, config_name: str, arguments: list[str]) -> str:
-    """Hydra's and OmegaConf's own errors, with the nearest real key."""
-    if missing := re.search(r"Missing mandatory value: (\S+)", message):
-        return f"{missing.group(1)}: a value is needed; none is set"
-    if unknown := re.search(r"Could not override '([^']+)'", message) or re.search(
-        r"Key '(\S+)' is not in struct", message
-    ):
-        key = unknown.group(1)
-        if full := re.search(r"full_key: (\S+)", message):
-            key = full.group(1)
-        if key in ("experiment", "suite", "testset"):
-            return f"{key}: it is added to the defaults: write +{key}=NAME"
-        return f"{key}: there is no such key{_nearest(key, list(_keys(config_name, arguments)))}"
-    if twice := re.search(r"Multiple values for (\S+)\. To override", message):
-        return f"{twice.group(1)}: it is in the defaults: write {twice.group(1)}=NAME, without +"
-    if option := re.search(r"(?:Could not find|In '[^']+': Could not find) '([^']+)'", message):
-        group, _, name = option.group(1).rpartition("/")
-        options = [path.stem for path in (conf_folder() / group).glob("[!_]*.yaml")]
-        return f"{group}={name}: there is no such option{_nearest(name, options)} (there are: {', '.join(sorted(options))})"
-    return " ".join(message.split())
-
-
-def _nearest(word: str, words: list[str]) -> str:
-    """`; did you mean ...?`, if anything is near."""
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _keys(config_name: str, arguments: list[str]) -> Iterator[str]:
+def _keys(config_name: str, arguments: list[str]) -> list[str]:
     """All dotted keys of what composes once the value overrides are left out."""
-    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
-    groups = [folder.name for folder in conf_folder().iterdir() if folder.is_dir()]
-    chosen = [a for a in arguments if a.lstrip("+~").split("=")[0] in groups and "," not in a]
-    GlobalHydra.instance().clear()
     try:
-        config = _composed(config_name, chosen)
-    except HydraException:
-        return
-    yield from _flat(OmegaConf.to_container(config, resolve=False), "")
+        return dotted(_without_values(config_name, *_groups(arguments)))
+    except (HydraException, ValueError):  # Hydra raises both
+        return []
 
 
-def _flat(node: object, prefix: str) -> Iterator[str]:
-    """Dotted keys of a nested mapping."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield f"{prefix}{key}"
-            yield from _flat(value, f"{prefix}{key}.")
-
-
-def check(cfg: DictConfig) -> None:
+def check(cfg: DictConfig, command: str = "train", files: bool = True) -> None:
     """Refuse a configuration that cannot run.
 
-    Raises:
-        pydantic.ValidationError: for a value out of range.
-        ValueError: for a file or a folder that is not there, naming its key and, where they are known, the place where its owners publish it.
-    """
-    from segrl.schema import EvaluateConfig, TrainConfig
+    Args:
+        cfg: composed.
+        command: that it is for.
+        files: whether the data's files are needed.
 
-    schema = EvaluateConfig if "suite" in cfg else TrainConfig
-    schema.model_validate(OmegaConf.to_container(cfg, resolve=True))
-    for key, owners in cfg.sources.items():
+    Raises:
+        Refused: for keys that there are not, and values that do not fit.
+        Missing: for all files and folders that are not there.
+    """
+    check_keys(cfg, command)
+    if lines := missing(cfg, files):
+        raise Missing(lines)
+
+
+def check_keys(cfg: DictConfig, command: str = "train") -> None:
+    """Raise Refused for keys that there are not, values that do not fit or do not go together."""
+    from segrl.schema.commands import COMMANDS, together
+    from segrl.schema.walk import Fault, faults, plain
+
+    if found := faults(cfg, COMMANDS[command]):
+        raise Refused(found)
+    if found := [Fault(key, said) for key, said in together(plain(cfg, resolve=True))]:
+        raise Refused(found)
+
+
+def refuse_unread(cfg: DictConfig, said: Said) -> None:
+    """Raise Refused for a value of the user's in a node that nothing of this stage, or evaluation, reads."""
+    from segrl.schema.walk import Fault, plain, references
+
+    if "stage" not in cfg:
+        return
+    raw = plain(cfg)
+    if "suite" in raw:
+        unread, who = {"stage", "reward", "reference", "callbacks"}, "in an evaluation"
+    else:
+        read = {ref.split(".")[0] for ref in references(raw)}
+        unread = {"policy", "reference", "head", "grammar", "reward", "rollout"} - read
+        who = f"for {str(raw['stage']['_target_']).rpartition('.')[2]}"
+    for key in sorted(said.keys):
+        root, _, rest = key.partition(".")
+        if rest and (root in unread or ("suite" in raw and root == "trainer" and rest not in _FABRIC)):
+            raise Refused(
+                [Fault(key, f"must not be set {who}, which reads no {key if root == 'trainer' else root}")]
+            )
+
+
+def missing(cfg: DictConfig, files: bool) -> list[str]:
+    """Return a line for each file and folder that is needed and missing, or empty, with the way to get it."""
+    from segrl.schema.sources import lacks, way_to
+
+    lines, looked = [], set()
+    unread = not files or bool(cfg.get("testsets"))  # test sets have roots of their own
+    for key, owners in cfg.get("sources", {}).items():
         path = OmegaConf.select(cfg, key)
-        if path is not None and not Path(path).exists():
-            raise ValueError(f"{key}: there is no {path}; its owners publish it at {owners}")
-    root = None if cfg.get("testsets") else OmegaConf.select(cfg, "data.root")
-    if root is not None and not Path(root).is_dir():
-        raise ValueError(
-            f"data.root: a folder is needed; {root} is {'a file' if Path(root).exists() else 'not there'}"
+        looked.add(key)
+        if path is not None and not (key.startswith("data.") and unread) and (what := lacks(Path(path))):
+            lines.append(f"{key}: {what}; {way_to(Path(path), owners)}")
+    root = None if unread else OmegaConf.select(cfg, "data.root")
+    if root is not None and "data.root" not in looked and not Path(root).is_dir():
+        lines.append(
+            f"data.root: must be a folder; {root} is {'a file' if Path(root).exists() else 'not there'}"
         )
     for key in ("ckpt_path", "init_from"):
-        if cfg[key] is not None and not Path(cfg[key]).is_file():
-            raise ValueError(f"{key}: a checkpoint is needed; there is no file {cfg[key]}")
-
-
-def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
-    """The configuration of the run folder `cfg.resume`, with plain values of it changed.
-
-    Raises:
-        ValueError: if the folder holds no run, or an override is not a value of that run.
-    """
-    folder = Path(cfg.resume)
-    saved, checkpoint = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
-    if saved.is_file() and not checkpoint.is_file():
-        raise ValueError(
-            f"resume: {folder} was stopped before its first checkpoint (callbacks.checkpoint.every_n_steps); start it anew"
-        )
-    if not saved.is_file() or not checkpoint.is_file():
-        raise ValueError(
-            f"resume: a run folder with config.yaml and checkpoints/last.ckpt is needed; {folder} is none"
-        )
-    before = OmegaConf.load(saved)
-    assert isinstance(before, DictConfig)
-    for override in (o.removeprefix("++") for o in overrides):
-        key, _, value = override.partition("=")
-        if key == "resume":
-            continue
-        if re.match(r"stage\.(optimizer|schedule)\b", key):
-            raise ValueError(
-                f"resume: optimizer and schedule go on as they were saved; {override} cannot be changed"
-            )
-        parent, _, last = key.rpartition(".")
-        if not parent or last not in (OmegaConf.select(before, parent) or {}):
-            raise ValueError(
-                f"resume: the run goes on with its own configuration; {override} cannot be changed"
-            )
-        OmegaConf.update(before, key, OmegaConf.create(f"v: {value}").v)
-    before.resume, before.ckpt_path, before.paths.run = str(folder), str(checkpoint), str(folder)
-    return before
+        if (path := cfg.get(key)) is not None and not Path(path).is_file():
+            lines.append(f"{key}: must be a checkpoint; there is no file {path}")
+    return lines

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
+from segrl.front_door import check as check_keys
 from segrl.front_door import enter
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 def traces(cfg: DictConfig) -> None:
     """Write one JSON line per sample whose mask the mask head finds again from the trace's own prompt."""
+    check_keys(cfg, "prepare_traces")
     out = _checked_out(cfg)
     head_name = _head_name(cfg)
     from hydra.utils import instantiate
@@ -124,10 +126,9 @@ def _splits(cfg: DictConfig) -> dict[str, tuple[DictConfig, int | None]]:
 
 def check(cfg: DictConfig) -> None:
     """Print what is wrong and what is worth knowing about a dataset on the disk; exit with 1 if numbers of it would not be its own."""
+    check_keys(cfg, "prepare_check")
     from segrl.data.check import check as walk
 
-    if isinstance(cfg.threads, bool) or not isinstance(cfg.threads, int) or cfg.threads < 1:
-        raise ValueError(f"threads: at least 1 is needed; got {cfg.threads}")
     splits = _splits(cfg)
     out = None if cfg.out is None else Path(cfg.out)
     if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):

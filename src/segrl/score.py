@@ -10,11 +10,20 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from segrl.front_door import enter
+from segrl.front_door import check, enter
 
 
 def job(cfg: DictConfig) -> None:
     """Score every pair, print the table, write the JSON."""
+    check(cfg, "score")
+    for key in ("pred", "gt"):  # before anything heavy is imported
+        if not Path(cfg[key]).is_dir():
+            raise ValueError(
+                f"{key}: must be a folder; {cfg[key]} is {'a file' if Path(cfg[key]).exists() else 'not there'}"
+            )
+    out = None if cfg.out is None else Path(cfg.out)
+    if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
+        raise ValueError(f"out: must be a .json file in a folder that exists; got {out}")
     from hydra.utils import instantiate
 
     from segrl.data.image_mask import pair_maps
@@ -22,15 +31,6 @@ def job(cfg: DictConfig) -> None:
     from segrl.metrics.parts import scores
     from segrl.tracking.per_sample import tables_text
 
-    out = None if cfg.out is None else Path(cfg.out)
-    if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
-        raise ValueError(f"out: a .json file in a folder that exists is needed; got {out}")
-    if isinstance(cfg.draws, bool) or not isinstance(cfg.draws, int) or cfg.draws < 0:
-        raise ValueError(f"draws: 0 or more resamples are needed; got {cfg.draws}")
-    if isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or cfg.seed < 0:
-        raise ValueError(f"seed: a whole number from 0 up is needed; got {cfg.seed}")
-    if cfg.metrics is not None and "metrics" not in cfg.scores:
-        raise ValueError("metrics: null is needed with scores that have a fixed table (scores=referring)")
     metrics = [cfg.metrics] if isinstance(cfg.metrics, str) else cfg.metrics
     family = instantiate(cfg.scores, **({} if metrics is None else {"metrics": metrics}))
     pairs = pair_maps(Path(cfg.pred), Path(cfg.gt), "" if cfg.keep is None else str(cfg.keep))

@@ -86,9 +86,7 @@ def check_packages_can_be_listed() -> None:
 
 def become_server(cfg: DictConfig, theirs: list[str]) -> None:
     """Replace this process by vLLM's server, with flags of the user's behind ours."""
-    if "root" in cfg.data:
-        cfg.data.root = None  # a server reads no data
-    check(cfg)
+    check(cfg, files=False)  # a server reads no data
     from segrl.rollout.vllm_wire import needs_vllm
 
     needs_vllm("vllm_server")
@@ -105,6 +103,9 @@ def become_server(cfg: DictConfig, theirs: list[str]) -> None:
 
 def main() -> None:
     """Entry point."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(f"{__doc__}\nThe keys are those of the run: python -m segrl.train --help")
+        return
     theirs: list[str] = []
     if "--" in sys.argv:
         split = sys.argv.index("--")
@@ -119,7 +120,7 @@ def main() -> None:
         """What hydra runs."""
         become_server(cfg, theirs)
 
-    enter("train", job)
+    enter("train", job, files=False)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from segrl.front_door import check, enter, experiments, resumed, take_in_instructions
+from segrl.front_door import check, enter, experiments, take_in_instructions
+from segrl.resuming import resumed
 
 if TYPE_CHECKING:
     from segrl.running import Run

@@ -252,7 +252,7 @@ def test_the_shards_of_fcot_are_checked_as_downloaded(cli, tmp_path: Path) -> No
         (("data=duts",), "data.root: there is no datasets/DUTS; its owners publish it at"),
         (("testset=nc4k",), "testsets.nc4k.root: there is no datasets/NC4K; its owners publish it at"),
         (("testset=nc4",), "did you mean nc4k?"),
-        (("data=image_mask",), "data.root: a value is needed"),
+        (("data=image_mask",), "data.root: must be given"),
         (("data=image_mask", "data.root=.", "data.objects=[1]", "data.background=[0]"), "folders[0].background"),
         (("data=image_mask", "data.root=.", "out=report.txt"), "out: a .json file"),
         (("data=image_mask", "data.root=.", "data.rot=x"), "data.root"),

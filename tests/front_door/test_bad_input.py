@@ -35,6 +35,7 @@ def refused(cli, tmp_path, *arguments):
     [
         ("stage.group_sise=4", ["stage.group_sise", "stage.group_size"]),
         ("stage.optimizer.lrr=1", ["stage.optimizer.lrr", "stage.optimizer.lr"]),
+        ("stage.lrr=1", ["stage.lrr", "did you mean stage.optimizer.lr?"]),
         ("polcy.temperature=1", ["polcy", "policy"]),
         ("policy=nanno", ["policy=nanno", "nano"]),
         ("+experiment=demoo", ["demoo", "demo"]),
@@ -81,6 +82,30 @@ def test_one_line_names_the_key(cli, tmp_path, override, words):
         assert word in line, line
 
 
+def test_a_folder_named_by_a_number_is_a_folder(cli, tmp_path):
+    for key, arguments in {
+        "pred": ("score", "pred=1", "gt=2024_01"), "data.root": ("evaluate", "data=image_mask", "data.root=1e3"), "ckpt": ("export", "ckpt=5", "out=6"),
+        "resume": ("train", "resume=2024_01"),
+    }.items():  # fmt: skip
+        code, _, err = cli(*arguments[1:], module=arguments[0], runs=None)
+        assert code == 2 and err.startswith(f"segrl: {key}: ") and err.count("\n") == 1
+        assert arguments[1].split("=")[1] in err or arguments[2].split("=")[1] in err, err
+
+
+def test_own_options_are_found_listed_and_swept(cli, tmp_path, monkeypatch):
+    own = tmp_path / "own" / "conf" / "experiment"
+    own.mkdir(parents=True)
+    (own / "birds.yaml").write_text("# @package _global_\ndefaults: [demo]\nname: birds\n")
+    place = ("--config-dir", str(own.parent))
+    for arguments in (
+        (*place, "+experiment=bird"),
+        (f"hydra.searchpath=[file://{own.parent}]", "+experiment=bird"),
+    ):
+        line = refused(cli, tmp_path, *arguments)
+        assert "did you mean birds?" in line and "demo" in line
+    assert "got 1" in refused(cli, tmp_path, *place, "-m", "+experiment=birds", "stage.group_size=1,4")
+
+
 @pytest.mark.parametrize(
     ("override", "word"), [("stage.group_sise=2,4", "stage.group_size"), ("stage.group_size=4,1", "got 1")]
 )
@@ -89,12 +114,32 @@ def test_a_sweep_with_one_bad_job_is_refused_before_the_first(cli, tmp_path, ove
 
 
 def test_missing_weights_and_data_are_named_with_their_owners(cli, tmp_path):
-    line = refused(cli, tmp_path, "+experiment=grpo_cod10k")
-    assert "policy.weights" in line and "huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct" in line
-    line = refused(cli, tmp_path, "+experiment=grpo_cod10k", "policy=nano")
-    assert "head.checkpoint" in line and "sam2.1_hiera_large.pt" in line
+    code, _, err = cli("+experiment=grpo_cod10k")
+    first, *lines = err.splitlines()
+    assert (
+        code == 2
+        and first.startswith("segrl: 3 things are missing")
+        and len(lines) == 3
+        and not list(tmp_path.iterdir())
+    )
+    assert (
+        "policy.weights: " in lines[0]
+        and "hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir weights/" in lines[0]
+    )
+    assert (
+        "head.checkpoint: " in lines[1]
+        and "curl -L --create-dirs -o weights/sam2.1_hiera_large.pt https://" in lines[1]
+    )
+    assert "data.root: " in lines[2] and "SINet" in lines[2]
     line = refused(cli, tmp_path, "+experiment=grpo_cod10k", "policy=nano", "head=sam2_nano")
     assert "data.root" in line and "SINet" in line
+
+
+def test_an_empty_folder_and_an_empty_file_are_missing(cli, tmp_path):
+    (tmp_path / "weights" / "Qwen2.5-VL-3B-Instruct").mkdir(parents=True)
+    (tmp_path / "weights" / "sam2.1_hiera_large.pt").touch()
+    code, _, err = cli("+experiment=grpo_cod10k")
+    assert code == 2 and "Qwen2.5-VL-3B-Instruct is empty" in err and "sam2.1_hiera_large.pt is empty" in err
 
 
 def dataset(root, images=("a", "b", "c"), masks=("a", "b", "c"), size=(40, 30), mask_size=None):
@@ -156,7 +201,7 @@ def test_a_root_that_is_no_folder_is_refused_before_anything_is_loaded(cli, tmp_
     (tmp_path / "file").write_text("")
     for root, words in (("nowhere", "not there"), ("file", "a file")):
         line = refused(cli, tmp_path, *OWN, f"data.root={tmp_path / root}")
-        assert line == f"segrl: data.root: a folder is needed; {tmp_path / root} is {words}"
+        assert line == f"segrl: data.root: must be a folder; {tmp_path / root} is {words}"
 
 
 def test_a_checkpoint_of_another_architecture_a_foreign_file_and_a_cut_one_are_refused(
@@ -185,7 +230,7 @@ def test_help_takes_under_two_seconds():
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "segrl.train", "--help"], capture_output=True, text=True
     )
-    assert done.returncode == 0 and "experiment: " in done.stdout
+    assert done.returncode == 0 and "experiment: " in done.stdout and "stage.group_size=8" in done.stdout
     heavy = [
         name
         for name in (" torch\n", "transformers\n", "lightning\n", "mlflow\n", "sam2\n")
@@ -204,3 +249,39 @@ def test_a_bug_of_ours_keeps_its_traceback(cli, monkeypatch):
     monkeypatch.setattr(train, "check", broken)
     with pytest.raises(ValueError, match="invalid literal"):
         cli(*DEMO)
+
+
+def test_help_that_is_cut_off_ends_without_a_traceback():
+    done = subprocess.run(
+        f"{sys.executable} -m segrl.train --help | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == "" and done.stdout.startswith("Train a policy")
+
+
+@pytest.mark.parametrize(
+    "module", ["train", "evaluate", "score", "export", "serve", "prepare check", "prepare traces"]
+)
+def test_help_says_what_a_command_does_and_its_keys_and_no_group_that_it_does_not_use(cli, module, capsys):
+    name, *job = module.split()
+    code, out, _ = cli(*job, "--help", module=name, runs=None)
+    assert code == 0 and f"python -m segrl.{module}" in out
+    if name in ("score", "export"):
+        assert "experiment" not in out and "(needed)" in out and "stage" not in out
+
+
+def test_the_list_of_commands_is_whole(capsys, monkeypatch):
+    import tomllib
+    from pathlib import Path
+
+    from segrl import __main__ as listing
+
+    monkeypatch.setattr(sys, "argv", ["segrl"])
+    listing.main()
+    out = capsys.readouterr().out
+    scripts = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["scripts"]
+    assert set(scripts.values()) == {f"segrl.{name}:main" for name in listing.COMMANDS}
+    assert all(f"segrl.{name}" in out for name in listing.COMMANDS)

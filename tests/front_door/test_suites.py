@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 from evaluations import EVAL, NANO, datasets, rows, values
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from PIL import Image
 
 from segrl.data.reasoning import ReasonSeg
-from segrl.front_door import asset, conf_folder, register_resolvers
-from segrl.schema import EvaluateConfig
+from segrl.front_door import asset, check_keys, conf_folder, register_resolvers
 
 SUITES = sorted(path.stem for path in (conf_folder() / "suite").glob("*.yaml"))
 
@@ -26,7 +24,7 @@ def test_every_suite_composes(suite):
     register_resolvers()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         cfg = compose("evaluate", [f"+suite={suite}"])
-    EvaluateConfig.model_validate(OmegaConf.to_container(cfg, resolve=True))
+    check_keys(cfg, "evaluate")
     assert cfg.suite.name == suite and cfg.testsets
     for one in cfg.testsets.values():
         assert one.source and one.licence and one.samples.get("side") is None

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from segrl.foreign import strange
 from segrl.prompts import instructions
 
 NAME = "segrl.json"
@@ -110,10 +111,9 @@ def checked(card: object, path: Path) -> Card:
         values = card[part]
         if not isinstance(values, dict) or not re.fullmatch(pattern, str(values.get("_target_"))):
             raise ValueError(f"{path}: {part}._target_: {pattern} is needed; got {values!r:.80}")
-        if any(key.startswith("_") for key in values if key != "_target_"):
-            raise ValueError(f"{path}: {part}: names of values are needed; got {', '.join(values)}")
-        if not all(map(_plain, values.values())):
-            raise ValueError(f"{path}: {part}: plain values are needed; got {values!r:.200}")
+        plain = {key: value for key, value in values.items() if key != "_target_"}
+        for key, value in strange(plain, whole=False):
+            raise ValueError(f"{path}: {part}.{key}: must be a plain value; got {value!r:.80}")
     for part, key, allowed in (
         ("head", "architecture", _ARCHITECTURE), ("head", "checkpoint", _CHECKPOINT),
         ("policy", "dtype", _DTYPE),
@@ -130,12 +130,3 @@ def checked(card: object, path: Path) -> Card:
             f"{path}: head.embeddings_folder: null is needed; got {card['head']['embeddings_folder']!r:.80}"
         )
     return card
-
-
-def _plain(value: object) -> bool:
-    """Whether nothing in it is called or looked up where Hydra makes an object of it."""
-    if isinstance(value, dict):
-        return all(not key.startswith("_") and _plain(one) for key, one in value.items())
-    if isinstance(value, list):
-        return all(map(_plain, value))
-    return not (isinstance(value, str) and "${" in value)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segrl.foreign import strange
 from segrl.models.embeddings import Embeddings, fingerprint
 from segrl.models.first_use import FAILURES, give_up
 from segrl.models.pinned import sent
@@ -36,6 +37,17 @@ _ENCODED = (
 Precision = Literal["float32", "bfloat16"]
 _PRECISIONS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+_PARTS = [
+    f"sam2.modeling.{name}" for name in (
+        "sam2_base.SAM2Base", "backbones.hieradet.Hiera", "backbones.image_encoder.FpnNeck", "backbones.image_encoder.ImageEncoder",
+        "memory_attention.MemoryAttention", "memory_attention.MemoryAttentionLayer", "memory_encoder.CXBlock", "memory_encoder.Fuser",
+        "memory_encoder.MaskDownSampler", "memory_encoder.MemoryEncoder", "position_encoding.PositionEmbeddingSine",
+        "sam.transformer.RoPEAttention",
+    )
+]  # fmt: skip
+"""All that the architectures of SAM 2 and 2.1 are made of."""
 
 
 @contextmanager
@@ -65,11 +77,29 @@ def _build(architecture: str) -> nn.Module:
         if not path.is_file():
             raise ValueError(f"head.architecture: a SAM 2 YAML is needed; there is no {path}")
         config = OmegaConf.load(path)
+        _check_parts(OmegaConf.to_container(config.model, resolve=False), path)
         model = instantiate(
             OmegaConf.merge(config.model, {"sam_mask_decoder_extra_args": _POSTPROCESSING}), _recursive_=True
         )
     assert isinstance(model, nn.Module)
     return model
+
+
+def _check_parts(node: object, path: Path) -> None:
+    """Raise ValueError if an architecture names anything but the parts of SAM 2: a YAML says which code is called."""
+    for key, value in strange(node, whole=True):
+        raise ValueError(f"head.architecture: {path} must hold plain values; {key} is {value!r:.80}")
+    nodes = [node]
+    while nodes:
+        one = nodes.pop()
+        if isinstance(one, dict):
+            if one.get("_target_", _PARTS[0]) not in _PARTS:
+                raise ValueError(
+                    f"head.architecture: {path} must name parts of sam2.modeling; got {one['_target_']!r:.80}"
+                )
+            nodes += one.values()
+        elif isinstance(one, list):
+            nodes += one
 
 
 def _read_weights(checkpoint: Path) -> dict[str, Tensor]:

@@ -1,0 +1,103 @@
+"""The configuration of a run that is gone on with, or used: it may be anybody's, and is read as data."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from segrl.front_door import asset
+
+
+def saved(path: Path, key: str, command: str, overrides: list[str] | None = None) -> DictConfig:
+    """Return the configuration in a file that may be anybody's, with values of it changed.
+
+    Args:
+        path: of `config.yaml`.
+        key: that led here, for the refusal.
+        command: that the configuration is for.
+        overrides: `a.b=c`, of the user's own command line.
+
+    Raises:
+        ValueError: if the file is no configuration, or names anything but segrl's parts, plain values, and what
+            the user names himself.
+    """
+    import yaml
+
+    from segrl.foreign import strange
+    from segrl.schema.commands import COMMANDS
+    from segrl.schema.walk import faults
+
+    try:
+        loaded = OmegaConf.load(path)
+        raw = OmegaConf.to_container(loaded, resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ValueError(
+            f"{key}: {path} must be a configuration; it cannot be read ({' '.join(str(error).split())[:200]})"
+        ) from None
+    if (
+        not isinstance(loaded, DictConfig)
+        or not isinstance(raw, dict)
+        or not set(COMMANDS[command].model_fields) & set(raw)
+    ):
+        raise ValueError(f"{key}: {path} must be a configuration; it holds none")
+    for where, value in strange(raw, whole=True):
+        raise ValueError(
+            f"{key}: {path} must hold plain values and references to its own keys; {where} is {value!r:.80}"
+        )
+    typed = set()
+    for override in overrides or []:
+        name, _, value = override.partition("=")
+        parent, _, last = name.rpartition(".")
+        if not parent or last not in (OmegaConf.select(loaded, parent) or {}):
+            raise ValueError(
+                f"{key}: the run goes on with its own configuration; {override} cannot be changed"
+            )
+        typed.add(name)
+        OmegaConf.update(loaded, name, OmegaConf.create(f"v: {value}").v)
+    if found := faults(loaded, COMMANDS[command], typed):
+        raise ValueError(f"{key}: {path} must be a configuration of segrl: {found[0]}")
+    head = str(OmegaConf.select(loaded, "head.architecture"))
+    if "head.architecture" not in typed and "head" in raw and not _shipped(head):
+        raise ValueError(
+            f"{key}: {path}: head.architecture must ship with segrl or sam2; got {head} (if it is your own, write "
+            f"head.architecture={head} on the command line)"
+        )
+    return loaded
+
+
+def _shipped(architecture: str) -> bool:
+    """Whether an architecture's YAML is segrl's or sam2's: any other would say which code is called."""
+    return (
+        Path(architecture).parent == Path(asset(""))
+        or re.fullmatch(r"configs/sam2(\.1)?/[\w.+]+\.yaml", architecture) is not None
+    )
+
+
+def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+    """Return the configuration of the run folder `cfg.resume`, with plain values of it changed.
+
+    Raises:
+        ValueError: if the folder holds no run, or an override is not a value of that run.
+    """
+    folder = Path(cfg.resume)
+    config, checkpoint = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
+    if config.is_file() and not checkpoint.is_file():
+        raise ValueError(
+            f"resume: {folder} was stopped before its first checkpoint (callbacks.checkpoint.every_n_steps); start it anew"
+        )
+    if not config.is_file() or not checkpoint.is_file():
+        raise ValueError(
+            f"resume: must be a run folder with config.yaml and checkpoints/last.ckpt; {folder} is none"
+        )
+    changes = [o.removeprefix("++") for o in overrides if not o.startswith("resume=")]
+    for change in changes:
+        if re.match(r"stage\.(optimizer|schedule)\b", change):
+            raise ValueError(
+                f"resume: optimizer and schedule go on as they were saved; {change} cannot be changed"
+            )
+    before = saved(config, "resume", "train", changes)
+    before.resume, before.ckpt_path, before.paths.run = str(folder), str(checkpoint), str(folder)
+    return before

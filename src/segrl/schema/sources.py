@@ -1,0 +1,30 @@
+"""Files that somebody else publishes: whether they are here, and the command that fetches them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+
+def lacks(path: Path) -> str:
+    """Return what is wrong with a file or folder that has to be there; "" where it is there and not empty."""
+    if not path.exists():
+        return f"there is no {path}"
+    if path.is_dir():
+        return "" if any(path.iterdir()) else f"the folder {path} is empty"
+    return "" if path.stat().st_size else f"the file {path} is empty"
+
+
+def way_to(path: Path, owners: str) -> str:
+    """Return the command that fetches a file or folder, or the place where its owners publish it.
+
+    Args:
+        path: where it is to lie.
+        owners: address, or addresses in words.
+    """
+    if match := re.fullmatch(r"https://huggingface\.co/(datasets/)?([\w.-]+/[\w.-]+)", owners):
+        kind = " --repo-type dataset" if match[1] else ""
+        return f"fetch it by: hf download {match[2]}{kind} --local-dir {path}  ({owners})"
+    if re.fullmatch(r"https?://\S+", owners) and owners.rpartition("/")[2] == path.name:
+        return f"fetch it by: curl -L --create-dirs -o {path} {owners}"
+    return f"its owners publish it at {owners}"

@@ -1,0 +1,135 @@
+"""A configuration from elsewhere is data: it names segrl's parts and plain values, or is refused before anything of it is called."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from segrl.foreign import strange
+from segrl.front_door import _composed, register_resolvers
+from segrl.resuming import resumed, saved
+
+
+@pytest.fixture(scope="module")
+def config() -> str:
+    register_resolvers()
+    return OmegaConf.to_yaml(_composed("train", ["+experiment=demo", "paths.run=runs/demo/1"]))
+
+
+def run_of(tmp_path: Path, config: str, key: str | None = None, value: object = None) -> Path:
+    """A run's folder whose configuration has one key changed."""
+    cfg = OmegaConf.create(config)
+    if key is not None:
+        OmegaConf.update(cfg, key, value, force_add=True)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"not read here")
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+    return tmp_path
+
+
+def again(folder: Path, *overrides: str):
+    return resumed(OmegaConf.create({"resume": str(folder)}), [f"resume={folder}", *overrides])
+
+
+def test_an_honest_run_goes_on(tmp_path, config):
+    cfg = again(run_of(tmp_path, config), "++trainer.max_steps=500")
+    assert cfg.trainer.max_steps == 500 and cfg.paths.run == str(tmp_path)
+
+
+TRAP = {"_target_": "os.system", "command": "touch trapped"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("policy._target_", "os.system"), ("policy._target_", "builtins.exec"), ("policy._target_", "hydra.utils.get_method"),
+        ("policy._target_", "segrl.models.pretrained.importlib.import_module"), ("stage.optimizer._target_", "torch.hub.load"),
+        ("stage.optimizer._target_", "torch.optim.adamw.torch.hub.load"), ("stage.schedule._target_", "torch.optim.lr_scheduler.os.system"),
+        ("trainer._target_", "lightning.pytorch.cli.os.system"), ("trainer.strategy", TRAP), ("trainer.extra", TRAP),
+        ("stage.extra", TRAP), ("stage.optimizer", {"_target_": "torch.optim.SGD", "lr": 0.1, "_partial_": True, "extra": TRAP}),
+        ("stage.optimizer", {"_target_": "torch.optim.SGD", "lr": 0.1, "_partial_": True, "extra": [TRAP]}),
+        ("data.module.train", TRAP), ("data.module.test.mine", TRAP), ("data.extra", TRAP), ("data.published", {"a": TRAP}),
+        ("reward.terms.mine", {"fn": {**TRAP, "_partial_": True}, "weight": 1.0}), ("reward.terms.iou.fn._target_", "shutil.rmtree"),
+        ("callbacks.mine", TRAP), ("logger", {**TRAP, "_partial_": True}), ("head._target_", "subprocess.run"),
+        ("head.architecture", "evil.yaml"), ("head.architecture", "configs/sam2.1/../../evil.yaml"), ("sources", {"a": TRAP}),
+        ("name", "${oc.env:HOME}"), ("paths.runs", "${oc.decode:1}"), ("policy.weights", "${hydra:runtime.cwd}"),
+        ("policy._args_", [1]), ("policy._recursive_", False), ("policy._convert_", "all"), ("stage.policy", TRAP),
+        ("stage.surrogate._target_", "segrl.stages.grpo.GRPOStage"), ("stage.critic", TRAP), ("hydra", TRAP),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_hostile_run_is_refused_in_a_line(tmp_path, config, key, value):
+    folder = run_of(tmp_path, config, key, value)
+    with pytest.raises(ValueError, match="resume: ") as refused:
+        again(folder)
+    assert "\n" not in str(refused.value) and str(folder) in str(refused.value)
+    assert not Path("trapped").exists()
+
+
+def test_code_of_ones_own_is_named_on_the_command_line(tmp_path, config):
+    folder = run_of(tmp_path, config, "reward.terms.iou.fn._target_", "statistics.fmean")
+    with pytest.raises(
+        ValueError, match=r"reward\.terms\.iou\.fn\._target_=statistics\.fmean on the command line"
+    ):
+        again(folder)
+    assert (
+        again(folder, "++reward.terms.iou.fn._target_=statistics.fmean").reward.terms.iou.fn._target_
+        == "statistics.fmean"
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x00\xff\xfe",
+        b"a: [1",
+        b"- 1\n- 2\n",
+        b"just words",
+        b"name: !!python/object/apply:os.system ['touch trapped']\n",
+        b"seed: 1\n",
+    ],
+)
+def test_a_damaged_configuration_is_refused_in_a_line(tmp_path, config, content):
+    folder = run_of(tmp_path, config)
+    (folder / "config.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match="resume: ") as refused:
+        again(folder)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_evaluation_goes_on_with_plain_values_alone(tmp_path):
+    register_resolvers()
+    cfg = _composed("evaluate", ["+suite=synthetic"])
+    OmegaConf.save(cfg, tmp_path / "config.yaml")
+    assert saved(tmp_path / "config.yaml", "resume", "evaluate").suite.name == "synthetic"
+    cfg.scores._target_ = "os.system"
+    OmegaConf.save(cfg, tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match=r"scores\._target_"):
+        saved(tmp_path / "config.yaml", "resume", "evaluate")
+
+
+def test_an_architecture_names_parts_of_sam2_alone(tmp_path):
+    from segrl.models.sam2_head import Sam2Head
+
+    for text in (
+        "model: {_target_: os.system, command: touch trapped}",
+        "model: {_target_: sam2.build_sam.os.getcwd}",
+        "model: {a: '${oc.env:HOME}'}",
+    ):
+        (tmp_path / "a.yaml").write_text(text)
+        with pytest.raises(ValueError, match=r"head\.architecture: "):
+            Sam2Head(str(tmp_path / "a.yaml"), None, 1, 1, None)
+
+
+def test_strange_is_all_that_is_called_or_looked_up():
+    assert not list(
+        strange(
+            {"a": [1, 2.5, None, True, "x"], "b": {"c": "${a}/x", "_target_": "t", "_partial_": True}},
+            whole=True,
+        )
+    )
+    for node in ({"a": "${oc.env:X}"}, {"a": ["${a.${b}}"]}, {"_args_": []}, {"a": b"x"}, {"a": "${eval:1}"}):
+        assert list(strange(node, whole=True)), node
+    for node in ({"a": "${b}"}, {"b": {"_target_": "x"}}):
+        assert list(strange(node, whole=False)), node

@@ -1,0 +1,170 @@
+"""Each key has a type and a range, in one place: what a schema does not allow is refused in a line that names the key."""
+
+import ast
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+sys.path.append(str(Path(__file__).parent))
+from bad_input import COMPOSED, bad_values, composed, good_values, is_node, typed  # noqa: E402
+from by_hand import BY_HAND  # noqa: E402
+
+from segrl.front_door import check_keys, refusal  # noqa: E402
+from segrl.messages import Refused  # noqa: E402
+from segrl.schema.commands import COMMANDS, SCALARS  # noqa: E402
+from segrl.schema.kinds import fault  # noqa: E402
+from segrl.schema.table import PARTIAL, PARTS, SHAPES  # noqa: E402
+from segrl.schema.walk import Walk  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+CALLED_WITH = {
+    "logprobs", "old", "advantages", "mask", "group_size", "tokens", "reference", "rewards", "closes", "policy", "answer", "sample",
+    "optimizer", "total_steps", "truth", "folder", "tags",
+}  # fmt: skip
+"""What code gives to a part that the configuration leaves to be called."""
+
+
+@pytest.mark.parametrize(
+    ("place", "target"),
+    [(place, target) for place, parts in PARTS.items() for target in parts if target.startswith("segrl.")],
+)
+def test_the_keys_of_a_part_are_the_arguments_of_its_constructor(place, target):
+    model, later = PARTS[place][target], place in PARTIAL or place == "fn" or place == "potential"
+    arguments = {
+        name: one for name, one in inspect.signature(get_object(target)).parameters.items()
+        if not (later and name in CALLED_WITH) and one.kind is not inspect.Parameter.VAR_POSITIONAL
+    }  # fmt: skip
+    assert set(model.model_fields) == set(arguments)
+    for name, one in arguments.items():
+        assert model.model_fields[name].is_required() == (one.default is inspect.Parameter.empty), name
+
+
+def test_the_keys_of_nodes_without_a_constructor_are_those_of_what_reads_them():
+    from segrl.data.image_mask import FolderPair
+    from segrl.data.referring import Exclusion
+    from segrl.models.hf_vlm import Lora
+    from segrl.rewards.mixture import Term
+    from segrl.tracking.alarms import Rule
+
+    for shape, read in (("lora", Lora), ("term", Term), ("rule", Rule), ("exclusion", Exclusion)):
+        assert set(SHAPES[shape].model_fields) == set(read.__annotations__), shape
+    assert set(SHAPES["folder"].model_fields) == set(FolderPair.model_fields)
+    trainer = inspect.signature(get_object("lightning.Trainer")).parameters
+    assert set(PARTS["trainer"]["lightning.Trainer"].model_fields) <= set(trainer)
+
+
+def test_alarms_may_watch_all_that_is_logged_and_nothing_else():
+    told = re.search(r"Logged scalars: (.*?)`val/", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)[1]
+    documented = {
+        f"{room}/{name}" for room, names in re.findall(r"(\w+)/\{([^}]+)\}", told) for name in names.split(",") if "<" not in name
+    } | {"sft/loss"}  # fmt: skip
+    assert documented <= SCALARS
+    assert {one for one in SCALARS - documented} == {
+        "head/loss",
+        "head/iou",
+        "head/quality_loss",
+        "tower/cell_loss",
+        "tower/box_loss",
+    }
+
+
+def test_every_value_that_a_schema_does_not_allow_is_told_and_every_bound_is_taken():
+    count = 0
+    for one in {one for name in COMPOSED for one in typed(name)}:
+        for value in bad_values(one.schema):
+            said = fault(one.model, one.field, value)
+            assert said is not None, (one, value)
+            assert said.startswith("must be ") and "; got " in said and "\n" not in said, (one, value, said)
+            count += 1
+        for value in good_values(one.schema):
+            assert fault(one.model, one.field, value) is None, (one, value)
+    assert count > 3000
+
+
+@pytest.mark.parametrize(
+    "name", ["train +experiment=demo", "train +experiment=ppo_dense_refcocog", "evaluate +suite=dis"]
+)
+def test_a_bad_value_of_any_key_refuses_the_configuration_by_its_name(name):
+    """A value of each key, another one for each, goes through the front door's check."""
+    command = COMPOSED[name][0]
+    for index, key in enumerate(sorted({one.key for one in typed(name)})):
+        fields = [one for one in typed(name) if one.key == key]
+        values = [value for value in bad_values(fields[0].schema) if not isinstance(value, dict)]
+        if not values or is_node(fields[0]):
+            continue
+        cfg = composed(name).copy()
+        OmegaConf.update(cfg, key, values[index % len(values)], merge=False, force_add=True)
+        with pytest.raises(Refused) as refused:
+            check_keys(cfg, command)
+        assert key in {one.key for one in refused.value.faults}, (key, refused.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train +experiment=demo",
+        "train +experiment=ppo_dense_refcocog",
+        "train +experiment=grpo_cod10k",
+        "evaluate +suite=dis",
+    ],
+)
+def test_an_unknown_neighbour_of_any_key_is_refused(name):
+    command = COMPOSED[name][0]
+    walk = Walk(OmegaConf.to_container(composed(name), resolve=False), COMMANDS[command])
+    list(walk)
+    cfg = composed(name).copy()
+    places = {f"{place}.zzz" for place in walk.reached if "[" not in place}
+    for key in places:
+        OmegaConf.update(cfg, key, 1, force_add=True)
+    with pytest.raises(Refused) as refused:
+        check_keys(cfg, command)
+    assert places <= {one.key for one in refused.value.faults}
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "words"),
+    BY_HAND,
+    ids=lambda one: " ".join(one) if isinstance(one, list) else one,
+)
+def test_a_command_line_that_is_refused_by_hand(command, arguments, words):
+    (line,) = refusal(command, arguments, only_keys=True)
+    assert "\n" not in line and not line.rstrip().endswith(":"), line
+    for word in words:
+        assert word in line, line
+
+
+def test_there_are_eighty_by_hand():
+    assert len(BY_HAND) >= 80
+
+
+def test_nothing_heavy_is_imported_to_refuse():
+    """`torch` and its like come after the check: no import of them at the head of what the front door imports."""
+    for file in (
+        "front_door.py",
+        "messages.py",
+        "help_text.py",
+        "foreign.py",
+        *(f"schema/{p.name}" for p in (ROOT / "src/segrl/schema").glob("*.py")),
+    ):
+        for node in ast.parse((ROOT / "src" / "segrl" / file).read_text()).body:
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+            assert not {name.split(".")[0] for name in names} & {
+                "torch",
+                "transformers",
+                "lightning",
+                "mlflow",
+                "numpy",
+                "sam2",
+                "hydra",
+            }, file
