@@ -74,7 +74,9 @@ def _without_metadata(content: bytes) -> bytes:
 def loaded(where: object, image: Image.Image) -> Image.Image:
     """Decode an image that was opened, and return it. Raises ValueError naming one that is none, or is several pictures."""
     with reading(where, NEEDED):
-        if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photograph of a phone, whose other pictures are previews
+        if image.format != "MPO" and getattr(
+            image, "is_animated", False
+        ):  # MPO: a photograph of a phone, whose other pictures are previews
             raise ValueError(f"{where}: one picture is needed; this {image.format} file holds several")
         deep = (
             any(";16" in str(tile.args) for tile in getattr(image, "tile", ())) and len(image.getbands()) > 1
