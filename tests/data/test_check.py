@@ -268,6 +268,17 @@ def test_a_mistake_costs_one_line_and_exits_with_two(
 
 
 @pytest.mark.parametrize(
+    "name", ["a=b", "what?", "x[1]*", "~", "two words", "it's", "été 图像", "1e3", "a,b", "{c}", "x:y"]
+)
+def test_a_folder_of_any_name_is_checked(cli, tmp_path: Path, name: str) -> None:
+    folders(tmp_path / name, "test/images", "test/masks", (name,))
+    for folder in ("images", "masks"):
+        shutil.copytree(tmp_path / name / "test" / folder, tmp_path / name / "train" / folder)
+    code, out, err = run(cli, "data=image_mask", f'data.root="{tmp_path / name}"')
+    assert code == 0 and "train: 1 samples" in out, err
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("out=t.jsonl",), "head.checkpoint: there is no weights/sam2.1_hiera_large.pt"),

@@ -28,45 +28,45 @@ class _Plain(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
 
 
-_OPCODES = {ord(op.code): op for op in pickletools.opcodes}
-_WIDTHS = {
+# By opcode: bytes of its argument; as pickletools has it, below 0 where the argument says itself how long it is.
+_WIDTHS: list[int | None] = [None] * 256
+for _op in pickletools.opcodes:
+    _WIDTHS[ord(_op.code)] = 0 if _op.arg is None else _op.arg.n
+_LENGTHS = {
     pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT4: 4, pickletools.TAKEN_FROM_ARGUMENT4U: 4,
     pickletools.TAKEN_FROM_ARGUMENT8U: 8,
 }  # fmt: skip
+_LINES = {ord("c"): 2, ord("i"): 2}  # GLOBAL and INST name a module and a class, one line each
+_PUT, _LONG_BINPUT, _STOP = ord("p"), ord("r"), ord(".")
 
 
 def _check_places(content: bytes) -> None:
     """Refuse a pickle that puts something at a place beyond its own length: Python would make a table of that length first."""
-    at, end = 0, len(content)
+    at, end, place = 0, len(content), 0
     while at < end:
-        op = _OPCODES.get(content[at])
+        code = content[at]
+        width = _WIDTHS[code]
         at += 1
-        if op is None:
-            raise ValueError(f"no pickle has {content[at - 1]:#04x} there")
-        width = 0 if op.arg is None else op.arg.n
-        if width == pickletools.UP_TO_NEWLINE:
-            stop = content.find(b"\n", at)
-            if stop < 0:
-                raise ValueError("it was cut off")
-            if op.name == "PUT" and not content[at:stop].strip().isdigit():
-                raise ValueError("it puts something at no place")
-            place, at = (int(content[at:stop][:20]) if op.name == "PUT" else 0), stop + 1
-            if op.name in ("GLOBAL", "INST"):
-                at = content.find(b"\n", at) + 1 or end
-        elif width < 0:
-            bytes_of = _WIDTHS[width]
-            place, at = 0, at + bytes_of + int.from_bytes(content[at : at + bytes_of], "little")
-        else:
-            place = (
-                int.from_bytes(content[at : at + width], "little")
-                if op.name in ("BINPUT", "LONG_BINPUT")
-                else 0
-            )
+        if width is None:
+            raise ValueError(f"no pickle has {code:#04x} there")
+        if width >= 0:
+            if code == _LONG_BINPUT:
+                place = int.from_bytes(content[at : at + 4], "little")
+            elif code == _STOP:
+                return
             at += width
+        elif width == pickletools.UP_TO_NEWLINE:
+            for _ in range(_LINES.get(code, 1)):
+                begin, at = at, content.find(b"\n", at) + 1
+                if at == 0:
+                    raise ValueError("it was cut off")
+            if code == _PUT:
+                place = int(content[begin : begin + 20])
+        else:
+            length = _LENGTHS[width]
+            at += length + int.from_bytes(content[at : at + length], "little")
         if place > end:
             raise ValueError(f"it puts something at place {place} and has {end} bytes")
-        if op.name == "STOP":
-            return
 
 
 def read_refs(path: Path) -> list[dict[str, Any]]:
