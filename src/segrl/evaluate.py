@@ -6,7 +6,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from segrl.front_door import check, enter
+from segrl.front_door import check, enter, saved_config
+from segrl.stopping import Stopped, held
 
 
 def job(cfg: DictConfig) -> float | None:
@@ -25,7 +26,13 @@ def job(cfg: DictConfig) -> float | None:
     check(cfg)
     from segrl.evaluating import Evaluation
 
-    return Evaluation.build(cfg).run()
+    evaluation = Evaluation.build(cfg)
+    try:
+        return evaluation.run()
+    except Stopped as stop:
+        with held():
+            evaluation.stopped(stop)
+        raise
 
 
 def _resumed(folder: Path) -> DictConfig:
@@ -37,9 +44,8 @@ def _resumed(folder: Path) -> DictConfig:
             raise ValueError(
                 f"resume: the evaluation goes on with its own configuration; {override.removeprefix('++')} cannot be changed"
             )
-    saved = folder / "config.yaml"
-    before = OmegaConf.load(saved) if saved.is_file() else None
-    if not isinstance(before, DictConfig) or "suite" not in before:
+    before = saved_config(folder, "resume")
+    if "suite" not in before:
         raise ValueError(f"resume: the folder of an evaluation is needed; {folder} is none")
     before.resume = str(folder)
     return before

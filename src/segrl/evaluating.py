@@ -18,7 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from segrl import folder as folders
+from segrl import stopping
 from segrl.data.batching import Collate
+from segrl.data.datamodule import begin_worker
 from segrl.metrics.parts import Family, scores
 from segrl.protocols import SampleSet
 from segrl.running import memory_said, quiet, run_folder, say
@@ -51,12 +54,12 @@ class Evaluation:
         """Instantiate policy, mask head and test sets. Raises ValueError on what does not fit."""
         quiet()
         torch.manual_seed(cfg.seed)
-        folder = Path(cfg.resume) if cfg.resume else run_folder(Path(cfg.paths.run))
+        folder = run_folder(cfg)
         cfg.paths.run = str(folder)
         family: Family = instantiate(cfg.scores)
         sets = _test_sets(cfg, family)
         if cfg.resume and (folder / _STAMPS).is_file():
-            before = json.loads((folder / _STAMPS).read_text())
+            before = folders.read_json(folder / _STAMPS, "resume")
             if changed := sorted(set(before) ^ set(_stamps(cfg))) or [
                 path for path, stamp in _stamps(cfg).items() if before[path] != stamp
             ]:
@@ -90,18 +93,9 @@ class Evaluation:
         self.fabric.launch()
         for module in (self.segmenter.policy, self.segmenter.head):
             cast("torch.nn.Module", module).to(self.fabric.device)
-        logger = None
-        if self.fabric.is_global_zero:
-            text = OmegaConf.to_yaml(self.cfg)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(text)
-            (self.folder / _STAMPS).write_text(json.dumps(_stamps(self.cfg), indent=2) + "\n")
-            made = provenance(text)
-            (self.folder / "provenance.json").write_text(json.dumps(made, indent=2) + "\n")
-            logger = instantiate(self.cfg.logger)(self.folder, made)
-            say(
-                f"{self.cfg.suite.name}: {sum(map(len, self.sets.values()))} samples; results in {self.folder}"
-            )
+        logger = self._open() if self.fabric.is_global_zero else None
+        # Processes that were started from outside have each composed a name of their own.
+        self.folder = Path(self.fabric.broadcast(str(self.folder)))
         self.fabric.barrier()
         for name, samples in self.sets.items():
             self._segment(name, samples)
@@ -119,6 +113,35 @@ class Evaluation:
             raise ValueError(f"objective_metric: one of {', '.join(sorted(metrics))} is needed; got {wanted}")
         return None if wanted is None else metrics[wanted]
 
+    def _open(self) -> Any:  # noqa: ANN401 - a logger of Lightning's
+        """Create the folder and its logger, on the first rank."""
+        cfg = self.cfg
+        with stopping.held():
+            if cfg.resume is None:
+                self.folder = folders.create(self.folder, alone=True)
+                cfg.paths.run = str(self.folder)
+            text = OmegaConf.to_yaml(cfg)
+            made = provenance(text)
+            folders.write(self.folder / "config.yaml", text)
+            folders.write(self.folder / _STAMPS, json.dumps(_stamps(cfg), indent=2) + "\n")
+            folders.write(self.folder / "provenance.json", json.dumps(made, indent=2) + "\n")
+            logger = instantiate(cfg.logger)(self.folder, made)
+        stopping.check()
+        say(f"{cfg.suite.name}: {sum(map(len, self.sets.values()))} samples; results in {self.folder}")
+        return logger
+
+    def stopped(self, stop: stopping.Stopped) -> None:
+        """Say how many answers are on the disk, where they are counted, and how to go on."""
+        stop.told = True
+        if not (self.folder / "config.yaml").is_file():
+            say(f"stopped by {stop.name} before anything was written")
+            return
+        kept = sum(len({row["id"] for row in per_sample.lines(self.folder, name)}) for name in self.sets)
+        say(
+            f"stopped; {kept} of {sum(map(len, self.sets.values()))} samples are answered and kept; go on with: "
+            f"python -m segrl.evaluate resume={self.folder}"
+        )
+
     @torch.inference_mode()
     def _segment(self, name: str, samples: SampleSet) -> None:
         """This rank's share of what nobody has segmented yet; a line on the disk per sample."""
@@ -132,7 +155,7 @@ class Evaluation:
         settings = self.cfg.suite
         loader = DataLoader(
             cast("Dataset[Sample]", samples), sampler=left, batch_size=settings.batch_size, num_workers=self.cfg.data.workers,
-            collate_fn=Collate(self.segmenter.policy.encoder, self.segmenter.grammar),
+            collate_fn=Collate(self.segmenter.policy.encoder, self.segmenter.grammar), worker_init_fn=begin_worker,
         )  # fmt: skip
         told, count = time.monotonic(), 0
         with per_sample.new_part(self.folder, name, self.fabric.global_rank) as file:
@@ -150,6 +173,7 @@ class Evaluation:
                     self._draw(name, sample, answer)  # before the line, which says that all is done
                     file.write(json.dumps(self._line(name, sample, answer, seconds), allow_nan=False) + "\n")
                 file.flush()
+                stopping.check()  # where a library has swallowed what the signal raised
                 count += len(batch)
                 if time.monotonic() - told > _SECONDS:
                     told = time.monotonic()
@@ -218,7 +242,7 @@ class Evaluation:
             },
         }  # fmt: skip
         per_sample.join(self.folder, rows)
-        (self.folder / "metrics.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+        folders.write(self.folder / "metrics.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
         values = {
             f"test/{name}/{key}": score.value
             for name, table in tables.items()

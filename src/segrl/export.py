@@ -5,13 +5,15 @@ Any tool of that format loads it; `Segmenter.from_pretrained` and `segrl.evaluat
 
 from __future__ import annotations
 
-import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from segrl.front_door import asset, enter, scored_checkpoint
+from segrl.folder import check_kinds, read_json
+from segrl.front_door import asset, enter, saved_config, scored_checkpoint
+from segrl.stopping import Stopped, held
 
 if TYPE_CHECKING:
     from segrl.models.hf_vlm import HFPolicy
@@ -23,7 +25,12 @@ def job(cfg: DictConfig) -> None:
     ckpt, out = Path(cfg.ckpt), Path(cfg.out)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise ValueError(f"out: a new folder is needed; {out} is there")
-    export_policy(ckpt, out, "A policy that writes mask prompts for a promptable segmenter.")
+    try:
+        export_policy(ckpt, out, "A policy that writes mask prompts for a promptable segmenter.")
+    except Stopped:
+        with held():
+            shutil.rmtree(out, ignore_errors=True)
+        raise
     print(
         f"written to {out}: Segmenter.from_pretrained({str(out)!r}), or make eval MODEL={out} SUITE=synthetic"
     )
@@ -55,16 +62,16 @@ def export_policy(ckpt: Path, out: Path, note: str, head_checkpoint: str | None 
         raise ValueError(
             f"ckpt: a checkpoint in a run's folder is needed, RUN/checkpoints/last.ckpt; two folders above {ckpt} is no config.yaml of a run"
         )
-    cfg = OmegaConf.load(run / "config.yaml")
-    assert isinstance(cfg, DictConfig)
+    check_kinds(run, "ckpt")
+    cfg = saved_config(run, "ckpt")
     learned = learned_policy(ckpt, "ckpt")
     parts = pretrained.checked(described(cfg, head_checkpoint), run / "config.yaml")
     policy = instantiate(cfg.policy)
     policy.take_over(learned)
+    text = card(run, note, ckpt, _asked(policy, instantiate(cfg.grammar)))
     policy.save(out, cfg.rollout.max_tokens)
     pretrained.write(out, parts)
-    asked = _asked(policy, instantiate(cfg.grammar))
-    (out / "README.md").write_text(card(run, note, ckpt, asked))
+    (out / "README.md").write_text(text)
 
 
 def described(cfg: DictConfig, head_checkpoint: str | None) -> dict[str, dict[str, Any]]:
@@ -118,14 +125,23 @@ def card(run: Path, note: str, ckpt: Path | None = None, asked: str = "") -> str
             f"Trained by segrl. This checkpoint, `{ckpt.name}`, has not been scored: the run's scores are of another."
         )
     elif (run / "metrics.json").is_file():
-        metrics = json.loads((run / "metrics.json").read_text())
+        metrics = read_json(run / "metrics.json", "ckpt", "name", "seed", "steps", "seconds", "metrics")
+        numbers = (
+            [*metrics["metrics"].values(), metrics["seconds"]]
+            if isinstance(metrics["metrics"], dict)
+            else [None]
+        )
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError(
+                f"ckpt: {run / 'metrics.json'} must hold a number for every metric; got {metrics['metrics']!r:.80}"
+            )
         lines.append(
             f"Trained by segrl, experiment `{metrics['name']}`, seed {metrics['seed']}, {metrics['steps']} updates, "
             f"{metrics['seconds']:.0f} s.\n\n| metric | value |\n|---|---|"
         )
         lines += [f"| {name} | {value:.4f} |" for name, value in metrics["metrics"].items()]
     if (run / "provenance.json").is_file():
-        made = json.loads((run / "provenance.json").read_text())
+        made = read_json(run / "provenance.json", "ckpt", "command", "git.commit", "git.dirty")
         dirty = ", with changes" if made["git.dirty"] == "true" else ""
         lines.append(
             f"\n```\n{made['command']}\n```\ncommit {made['git.commit']}{dirty}; data: {_data(config['data'])}"
@@ -141,7 +157,7 @@ def _scored(run: Path, ckpt: Path) -> bool:
 
     if not (run / "metrics.json").is_file() or ckpt.resolve() != scored_checkpoint(run).resolve():
         return False
-    steps = json.loads((run / "metrics.json").read_text())["steps"]
+    steps = read_json(run / "metrics.json", "ckpt", "steps")["steps"]
     return ckpt.name == "best.ckpt" or bool(read_checkpoint(ckpt, "ckpt")["global_step"] == steps)
 
 

@@ -11,11 +11,16 @@ import functools
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from segrl import folder as folders
+from segrl import stopping
 
 _HERE = Path(__file__).resolve().parent
 
@@ -64,23 +69,78 @@ def enter(config_name: str, job: Callable[[DictConfig], object]) -> None:
     register_resolvers()
     known = (HydraException, OmegaConfBaseException, ValueError, OSError)
 
+    begun: list[DictConfig] = []
+    ended: list[DictConfig] = []
+
     @functools.wraps(job)
     def told(cfg: DictConfig) -> object:
+        if stopping.asked() is not None:  # of a sweep the jobs behind the one that was stopped
+            return None
+        begun.append(cfg)
         try:
-            return job(cfg)
+            value = job(cfg)
         except known as error:
             _tell(error, config_name)
             raise
+        except stopping.Stopped as stop:
+            _say_stopped(stop, config_name)
+            if len(jobs) < 2:
+                raise
+            return None
+        finally:
+            folders.release()
+        ended.append(cfg)
+        return value
 
-    try:
-        for overrides in _sweep_jobs(sys.argv[1:]):
-            composed = _composed(config_name, overrides)
-            if "stage" in composed and composed.get("model") is None:  # a model's folder still has a say
-                check(composed)
-        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(told)()
-    except known as error:
-        _tell(error, config_name)
-        raise
+    jobs: list[list[str]] = []
+    with stopping.watched():
+        try:
+            jobs += _sweep_jobs(sys.argv[1:])
+            for overrides in jobs:
+                composed = _composed(config_name, overrides)
+                if "stage" in composed and composed.get("model") is None:  # a model's folder still has a say
+                    check(composed)
+            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(told)()
+            if len(jobs) > 1:
+                stopping.check()
+        except known as error:
+            _tell(error, config_name)
+            raise
+        except stopping.Stopped as stop:
+            if len(jobs) > 1 and begun:
+                left = len(jobs) - len(begun)
+                print(f"the sweep was stopped: {len(ended)} of {len(jobs)} jobs ended, {left} were not begun")
+            elif ended:
+                print(f"stopped by {stop.name} after its end: all is written")
+            else:
+                _say_stopped(stop, config_name)
+            _leave(stop)
+
+
+def _say_stopped(stop: stopping.Stopped, config_name: str) -> None:
+    """Print one line, unless the job itself has told what it kept."""
+    if not stop.told and not stopping.is_child():
+        written = (
+            "before anything was written"
+            if config_name in ("train", "evaluate")
+            else "; nothing half-written is left"
+        )
+        print(f"stopped by {stop.name} {written}".replace(" ;", ";"), flush=True)
+    stop.told = True
+
+
+def _leave(stop: stopping.Stopped) -> NoReturn:
+    """End the process that was asked to stop, and its children."""
+    if stopping.is_child() and stop.agreed:
+        sys.exit(0)  # its parent takes anything else for a failure, and kills itself
+    if stopping.is_child():
+        time.sleep(3)  # where the whole group was asked, its parent's end is its own
+        print(f"segrl: a rank was stopped by {stop.name}, alone: the run ends", file=sys.stderr, flush=True)
+    stopping.end_workers()
+    sys.stdout.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not stop.agreed:
+        os._exit(128 + stop.signum)  # others wait in a collective operation, as would exit handlers
+    sys.exit(stop.code)
 
 
 def _held_against_the_run(arguments: list[str]) -> list[str]:
@@ -251,18 +311,11 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     Raises:
         ValueError: if the folder holds no run, or an override is not a value of that run.
     """
-    folder = Path(cfg.resume)
-    saved, checkpoint = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
-    if saved.is_file() and not checkpoint.is_file():
-        raise ValueError(
-            f"resume: {folder} was stopped before its first checkpoint (callbacks.checkpoint.every_n_steps); start it anew"
-        )
-    if not saved.is_file() or not checkpoint.is_file():
-        raise ValueError(
-            f"resume: a run folder with config.yaml and checkpoints/last.ckpt is needed; {folder} is none"
-        )
-    before = OmegaConf.load(saved)
-    assert isinstance(before, DictConfig)
+    home = Path(cfg.resume)
+    checkpoint = home / "checkpoints" / "last.ckpt"
+    before = saved_config(home, "resume")
+    if not checkpoint.is_file() and (home / "metrics.json").exists():
+        raise ValueError(f"resume: the checkpoint of a finished run is needed; {checkpoint} is gone")
     for override in (o.removeprefix("++") for o in overrides):
         key, _, value = override.partition("=")
         if key == "resume":
@@ -277,5 +330,38 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
                 f"resume: the run goes on with its own configuration; {override} cannot be changed"
             )
         OmegaConf.update(before, key, OmegaConf.create(f"v: {value}").v)
-    before.resume, before.ckpt_path, before.paths.run = str(folder), str(checkpoint), str(folder)
+    before.resume, before.paths.run = str(home), str(home)
+    if (
+        checkpoint.exists()
+    ):  # a run that was stopped before its first checkpoint begins anew, at its first update
+        before.ckpt_path = str(checkpoint)
     return before
+
+
+def saved_config(home: Path, key: str) -> DictConfig:
+    """Return the configuration in a run's folder.
+
+    Raises:
+        ValueError: if there is none, or it cannot be read, or is not all that a run's configuration holds.
+    """
+    from pydantic import ValidationError
+    from yaml import YAMLError
+
+    from segrl.schema import EvaluateConfig, TrainConfig, first_fault
+
+    path = home / "config.yaml"
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is not there"
+        raise ValueError(f"{key}: a run folder, which holds config.yaml, is needed; {path} {what}")
+    try:
+        found = OmegaConf.load(path)
+        if not isinstance(found, DictConfig):
+            raise ValueError("it holds a list")
+        schema = EvaluateConfig if "suite" in found else TrainConfig
+        schema.model_validate(OmegaConf.to_container(found, resolve=True))
+    except ValidationError as error:
+        raise ValueError(f"{key}: {path} must be the configuration of a run; {first_fault(error)}") from None
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{key}: {path} must be the configuration of a run; {reason}") from None
+    return found

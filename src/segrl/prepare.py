@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
+from segrl.folder import write
 from segrl.front_door import enter
 
 if TYPE_CHECKING:
@@ -61,9 +62,7 @@ def traces(cfg: DictConfig) -> None:
             f"least_iou: the mask head must find a mask again; of {len(samples)} it found none at {cfg.least_iou}"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_suffix(".part")
-    beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    beside.replace(out)
+    write(out, "".join(json.dumps(line) + "\n" for line in lines))
     print(
         f"{len(lines)} traces in {out}; left out: {unsolved} below IoU {cfg.least_iou}, {empty} without an object"
     )
@@ -133,7 +132,7 @@ def check(cfg: DictConfig) -> None:
     report.licences |= {name: one.licence for name, one in cfg.testsets.items()}
     print("\n".join(report.lines()))
     if out is not None:
-        out.write_text(json.dumps(report.as_json(), indent=2) + "\n")
+        write(out, json.dumps(report.as_json(), indent=2) + "\n")
     if report.wrong:
         sys.exit(1)
 

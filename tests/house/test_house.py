@@ -13,13 +13,13 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # An arrow may only point down; rooms of one level never import each other.
 LEVELS = {
-    "types": 0, "protocols": 0,
+    "types": 0, "protocols": 0, "stopping": 0, "folder": 0,
     "prompts": 1, "objectives": 1, "metrics.functional": 1,
     "rewards": 2, "metrics": 2, "data": 2, "models": 2,
     "rollout": 3, "segmenter": 3,
     "stages": 4,
     "tracking": 5,
-    "front_door": 6, "schema": 6, "running": 6, "train": 6, "evaluate": 6, "evaluating": 6, "score": 6, "export": 6, "prepare": 6, "recipe": 6, "assets": 6, "serve": 6,
+    "front_door": 6, "schema": 6, "running": 6, "train": 6, "evaluate": 6, "evaluating": 6, "checks": 6, "score": 6, "export": 6, "prepare": 6, "recipe": 6, "assets": 6, "serve": 6,
 }  # fmt: skip
 # Third-party packages that have one place.
 HOMES = {

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segrl.models import digests
 from segrl.models.embeddings import Embeddings, fingerprint
 from segrl.models.first_use import FAILURES, give_up
 from segrl.models.pinned import sent
@@ -76,6 +77,7 @@ def _read_weights(checkpoint: Path) -> dict[str, Tensor]:
 
     if not checkpoint.is_file():
         raise ValueError(f"head.checkpoint: weights are needed; there is no file {checkpoint}")
+    digests.check(checkpoint, "head.checkpoint")
     if checkpoint.suffix == ".safetensors":
         return load_file(checkpoint)
     loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
