@@ -138,7 +138,7 @@ def _leave(stop: stopping.Stopped) -> NoReturn:
         print(f"segrl: a rank was stopped by {stop.name}, alone: the run ends", file=sys.stderr, flush=True)
     stopping.end_workers()
     sys.stdout.flush()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not stop.agreed:
+    if stopping.ranks() > 1 and not stop.agreed:
         os._exit(128 + stop.signum)  # others wait in a collective operation, as would exit handlers
     sys.exit(stop.code)
 

@@ -98,14 +98,9 @@ def run_folder(cfg: DictConfig) -> Path:
     folder = Path(cfg.paths.run)
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         return Path(os.environ.get(_FOLDER, folder))
-    if folder.exists() and not _alone():
+    if folder.exists() and stopping.ranks() > 1:
         return folders.create(folder, alone=False)  # says that it is taken
     return folders.free_name(folder)
-
-
-def _alone() -> bool:
-    """Whether no process that was started from outside counts on the folder's name."""
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -169,7 +164,7 @@ class Run:
         cfg = self.cfg
         with stopping.held():
             if cfg.resume is None:
-                self.folder = folders.create(Path(cfg.paths.run), _alone())
+                self.folder = folders.create(Path(cfg.paths.run), stopping.ranks() == 1)
                 os.environ[_FOLDER] = str(self.folder)
                 if str(self.folder) != cfg.paths.run:  # another process has taken the name meanwhile
                     cfg.paths.run = str(self.folder)

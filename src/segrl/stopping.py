@@ -120,6 +120,11 @@ def check() -> None:
         raise Stopped(_state.signum)
 
 
+def ranks() -> int:
+    """Return how many processes the run has, as their launchers say; 1 where there is none."""
+    return max(int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_NTASKS"))
+
+
 def is_child() -> bool:
     """Return whether this is a further rank, started by the first process of the run."""
     return os.environ.get(_FIRST) == str(os.getppid())
