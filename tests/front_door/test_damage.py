@@ -10,8 +10,8 @@ import torch
 RUN = (
     "+experiment=demo", "logger=csv", "data.workers=0", "data.batch_size=2", "data.train_length=2", "data.test_length=2",
     "rollout.max_tokens=4", "stage.group_size=2", "stage.schedule=null", "trainer.max_steps=1", "trainer.accelerator=cpu",
-    "trainer.val_check_interval=1", "callbacks.best.monitor=val/held/sm",
-    "+data.module.val.held=${data.module.test.synthetic}",
+    "trainer.val_check_interval=1", "callbacks.best.monitor=val/synthetic/sm",
+    "data.val_length=2",
 )  # fmt: skip
 DAMAGES = ("bytes", "cut", "empty", "folder", "list")
 AGAIN = {  # made again from what is left; everything else is refused

@@ -23,7 +23,7 @@ SMALL = (
 TRAIN = (
     "+experiment=demo", *SMALL, "data.train_length=8", "stage.group_size=2", "stage.schedule=null", "trainer.max_steps=8",
     "callbacks.checkpoint.every_n_steps=3", "trainer.val_check_interval=2",
-    "+data.module.val.held=${data.module.test.synthetic}",
+    "data.val_length=2",
 )  # fmt: skip
 EVALUATE = ("+experiment=demo", *SMALL, "suite.draws=0", "suite.batch_size=1")
 SWEEP = ("-m", *TRAIN, "seed=1,2")

@@ -18,8 +18,8 @@ from segrl.tracking.callbacks import Progress
 RUN = (
     "+experiment=demo", "logger=csv", "data.workers=0", "data.batch_size=2", "data.train_length=4", "data.test_length=2",
     "rollout.max_tokens=6", "stage.group_size=2", "stage.schedule=null", "trainer.max_steps=3", "trainer.accelerator=cpu",
-    "trainer.val_check_interval=1", "callbacks.checkpoint.every_n_steps=100", "callbacks.best.monitor=val/held/sm",
-    "+data.module.val.held=${data.module.test.synthetic}", "stage.optimizer.lr=1e-3",
+    "trainer.val_check_interval=1", "callbacks.checkpoint.every_n_steps=100", "callbacks.best.monitor=val/synthetic/sm",
+    "data.val_length=2", "stage.optimizer.lr=1e-3",
 )  # fmt: skip
 
 
@@ -71,6 +71,10 @@ def validating(stage, batch):
     return stage.trainer.validating
 
 
+def testing(stage, batch):
+    return stage.trainer.testing
+
+
 # where the signal comes; the first words of the line; the step that is saved
 PHASES = {
     "between steps": ((Stage, "on_train_batch_start", 2, signal.SIGINT), "stopped and saved at step 2", 2),
@@ -85,7 +89,7 @@ PHASES = {
     "while saving": ((torch, "save", 1, signal.SIGTERM), "stopped and saved at step", None),
     "scoring before": ((Segmenter, "__call__", 1, signal.SIGINT), "stopped before its first update", None),
     "scoring after": (
-        (PolicyGradientStage, "evaluate_batch", 5, signal.SIGTERM), "trained and saved at step 3, not scored", 3,
+        (PolicyGradientStage, "evaluate_batch", 2, signal.SIGTERM, testing), "trained and saved at step 3, not scored", 3,
     ),
     "closing figures": ((running, "curves", 1, signal.SIGINT), "trained and saved at step 3, not scored", 3),
     "copying": ((running, "keep", 1, signal.SIGTERM), "trained, saved at step 3 and scored", 3),

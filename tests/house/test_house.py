@@ -82,6 +82,7 @@ def test_packages_stay_in_their_home(package):
 def test_no_room_but_the_front_door_reads_a_config():
     allowed = {
         "front_door",
+        "checks",
         "running",
         "evaluating",
         "train",
