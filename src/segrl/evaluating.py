@@ -47,6 +47,7 @@ class Evaluation:
     family: Family
     sets: dict[str, SampleSet]
     fabric: Fabric
+    logger: Any = None
     began: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -93,7 +94,8 @@ class Evaluation:
         self.fabric.launch()
         for module in (self.segmenter.policy, self.segmenter.head):
             cast("torch.nn.Module", module).to(self.fabric.device)
-        logger = self._open() if self.fabric.is_global_zero else None
+        if self.fabric.is_global_zero:
+            self._open()
         # Processes that were started from outside have each composed a name of their own.
         self.folder = Path(self.fabric.broadcast(str(self.folder)))
         self.fabric.barrier()
@@ -104,16 +106,16 @@ class Evaluation:
             return None
         metrics = self._conclude()
         kept = ("metrics.json", "per_sample.jsonl", "config.yaml", "provenance.json", "overlays", "masks")
-        keep(logger, [self.folder / name for name in kept], metrics)
-        if logger is not None:
-            logger.finalize("success")
+        keep(self.logger, [self.folder / name for name in kept], metrics)
+        if self.logger is not None:
+            self.logger.finalize("success")
         say(f"results in {self.folder}")
         wanted = self.cfg.objective_metric
         if wanted is not None and wanted not in metrics:
             raise ValueError(f"objective_metric: one of {', '.join(sorted(metrics))} is needed; got {wanted}")
         return None if wanted is None else metrics[wanted]
 
-    def _open(self) -> Any:  # noqa: ANN401 - a logger of Lightning's
+    def _open(self) -> None:
         """Create the folder and its logger, on the first rank."""
         cfg = self.cfg
         with stopping.held():
@@ -125,10 +127,9 @@ class Evaluation:
             folders.write(self.folder / "config.yaml", text)
             folders.write(self.folder / _STAMPS, json.dumps(_stamps(cfg), indent=2) + "\n")
             folders.write(self.folder / "provenance.json", json.dumps(made, indent=2) + "\n")
-            logger = instantiate(cfg.logger)(self.folder, made)
+            self.logger = instantiate(cfg.logger)(self.folder, made)
         stopping.check()
         say(f"{cfg.suite.name}: {sum(map(len, self.sets.values()))} samples; results in {self.folder}")
-        return logger
 
     def stopped(self, stop: stopping.Stopped) -> None:
         """Say how many answers are on the disk, where they are counted, and how to go on."""
@@ -141,6 +142,8 @@ class Evaluation:
             f"stopped; {kept} of {sum(map(len, self.sets.values()))} samples are answered and kept; go on with: "
             f"python -m segrl.evaluate resume={self.folder}"
         )
+        if self.logger is not None:
+            self.logger.finalize("KILLED")
 
     @torch.inference_mode()
     def _segment(self, name: str, samples: SampleSet) -> None:

@@ -54,6 +54,8 @@ class _State:
     signum: int | None = None
     came: float = 0.0
     holds: int = 0
+    watching: bool = False
+    commands: int = 0  # that were watched in this process
 
 
 _state = _State()
@@ -75,7 +77,8 @@ def _answer(signum: int, frame: FrameType | None) -> None:
 @contextmanager
 def watched() -> Iterator[None]:
     """Inside, signals are answered as this module says; afterwards as before."""
-    _state.signum, _state.holds = None, 0
+    _state.signum, _state.holds, _state.watching = None, 0, True
+    _state.commands += 1
     if is_child():
         end_with_parent()
     else:
@@ -90,6 +93,7 @@ def watched() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        _state.signum, _state.watching = None, False
 
 
 def take() -> None:
@@ -143,10 +147,20 @@ def leave_to_parent() -> None:
     end_with_parent()
 
 
+def _in_fork() -> None:
+    """Ignore a group's signal from the first moment of a worker, which has its parent's handlers."""
+    if _state.watching:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+os.register_at_fork(after_in_child=_in_fork)
+
+
 @atexit.register
 def end_workers() -> None:
-    """Kill what `multiprocessing` started: it waits for its workers at the end, and they ignore its SIGTERM."""
-    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    """Kill the workers of a command: `multiprocessing` waits for them at the end, and they ignore its SIGTERM."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon and _state.commands]
     if workers and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises where a worker is killed
     for worker in workers:
