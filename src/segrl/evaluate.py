@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from segrl.front_door import check, enter, take_in_instructions
 from segrl.resuming import saved
+from segrl.stopping import Stopped, held
 
 
 def job(cfg: DictConfig) -> float | None:
@@ -27,7 +28,13 @@ def job(cfg: DictConfig) -> float | None:
     take_in_instructions(cfg)
     from segrl.evaluating import Evaluation
 
-    return Evaluation.build(cfg).run()
+    evaluation = Evaluation.build(cfg)
+    try:
+        return evaluation.run()
+    except Stopped as stop:
+        with held():
+            evaluation.stopped(stop)
+        raise
 
 
 def _resumed(folder: Path) -> DictConfig:
@@ -41,7 +48,9 @@ def _resumed(folder: Path) -> DictConfig:
             )
     config = folder / "config.yaml"
     if not config.is_file() or "\nsuite:" not in config.read_text(errors="replace"):
-        raise ValueError(f"resume: must be the folder of an evaluation; {folder} is none")
+        raise ValueError(
+            f"resume: must be the folder of an evaluation, which holds config.yaml; {folder} is none"
+        )
     before = saved(config, "resume", "evaluate")
     before.resume = str(folder)
     return before

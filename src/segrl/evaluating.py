@@ -14,11 +14,15 @@ import numpy as np
 import torch
 from hydra.utils import instantiate
 from lightning.fabric import Fabric
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from segrl import folder as folders
+from segrl import stopping
 from segrl.data.batching import Collate
+from segrl.data.datamodule import begin_worker
 from segrl.departures import of_counts, published
 from segrl.metrics.parts import Family, scores
 from segrl.protocols import SampleSet
@@ -46,6 +50,7 @@ class Evaluation:
     family: Family
     sets: dict[str, SampleSet]
     fabric: Fabric
+    logger: Any = None
     began: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -53,12 +58,12 @@ class Evaluation:
         """Instantiate policy, mask head and test sets. Raises ValueError on what does not fit."""
         quiet()
         torch.manual_seed(cfg.seed)
-        folder = Path(cfg.resume) if cfg.resume else run_folder(Path(cfg.paths.run))
+        folder = run_folder(cfg)
         cfg.paths.run = str(folder)
         family: Family = instantiate(cfg.scores)
         sets = _test_sets(cfg, family)
         if cfg.resume and (folder / _STAMPS).is_file():
-            before = json.loads((folder / _STAMPS).read_text())
+            before = folders.read_json(folder / _STAMPS, "resume")
             if changed := sorted(set(before) ^ set(_stamps(cfg))) or [
                 path for path, stamp in _stamps(cfg).items() if before[path] != stamp
             ]:
@@ -90,21 +95,10 @@ class Evaluation:
         self.fabric.launch()
         for module in (self.segmenter.policy, self.segmenter.head):
             cast("torch.nn.Module", module).to(self.fabric.device)
-        logger = None
         if self.fabric.is_global_zero:
-            text = OmegaConf.to_yaml(self.cfg)
-            made = provenance(text)
-            logger = instantiate(self.cfg.logger)(self.folder, made)  # refuses before anything is made
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(text)
-            (self.folder / _STAMPS).write_text(json.dumps(_stamps(self.cfg), indent=2) + "\n")
-            (self.folder / "provenance.json").write_text(json.dumps(made, indent=2) + "\n")
-            say(
-                f"{self.cfg.suite.name}: {sum(map(len, self.sets.values()))} samples; results in {self.folder}"
-            )
-            if not self.cfg.testsets:  # a suite's would have been refused
-                for line in of_counts(self.cfg, self.sets):
-                    say(f"  {line}")
+            self._open()
+        # Processes that were started from outside have each composed a name of their own.
+        self.folder = Path(self.fabric.broadcast(str(self.folder)))
         self.fabric.barrier()
         for name, samples in self.sets.items():
             self._segment(name, samples)
@@ -121,14 +115,55 @@ class Evaluation:
             "overlays",
             "masks",
         )
-        keep(logger, [self.folder / name for name in kept], metrics)
-        if logger is not None:
-            logger.finalize("success")
+        keep(self.logger, [self.folder / name for name in kept], metrics)
+        if self.logger is not None:
+            self.logger.finalize("success")
         say(f"results in {self.folder}")
         wanted = self.cfg.objective_metric
         if wanted is not None and wanted not in metrics:
             raise ValueError(f"objective_metric: one of {', '.join(sorted(metrics))} is needed; got {wanted}")
         return None if wanted is None else metrics[wanted]
+
+    def _open(self) -> None:
+        """Create the folder and its logger, on the first rank."""
+        cfg = self.cfg
+        with stopping.held():
+            logger, text, made = self._logger()  # refuses before anything is made
+            if cfg.resume is None:
+                self.folder = folders.create(self.folder, alone=True)
+                if str(self.folder) != cfg.paths.run:  # another process has taken the name meanwhile
+                    cfg.paths.run = str(self.folder)
+                    logger, text, made = self._logger()
+            folders.write(self.folder / "config.yaml", text)
+            folders.write(self.folder / _STAMPS, json.dumps(_stamps(cfg), indent=2) + "\n")
+            folders.write(self.folder / "provenance.json", json.dumps(made, indent=2) + "\n")
+            self.logger = logger
+        stopping.check()
+        say(f"{cfg.suite.name}: {sum(map(len, self.sets.values()))} samples; results in {self.folder}")
+        if not cfg.testsets:  # a suite's would have been refused
+            for line in of_counts(cfg, self.sets):
+                say(f"  {line}")
+
+    def _logger(self) -> tuple[Logger, str, dict[str, str]]:
+        """Return the logger of the folder that the configuration names, the configuration, and where the evaluation comes from."""
+        text = OmegaConf.to_yaml(self.cfg)
+        made = provenance(text)
+        logger: Logger = instantiate(self.cfg.logger)(Path(self.cfg.paths.run), made)
+        return logger, text, made
+
+    def stopped(self, stop: stopping.Stopped) -> None:
+        """Say how many answers are on the disk, where they are counted, and how to go on."""
+        stop.told = True
+        if not (self.folder / "config.yaml").is_file():
+            say(f"stopped by {stop.name} before anything was written")
+            return
+        kept = sum(len({row["id"] for row in per_sample.lines(self.folder, name)}) for name in self.sets)
+        say(
+            f"stopped; {kept} of {sum(map(len, self.sets.values()))} samples are answered and kept; go on with: "
+            f"python -m segrl.evaluate resume={self.folder}"
+        )
+        if self.logger is not None:
+            self.logger.finalize("KILLED")
 
     @torch.inference_mode()
     def _segment(self, name: str, samples: SampleSet) -> None:
@@ -143,7 +178,7 @@ class Evaluation:
         settings = self.cfg.suite
         loader = DataLoader(
             cast("Dataset[Sample]", samples), sampler=left, batch_size=settings.batch_size, num_workers=self.cfg.data.workers,
-            collate_fn=Collate(self.segmenter.policy.encoder, self.segmenter.grammar),
+            collate_fn=Collate(self.segmenter.policy.encoder, self.segmenter.grammar), worker_init_fn=begin_worker,
         )  # fmt: skip
         told, count = time.monotonic(), 0
         with per_sample.new_part(self.folder, name, self.fabric.global_rank) as file:
@@ -161,6 +196,7 @@ class Evaluation:
                     self._draw(name, sample, answer)  # before the line, which says that all is done
                     file.write(json.dumps(self._line(name, sample, answer, seconds), allow_nan=False) + "\n")
                 file.flush()
+                stopping.check()  # where a library has swallowed what the signal raised
                 count += len(batch)
                 if time.monotonic() - told > _SECONDS:
                     told = time.monotonic()
@@ -235,7 +271,7 @@ class Evaluation:
             },
         }  # fmt: skip
         per_sample.join(self.folder, rows)
-        (self.folder / "metrics.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+        folders.write(self.folder / "metrics.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
         values = {
             f"test/{name}/{key}": score.value
             for name, table in tables.items()

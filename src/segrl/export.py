@@ -5,15 +5,17 @@ Any tool of that format loads it; `Segmenter.from_pretrained` and `segrl.evaluat
 
 from __future__ import annotations
 
-import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from segrl import licences
+from segrl.folder import check_kinds, read_json
 from segrl.front_door import asset, check, enter, scored_checkpoint
 from segrl.resuming import saved
+from segrl.stopping import Stopped, held
 
 if TYPE_CHECKING:
     from segrl.models.hf_vlm import HFPolicy
@@ -32,7 +34,12 @@ def job(cfg: DictConfig) -> None:
     ckpt, out = Path(cfg.ckpt).absolute(), Path(cfg.out)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise ValueError(f"out: a new folder is needed; {out} is there")
-    export_policy(ckpt, out, "A policy that writes mask prompts for a promptable segmenter.")
+    try:
+        export_policy(ckpt, out, "A policy that writes mask prompts for a promptable segmenter.")
+    except Stopped:
+        with held():
+            shutil.rmtree(out, ignore_errors=True)
+        raise
     print(
         f"written to {out}: Segmenter.from_pretrained({str(out)!r}), or make eval MODEL={out} SUITE=synthetic"
     )
@@ -68,6 +75,7 @@ def export_policy(
         raise ValueError(
             f"ckpt: a checkpoint in a run's folder is needed, RUN/checkpoints/last.ckpt; two folders above {ckpt} is no config.yaml of a run"
         )
+    check_kinds(run, "ckpt")
     cfg = saved(run / "config.yaml", "ckpt", "train")
     learned = learned_policy(ckpt, "ckpt")
     parts = pretrained.checked(described(cfg, head_checkpoint), run / "config.yaml")
@@ -75,6 +83,8 @@ def export_policy(
     parts["grammar"]["instructions"] = {grammar.section: grammar.texts}  # the texts, not where they stood
     policy = instantiate(cfg.policy)
     policy.take_over(learned)
+    asked = _asked(policy, grammar, str(cfg.data.module.train._target_))
+    text = card(run, note, ckpt, asked, licence)
     policy.save(out, cfg.rollout.max_tokens)
     pretrained.write(out, parts)
     # Of the other grammars, too, where the run was given them
@@ -82,8 +92,7 @@ def export_policy(
     others: Any = OmegaConf.to_container(given) if isinstance(given, DictConfig) else {}
     beside = instructions.written({**others, grammar.section: grammar.texts})
     (out / instructions.NAME).write_text(beside, encoding="utf-8")
-    asked = _asked(policy, grammar, str(cfg.data.module.train._target_))
-    (out / "README.md").write_text(card(run, note, ckpt, asked, licence))
+    (out / "README.md").write_text(text)
 
 
 def described(cfg: DictConfig, head_checkpoint: str | None) -> dict[str, dict[str, Any]]:
@@ -154,14 +163,23 @@ def card(run: Path, note: str, ckpt: Path | None = None, asked: str = "", licenc
             f"Trained by segrl. This checkpoint, `{ckpt.name}`, has not been scored: the run's scores are of another."
         )
     elif (run / "metrics.json").is_file():
-        metrics = json.loads((run / "metrics.json").read_text())
+        metrics = read_json(run / "metrics.json", "ckpt", "name", "seed", "steps", "seconds", "metrics")
+        numbers = (
+            [*metrics["metrics"].values(), metrics["seconds"]]
+            if isinstance(metrics["metrics"], dict)
+            else [None]
+        )
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError(
+                f"ckpt: {run / 'metrics.json'} must hold a number for every metric; got {metrics['metrics']!r:.80}"
+            )
         lines.append(
             f"Trained by segrl, experiment `{metrics['name']}`, seed {metrics['seed']}, {metrics['steps']} updates, "
             f"{metrics['seconds']:.0f} s.\n\n| metric | value |\n|---|---|"
         )
         lines += [f"| {name} | {value:.4f} |" for name, value in metrics["metrics"].items()]
     if (run / "provenance.json").is_file():
-        made = json.loads((run / "provenance.json").read_text())
+        made = read_json(run / "provenance.json", "ckpt", "command", "git.commit", "git.dirty")
         dirty = ", with changes" if made["git.dirty"] == "true" else ""
         lines.append(
             f"\n```\n{made['command']}\n```\ncommit {made['git.commit']}{dirty}; data: {_data(config['data'])}"
@@ -177,7 +195,7 @@ def _scored(run: Path, ckpt: Path) -> bool:
 
     if not (run / "metrics.json").is_file() or ckpt.resolve() != scored_checkpoint(run).resolve():
         return False
-    steps = json.loads((run / "metrics.json").read_text())["steps"]
+    steps = read_json(run / "metrics.json", "ckpt", "steps")["steps"]
     return ckpt.name == "best.ckpt" or bool(read_checkpoint(ckpt, "ckpt")["global_step"] == steps)
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from segrl import folder as run_folders
+from segrl import stopping
 from segrl.messages import Missing, Refused, Said, dotted, explain
 from segrl.prompts.instructions import NAME as INSTRUCTIONS
 from segrl.prompts.instructions import read as read_instructions
@@ -115,22 +117,51 @@ def _run(config_name: str, job: Callable[[DictConfig], object], files: bool) -> 
     register_resolvers()
     known = (HydraException, OmegaConfBaseException, ValueError, OSError)
 
+    begun: list[DictConfig] = []
+    ended: list[DictConfig] = []
+
     @functools.wraps(job)
     def told(cfg: DictConfig) -> object:
+        if stopping.asked() is not None:  # of a sweep the jobs behind the one that was stopped
+            return None
+        begun.append(cfg)
         try:
-            return job(cfg)
+            value = job(cfg)
         except known as error:
             _fail_job(error, config_name)
             _tell(error, config_name)
             raise
+        except stopping.Stopped as stop:
+            stopping.say(stop, config_name in ("train", "evaluate"))
+            if len(jobs) < 2:
+                raise
+            return None
+        finally:
+            run_folders.release()
+        ended.append(cfg)
+        return value
 
-    try:
-        sys.argv[1:] = as_typed(config_name, _held_against_the_run(sys.argv[1:]))
-        check_jobs(config_name, sys.argv[1:], files)
-        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(told)()
-    except known as error:
-        _tell(error, config_name)
-        raise
+    jobs: list[list[str]] = []
+    with stopping.watched():
+        try:
+            sys.argv[1:] = as_typed(config_name, _held_against_the_run(sys.argv[1:]))
+            jobs += _jobs(sys.argv[1:])
+            check_jobs(config_name, sys.argv[1:], files)
+            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(told)()
+            if len(jobs) > 1:
+                stopping.check()
+        except known as error:
+            _tell(error, config_name)
+            raise
+        except stopping.Stopped as stop:
+            if len(jobs) > 1 and begun:
+                left = len(jobs) - len(begun)
+                print(f"the sweep was stopped: {len(ended)} of {len(jobs)} jobs ended, {left} were not begun")
+            elif ended:
+                print(f"stopped by {stop.name} after its end: all is written")
+            else:
+                stopping.say(stop, config_name in ("train", "evaluate"))
+            stopping.leave(stop)
 
 
 def check_jobs(config_name: str, arguments: list[str], files: bool) -> None:
@@ -324,6 +355,8 @@ def check(cfg: DictConfig, command: str = "train", files: bool = True) -> None:
         Missing: for all files and folders that are not there.
     """
     check_keys(cfg, command)
+    from segrl.schema.sources import missing
+
     if lines := missing(cfg, files):
         raise Missing(lines)
 
@@ -358,25 +391,3 @@ def refuse_unread(cfg: DictConfig, said: Said) -> None:
             raise Refused(
                 [Fault(key, f"must not be set {who}, which reads no {key if root == 'trainer' else root}")]
             )
-
-
-def missing(cfg: DictConfig, files: bool) -> list[str]:
-    """Return a line for each file and folder that is needed and missing, or empty, with the way to get it."""
-    from segrl.schema.sources import lacks, way_to
-
-    lines, looked = [], set()
-    unread = not files or bool(cfg.get("testsets"))  # test sets have roots of their own
-    for key, owners in cfg.get("sources", {}).items():
-        path = OmegaConf.select(cfg, key)
-        looked.add(key)
-        if path is not None and not (key.startswith("data.") and unread) and (what := lacks(Path(path))):
-            lines.append(f"{key}: {what}; {way_to(Path(path), owners)}")
-    root = None if unread else OmegaConf.select(cfg, "data.root")
-    if root is not None and "data.root" not in looked and not Path(root).is_dir():
-        lines.append(
-            f"data.root: must be a folder; {root} is {'a file' if Path(root).exists() else 'not there'}"
-        )
-    for key in ("ckpt_path", "init_from"):
-        if (path := cfg.get(key)) is not None and not Path(path).is_file():
-            lines.append(f"{key}: must be a checkpoint; there is no file {path}")
-    return lines

@@ -218,9 +218,9 @@ def _composition(message: str, said: Said, keys: Callable[[], list[str]]) -> str
         return f"{group}={name}: there is no such option{near} (there are: {', '.join(options)})"
     if "group override must be a string" in message:
         group = next((key for key, value in said.choices.items() if value in ("null", "")), "a group")
-        options = ", ".join(said.options(group))
+        there = ", ".join(said.options(group))
         return (
-            f"{group}: must name an option, one of {options}; got null (~{group}.KEY takes a part of it away)"
+            f"{group}: must name an option, one of {there}; got null (~{group}.KEY takes a part of it away)"
         )
     if mismatch := re.search(r"(?s)(.*)full_key: (\S+)", message):
         return f"{mismatch.group(2)}: {' '.join(mismatch.group(1).split()).rstrip(':')}"

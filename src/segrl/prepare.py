@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
+from segrl.folder import write
 from segrl.front_door import check as check_keys
 from segrl.front_door import enter
 
@@ -44,9 +45,7 @@ def traces(cfg: DictConfig) -> None:
             f"least_iou: a mask head that finds masks again is needed; of {len(samples)} it found none ({left_out})"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_suffix(".part")
-    beside.write_text("".join(json.dumps(line) + "\n" for line in judged.lines))
-    beside.replace(out)
+    write(out, "".join(json.dumps(line) + "\n" for line in judged.lines))
     print(f"{len(judged.lines)} traces in {out}; left out: {left_out}")
 
 
@@ -143,7 +142,7 @@ def check(cfg: DictConfig) -> None:
     report.licences |= {name: one.licence for name, one in cfg.testsets.items()}
     print("\n".join(report.lines()))
     if out is not None:
-        out.write_text(json.dumps(report.as_json(), indent=2) + "\n")
+        write(out, json.dumps(report.as_json(), indent=2) + "\n")
     if report.wrong:
         sys.exit(1)
 

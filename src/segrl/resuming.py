@@ -82,16 +82,13 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     Raises:
         ValueError: if the folder holds no run, or an override is not a value of that run.
     """
-    folder = Path(cfg.resume)
-    config, checkpoint = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
-    if config.is_file() and not checkpoint.is_file():
-        raise ValueError(
-            f"resume: {folder} was stopped before its first checkpoint (callbacks.checkpoint.every_n_steps); start it anew"
-        )
-    if not config.is_file() or not checkpoint.is_file():
-        raise ValueError(
-            f"resume: must be a run folder with config.yaml and checkpoints/last.ckpt; {folder} is none"
-        )
+    home = Path(cfg.resume)
+    config, checkpoint = home / "config.yaml", home / "checkpoints" / "last.ckpt"
+    if not config.is_file():
+        what = "is a folder" if config.is_dir() else "is not there"
+        raise ValueError(f"resume: must be a run folder, which holds config.yaml; {config} {what}")
+    if not checkpoint.is_file() and (home / "metrics.json").exists():
+        raise ValueError(f"resume: must have the checkpoint of a finished run; {checkpoint} is gone")
     changes = [o.removeprefix("++") for o in overrides if not o.startswith("resume=")]
     for change in changes:
         if re.match(r"stage\.(optimizer|schedule)\b", change):
@@ -99,5 +96,7 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
                 f"resume: optimizer and schedule go on as they were saved; {change} cannot be changed"
             )
     before = saved(config, "resume", "train", changes)
-    before.resume, before.ckpt_path, before.paths.run = str(folder), str(checkpoint), str(folder)
+    before.resume, before.paths.run = str(home), str(home)
+    if checkpoint.exists():  # a run that was stopped before its first one begins at its first update
+        before.ckpt_path = str(checkpoint)
     return before

@@ -19,19 +19,19 @@ import torch.distributed.nn
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
+from segrl import checks, stopping
+from segrl import folder as folders
 from segrl.data.datamodule import SegDataModule
 from segrl.data.survey import OnDisk
 from segrl.departures import of_batch, of_counts
 from segrl.front_door import asset, scored_checkpoint
-from segrl.metrics.saliency import NAMES
 from segrl.stages.base import SegStage, Stage
 from segrl.stages.policy_gradient import PolicyGradientStage
 from segrl.tracking import report
 from segrl.tracking.callbacks import read_history
-from segrl.tracking.checkpoints import AtomicCheckpointIO, read_checkpoint
+from segrl.tracking.checkpoints import AtomicCheckpointIO, Stop, read_checkpoint, saved_step
 from segrl.tracking.figures import curves
 from segrl.tracking.mlflow_runs import ARTIFACTS, keep, where
 from segrl.tracking.provenance import provenance
@@ -85,18 +85,24 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def run_folder(folder: Path) -> Path:
-    """The folder, or the first of folder-2, folder-3 ... that does not exist; of the first rank, on all ranks of a machine."""
+def run_folder(cfg: DictConfig) -> Path:
+    """Return the folder that the run will have, or goes on in; the first rank locks one that is there.
+
+    Raises:
+        ValueError: if it is used by another process, is none, or holds something else under the name of a file of a run.
+    """
+    if cfg.resume is not None:
+        folder = Path(cfg.resume)
+        folders.check_kinds(folder, "resume")
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            folders.own(folder, "resume")
+        return folder
+    folder = Path(cfg.paths.run)
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         return Path(os.environ.get(_FOLDER, folder))
-    if folder.exists() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            f"paths.run: a new folder is needed, the same for all processes; {folder} exists (resume={folder} goes on)"
-        )
-    numbered = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 10_000))
-    fresh = folder if not folder.exists() else next(path for path in numbered if not path.exists())
-    os.environ[_FOLDER] = str(fresh)
-    return fresh
+    if folder.exists() and stopping.ranks() > 1:
+        return folders.create(folder, alone=False)  # says that it is taken
+    return folders.free_name(folder)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,6 +116,9 @@ class Run:
     trainer: lightning.Trainer
     logger: Logger | None
     before: str | None  # the configuration of a run that is gone on with
+    scored_before: bool  # its start, and the scores can be read
+    trained: bool = False
+    scored: bool = False
     began: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -117,16 +126,17 @@ class Run:
         """Instantiate data, stage, trainer; then create the run folder. Raises ValueError on what does not fit."""
         quiet()
         torch.manual_seed(cfg.seed)
-        folder = Path(cfg.resume) if cfg.resume else run_folder(Path(cfg.paths.run))
+        folder = run_folder(cfg)
         cfg.paths.run = str(folder)
-        cls._check_words(cfg)
-        cls._check_checkpoints(cfg)
+        checks.words(cfg)
+        checks.checkpoints(cfg)
         data: SegDataModule = instantiate(cfg.data.module)
         stage: Stage = instantiate(cfg.stage)
         data.connect(stage.collate, stage.eval_collate, stage.updates_per_batch)
-        cls._check_metrics(cfg, data)
-        if (scored := folder / "evaluation" / "before.jsonl").is_file():
-            report.check_same_samples(report.load(scored), {name: s.ids for name, s in data.test.items()})
+        checks.metrics(cfg, data)
+        scored = report.readable(folder / "evaluation" / "before.jsonl")
+        if scored is not None:
+            report.check_same_samples(scored, {name: s.ids for name, s in data.test.items()})
         if cfg.init_from is not None:
             cls._start_from(stage, Path(cfg.init_from))
         if cfg.ckpt_path is not None:
@@ -134,86 +144,51 @@ class Run:
                 read_checkpoint(Path(cfg.ckpt_path), "resume" if cfg.resume else "ckpt_path")
             )
         stage.started_from = cfg.init_from
-        trainer: lightning.Trainer = instantiate(
-            cfg.trainer, logger=False, callbacks=[instantiate(c) for c in cfg.callbacks.values()],
-            plugins=[AtomicCheckpointIO()], default_root_dir=str(folder),
-        )  # fmt: skip
         saved = folder / "config.yaml"
-        before = saved.read_text() if saved.is_file() else None
-        logger = cls._open(cfg, folder)
-        trainer.logger = logger
         return cls(
-            cfg=cfg, folder=folder, stage=stage, data=data, trainer=trainer, logger=logger, before=before
-        )
+            cfg=cfg, folder=folder, stage=stage, data=data, trainer=cls._trainer(cfg), logger=None,
+            before=saved.read_text() if saved.is_file() else None, scored_before=scored is not None,
+        )  # fmt: skip
 
     @staticmethod
-    def _open(cfg: DictConfig, folder: Path) -> Logger | None:
+    def _trainer(cfg: DictConfig) -> lightning.Trainer:
+        """Of the run, in its folder."""
+        trainer: lightning.Trainer = instantiate(
+            cfg.trainer, logger=False, callbacks=[*(instantiate(c) for c in cfg.callbacks.values()), Stop()],
+            plugins=[AtomicCheckpointIO()], default_root_dir=str(cfg.paths.run),
+        )  # fmt: skip
+        return trainer
+
+    def open(self) -> None:
         """Create the run folder and its logger, on the first rank; all that could be wrong has been built by now."""
         if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
-            return None
-        # Unresolved, so that an override of a resumed run reaches all that refers to it.
-        text = OmegaConf.to_yaml(cfg)
+            return
+        cfg = self.cfg
+        with stopping.held():
+            logger, text, made = self._logger()  # refuses before anything is made
+            if cfg.resume is None:
+                self.folder = folders.create(Path(cfg.paths.run), stopping.ranks() == 1)
+                os.environ[_FOLDER] = str(self.folder)
+                if str(self.folder) != cfg.paths.run:  # another process has taken the name meanwhile
+                    cfg.paths.run = str(self.folder)
+                    self.trainer = self._trainer(cfg)
+                    logger, text, made = self._logger()
+            folders.write(self.folder / "config.yaml", text)
+            if not (self.folder / "provenance.json").is_file():
+                folders.write(self.folder / "provenance.json", json.dumps(made, indent=2) + "\n")
+            # MLflow's parameters are written once; a resumed run has its changes in config.yaml
+            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+            self.logger = self.trainer.logger = logger
+        stopping.check()
+
+    def _logger(self) -> tuple[Logger, str, dict[str, str]]:
+        """Return the logger of the folder that the configuration names, the configuration, and where the run comes from."""
+        text = OmegaConf.to_yaml(
+            self.cfg
+        )  # unresolved, so that an override of a resumed run reaches all that refers to it
         made = provenance(text)
-        logger: Logger = instantiate(cfg.logger)(folder, made)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(text)
-        if not (folder / "provenance.json").is_file():
-            (folder / "provenance.json").write_text(json.dumps(made, indent=2) + "\n")
-        # MLflow's parameters are written once; a resumed run has its changes in config.yaml
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-        return logger
-
-    @staticmethod
-    def _check_words(cfg: DictConfig) -> None:
-        """A grammar must have its instructions, and be able to say what the reward looks at; no weights are loaded yet."""
-        grammar = type(instantiate(cfg.grammar))
-        wanted = {f"reward.terms.{name}": term.get("needs", []) for name, term in cfg.reward.terms.items()}
-        if cfg.stage.get("shaping") is not None:
-            wanted["stage.shaping"] = ["steps"]
-        for key, words in wanted.items():
-            for word in words:
-                if word not in grammar.says:
-                    raise ValueError(
-                        f"{key}: a grammar that says {word} is needed; {grammar.__name__} says {', '.join(sorted(grammar.says))}"
-                    )
-
-    @staticmethod
-    def _check_checkpoints(cfg: DictConfig) -> None:
-        """A checkpoint of another stage is refused before the policy's weights are loaded."""
-        if cfg.init_from is not None:
-            saved = read_checkpoint(Path(cfg.init_from), "init_from")
-            if not any(name.startswith("policy.") for name in saved["state_dict"]):
-                raise ValueError(
-                    f"init_from: a checkpoint that holds a policy is needed; {cfg.init_from} is of {saved.get('stage', 'another program')}"
-                )
-        if cfg.ckpt_path is not None:
-            key, ours = "resume" if cfg.resume else "ckpt_path", cfg.stage._target_.rpartition(".")[2]
-            saved = read_checkpoint(Path(cfg.ckpt_path), key)
-            if saved.get("stage", ours) != ours:
-                raise ValueError(
-                    f"{key}: a checkpoint of a {ours} is needed; {cfg.ckpt_path} is a {saved['stage']}'s (init_from takes its policy)"
-                )
-            if saved.get("init_from") != cfg.init_from:
-                raise ValueError(
-                    f"init_from: the start of {cfg.ckpt_path} is needed, for its reference stands there: {saved.get('init_from')}; got {cfg.init_from}"
-                )
-
-    @staticmethod
-    def _check_metrics(cfg: DictConfig, data: SegDataModule) -> None:
-        """A name that is mistyped must not come out after the training."""
-        known = {
-            split: [f"{split}/{dataset}/{metric}" for dataset in sets for metric in NAMES]
-            for split, sets in {"test": data.test, "val": data.val}.items()
-        }
-        monitor = OmegaConf.select(cfg, "callbacks.best.monitor")
-        for key, wanted, names in (
-            ("objective_metric", cfg.objective_metric, known["test"] + known["val"]),
-            ("callbacks.best.monitor", monitor, known["val"]),
-        ):
-            if wanted is not None and wanted not in names:
-                raise ValueError(
-                    f"{key}: null or one of {', '.join(names) or 'a validation set'} is needed; got {wanted}"
-                )
+        logger: Logger = instantiate(self.cfg.logger)(Path(self.cfg.paths.run), made)
+        return logger, text, made
 
     @staticmethod
     def _start_from(stage: Stage, checkpoint: Path) -> None:
@@ -277,25 +252,51 @@ class Run:
 
     def test_before(self) -> None:
         """Score the start, unless a run that is gone on with already has."""
-        done = (self.folder / "evaluation" / "before.jsonl").is_file()
-        if self._seg_stage is not None and self.cfg.test_before and not done:
+        if self._seg_stage is not None and self.cfg.test_before and not self.scored_before:
             self._test(self._seg_stage, "before")
 
-    def fit(self) -> bool:
-        """Train; false if the process was asked to stop, after saving."""
+    def fit(self) -> None:
+        """Train. Raises `Stopped` if the process was asked to stop, after saving."""
         try:
-            with memory_said("stage.micro_batch_size"):
+            with memory_said("stage.micro_batch_size"), stopping.held():
                 self.trainer.fit(self.stage, self.data, ckpt_path=self.cfg.ckpt_path, weights_only=True)
-        except SIGTERMException:
-            return False
         except ValueError:
             if self.before is not None and not self.stage.latest:  # refused: the run stays as it was
                 if self.trainer.is_global_zero:
-                    (self.folder / "config.yaml").write_text(self.before)
+                    folders.write(self.folder / "config.yaml", self.before)
             elif (self.folder / "checkpoints" / "last.ckpt").is_file():
                 say(f"go on, when it is mended, with: python -m segrl.train resume={self.folder}")
             raise
-        return True
+        self.trained = True
+        self.folder = Path(
+            self.trainer.strategy.broadcast(str(self.folder))
+        )  # started from outside, ranks know their own
+        stopping.check()
+
+    def stopped(self, stop: stopping.Stopped) -> None:
+        """Say what is on the disk, which is read for it, and how to go on; the tracker learns that the run was ended."""
+        say(self._kept(stop))
+        stop.told = True
+        if self.logger is not None:
+            self.logger.finalize("KILLED")
+
+    def _kept(self, stop: stopping.Stopped) -> str:
+        last, go_on = self.folder / "checkpoints" / "last.ckpt", f"python -m segrl.train resume={self.folder}"
+        if not (self.folder / "config.yaml").is_file():
+            return f"stopped by {stop.name} before anything was written"
+        if not last.is_file() and self.step == 0:
+            return f"stopped before its first update: nothing was learned that could be lost; go on with: {go_on}"
+        try:
+            step = saved_step(last)
+        except ValueError as error:
+            return f"stopped at step {self.step}, and not saved: {error}; begin anew with: {go_on}"
+        if step < self.step:
+            return f"stopped at step {self.step}; the last that is saved is step {step}; go on with: {go_on}"
+        if self.scored:
+            return f"trained, saved at step {step} and scored; it was stopped while results were copied; again with: {go_on}"
+        if self.trained:
+            return f"trained and saved at step {step}, not scored; go on with: {go_on}"
+        return f"stopped and saved at step {step}; go on with: {go_on}"
 
     def score(self) -> float | None:
         """Score without training: the means on stdout, one line per sample and metrics.json in the run folder."""
@@ -349,7 +350,8 @@ class Run:
             "test": {d: {m: asdict(c) for m, c in rows.items()} for d, rows in table.items()},
             "seconds": round(time.monotonic() - self.began, 1),
         }  # fmt: skip
-        (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
+        folders.write(folder / "metrics.json", json.dumps(summary, indent=2) + "\n")
+        self.scored = True
         final = metrics if objective is None else {**metrics, "objective": objective}
         keep(self.logger, [folder / name for name in ARTIFACTS], final)
         self.logger.finalize("success")

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from segrl.front_door import check, enter, experiments, take_in_instructions
 from segrl.resuming import resumed
+from segrl.stopping import Stopped, held
 
 if TYPE_CHECKING:
     from segrl.running import Run
@@ -25,12 +26,16 @@ def job(cfg: DictConfig) -> float | None:
     from segrl.running import Run
 
     run: Run = Run.build(cfg)
-    run.announce()
-    run.test_before()
-    if not run.fit():
-        print(f"stopped and saved at step {run.step}; go on with: python -m segrl.train resume={run.folder}")
-        sys.exit(128 + 15)
-    return run.finish()
+    try:
+        run.open()
+        run.announce()
+        run.test_before()
+        run.fit()
+        return run.finish()
+    except Stopped as stop:
+        with held():
+            run.stopped(stop)
+        raise
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 SEED = 1
 _LICENCE = "apache-2.0"  # the scenes are drawn by segrl, and the weights start from nothing
+WEIGHTS = ("policy_nano/model.safetensors", "policy_nano/tokenizer.json", "sam2_nano.safetensors")
 
 
 def _train(experiment: str, runs: Path, *overrides: str) -> subprocess.Popen[bytes]:
@@ -99,6 +100,7 @@ def export(runs: Path, out: Path) -> None:
     from safetensors.torch import save_file
 
     from segrl.export import card, export_policy
+    from segrl.models import digests
     from segrl.tracking.checkpoints import read_checkpoint
 
     made = f"Made by `make assets` (seed {SEED}) on scenes drawn by `segrl.data.synthetic`."
@@ -114,6 +116,8 @@ def export(runs: Path, out: Path) -> None:
     save_file(head, out / "sam2_nano.safetensors", metadata={"format": "pt"})
     note = f"SAM 2.1 (`sam2_nano.yaml`), stored in half precision. {made} The score is the mean IoU from true boxes."
     (out / "sam2_nano.md").write_text(card(runs / "nano_head", note, licence=_LICENCE))
+    (out / "policy_nano" / digests.NAME).unlink()  # one list for all, of weights alone: cards may be edited
+    digests.write(out, WEIGHTS)
 
 
 def main() -> None:

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
-import signal
-import sys
 from typing import cast
 
 import lightning
 from torch.utils.data import DataLoader, Dataset
 
+from segrl import stopping
 from segrl.data.batching import Collate, Share, Shuffled
 from segrl.protocols import SampleSet
 from segrl.types import Sample
 
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 
-
-def _die_with_parent(worker: int) -> None:
-    """A loader process does not outlive a killed run (Linux; elsewhere it notices by itself, in time), nor end before it.
-
-    SIGTERM is often sent to a whole group of processes; the run answers it for all.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def begin_worker(worker: int) -> None:
+    """Make a loader process one that neither outlives its run nor ends before it."""
+    stopping.leave_to_parent()
 
 
 class SegDataModule(lightning.LightningDataModule):
@@ -105,7 +96,7 @@ class SegDataModule(lightning.LightningDataModule):
             drop_last=True,
             pin_memory=self._on_gpu,
             persistent_workers=self.workers > 0,
-            worker_init_fn=_die_with_parent,
+            worker_init_fn=begin_worker,
         )
 
     def _eval_loaders(self, datasets: dict[str, SampleSet]) -> list[DataLoader[Sample]]:
@@ -117,7 +108,7 @@ class SegDataModule(lightning.LightningDataModule):
                 num_workers=self.workers,
                 collate_fn=self.eval_collate,
                 pin_memory=self._on_gpu,
-                worker_init_fn=_die_with_parent,
+                worker_init_fn=begin_worker,
             )
             for dataset in datasets.values()
         ]

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from segrl.models import digests
+
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 """transformers' names of the architectures that can be a policy."""
 
@@ -33,7 +35,7 @@ def whole_model(folder: str, dtype: torch.dtype) -> Any:
     """Transformers' model of a folder: what the folder lacks would be noise in it, and no score would say so.
 
     Raises:
-        ValueError: if the weights cannot be read, are not those that config.json describes, or stand beside an adapter.
+        ValueError: if the weights cannot be read, changed since they were written (`digests`), are not those that config.json describes, or stand beside an adapter.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
@@ -42,6 +44,7 @@ def whole_model(folder: str, dtype: torch.dtype) -> Any:
         raise ValueError(
             f"policy.weights: merged weights are needed; {folder} holds an adapter (adapter_config.json)"
         )
+    digests.check(Path(folder), "policy.weights")
     try:
         model, found = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True, output_loading_info=True,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from segrl.foreign import strange
+from segrl.models import digests
 from segrl.prompts import instructions
 
 NAME = "segrl.json"
@@ -37,12 +38,18 @@ Card = dict[str, dict[str, Any]]
 
 
 def write(folder: Path, card: Card) -> None:
-    """Beside the weights."""
+    """Write the card beside the weights, and the digests of all that is there."""
     (folder / NAME).write_text(json.dumps(card, indent=2) + "\n")
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    digests.write(folder, [name for name in files if name not in ("README.md", digests.NAME)])
 
 
 def read(folder: Path) -> Card:
-    """The card of a folder, empty where it has none; ValueError naming a card that is damaged or asks for something else."""
+    """Return the card of a folder, empty where it has none.
+
+    Raises:
+        ValueError: naming a card that is damaged or asks for something else, or a file that changed since it was written.
+    """
     path = folder / NAME
     if not path.is_file():
         return {}
@@ -56,6 +63,7 @@ def read(folder: Path) -> Card:
     beside = folder / instructions.NAME
     if "instructions" not in card["grammar"] and beside.is_file():
         card["grammar"]["instructions"] = instructions.read(beside)
+    digests.check(folder, "model")
     return dict(card)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segrl.foreign import strange
+from segrl.models import digests
 from segrl.models.embeddings import Embeddings, fingerprint
 from segrl.models.first_use import FAILURES, give_up
 from segrl.models.pinned import sent
@@ -108,6 +109,7 @@ def _read_weights(checkpoint: Path) -> dict[str, Tensor]:
 
     if not checkpoint.is_file():
         raise ValueError(f"head.checkpoint: weights are needed; there is no file {checkpoint}")
+    digests.check(checkpoint, "head.checkpoint")
     if checkpoint.suffix == ".safetensors":
         return load_file(checkpoint)
     loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from omegaconf import DictConfig, OmegaConf
+
 
 def lacks(path: Path) -> str:
     """Return what is wrong with a file or folder that has to be there; "" where it is there and not empty."""
@@ -28,3 +30,23 @@ def way_to(path: Path, owners: str) -> str:
     if re.fullmatch(r"https?://\S+", owners) and owners.rpartition("/")[2] == path.name:
         return f"fetch it by: curl -L --create-dirs -o {path} {owners}"
     return f"its owners publish it at {owners}"
+
+
+def missing(cfg: DictConfig, files: bool) -> list[str]:
+    """Return a line for each file and folder that is needed and missing, or empty, with the way to get it."""
+    lines, looked = [], set()
+    unread = not files or bool(cfg.get("testsets"))  # test sets have roots of their own
+    for key, owners in cfg.get("sources", {}).items():
+        path = OmegaConf.select(cfg, key)
+        looked.add(key)
+        if path is not None and not (key.startswith("data.") and unread) and (what := lacks(Path(path))):
+            lines.append(f"{key}: {what}; {way_to(Path(path), owners)}")
+    root = None if unread else OmegaConf.select(cfg, "data.root")
+    if root is not None and "data.root" not in looked and not Path(root).is_dir():
+        lines.append(
+            f"data.root: must be a folder; {root} is {'a file' if Path(root).exists() else 'not there'}"
+        )
+    for key in ("ckpt_path", "init_from"):
+        if (path := cfg.get(key)) is not None and not Path(path).is_file():
+            lines.append(f"{key}: must be a checkpoint; there is no file {path}")
+    return lines

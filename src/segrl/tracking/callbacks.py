@@ -66,8 +66,16 @@ class History(lightning.Callback):
         if not trainer.is_global_zero:
             return
         kept = [line for line in read_history(self.path) if line["step"] <= trainer.global_step]
+        last = int(kept[-1]["step"]) if kept else 0
+        if self.path.is_file() and last < trainer.global_step:
+            print(
+                f"  {self.path} must reach update {trainer.global_step}; it can be read up to {last}, and goes on from there",
+                flush=True,
+            )
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(self.path)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
@@ -79,15 +87,20 @@ class History(lightning.Callback):
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
-    """The lines of a `history.jsonl`; a last line that a kill cut off is left out."""
+    """Return the lines of a `history.jsonl` up to the first that cannot be read: a kill may have cut off the last."""
     if not path.is_file():
         return []
-    lines = []
-    for line in path.read_text().splitlines():
+    lines: list[dict[str, float]] = []
+    for text in path.read_bytes().splitlines():
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except ValueError:
             break
+        if not isinstance(line, dict) or not all(
+            isinstance(v, int | float) for v in (line.get("step"), *line.values())
+        ):
+            break
+        lines.append(line)
     return lines
 
 

@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
 
 import lightning
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from segrl import stopping
 from segrl.metrics.direction import better, worst
+from segrl.models import digests
+
+_MARK = b"segrl sha256 "  # and 64 digits, as the comment of torch's zip file
+_COMMENT, _END = (
+    len(_MARK) + 64,
+    22,
+)  # bytes of the comment, and of the zip's last record, which ends with its length
+
+
+class _Hashed:
+    """A file that is hashed as it is written.
+
+    Args:
+        file: to write to.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        """Write and hash."""
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        """Flush the file."""
+        self.file.flush()
+
+    def seal(self) -> None:
+        """Put the digest of all bytes behind them."""
+        self.file.seek(-2, os.SEEK_END)
+        self.file.write(_COMMENT.to_bytes(2, "little") + _MARK + self.digest.hexdigest().encode())
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -28,7 +63,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         partial = target.with_name(f".{target.name}.partial")
         try:
             with partial.open("wb") as file:
-                torch.save(checkpoint, file)
+                hashed = _Hashed(file)
+                torch.save(checkpoint, hashed)  # type: ignore[arg-type]  # whatever can write will do
+                hashed.seal()
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(target)
@@ -47,12 +84,59 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(Path(path), "ckpt_path")
 
 
+def _check_bytes(path: Path, key: str) -> None:
+    """Raise ValueError unless a file holds the bytes that were written: by its digest, or by the sums of a zip that has none.
+
+    It reads the whole file, once in a process: 45 GB take about half a minute of one core.
+    """
+    if digests.unchanged(path):
+        return
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(-min(size, _COMMENT + _END), os.SEEK_END)
+        end = file.read()
+        sealed = end[_END:].startswith(_MARK) and end.startswith(b"PK\5\6")
+        if sealed:
+            file.seek(0)
+            digest, left = hashlib.sha256(), size - _COMMENT - 2
+            while left:
+                part = file.read(min(left, 1 << 22))
+                digest.update(part)
+                left -= len(part)
+            digest.update(b"\0\0")  # where the length of the comment stands now
+            whole = digest.hexdigest().encode() == end[-64:]
+            whole = whole and int.from_bytes(end[_END - 2 : _END], "little") == _COMMENT
+        elif end[-_END:].startswith(b"PK\5\6"):  # of torch alone
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    whole = archive.testzip() is None
+            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError):
+                whole = False
+        else:
+            raise ValueError(f"{key}: a checkpoint is needed; {path} is cut off or is none")
+    if not whole:
+        raise ValueError(
+            f"{key}: a checkpoint as it was written is needed; the bytes of {path} have changed since (its digest says so)"
+        )
+    digests.passed(path)
+
+
 def read_checkpoint(path: Path, key: str) -> dict[str, Any]:
-    """A checkpoint's contents on the CPU; ValueError naming `key` and the file if it is cut off, foreign or unsafe."""
+    """A checkpoint's contents on the CPU; ValueError naming `key` and the file if it is cut off, changed, foreign or unsafe."""
     if not path.is_file():
         raise ValueError(f"{key}: a checkpoint is needed; there is no file {path}")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{key}: a checkpoint is needed; {path} is cut off or is none")
+    _check_bytes(path, key)
+    return _load(path, key)
+
+
+def saved_step(path: Path) -> int:
+    """Return the update that a checkpoint on the disk is of, without reading its weights; ValueError if it is none."""
+    if not path.is_file():
+        raise ValueError(f"there is no {path}")
+    return int(_load(path, "checkpoint")["global_step"])
+
+
+def _load(path: Path, key: str) -> dict[str, Any]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
@@ -75,7 +159,7 @@ def learned_policy(path: Path, key: str) -> dict[str, Tensor]:
 
 
 class EveryNSteps(lightning.Callback):
-    """Saves every n updates, at the end, and when the process is asked to stop.
+    """Saves every n updates, at the end, and when the process is asked to stop (`Stop`).
 
     Args:
         path: one file, written anew each time.
@@ -86,6 +170,7 @@ class EveryNSteps(lightning.Callback):
         self.path, self.every_n_steps = path, every_n_steps
         self.saved_at = 0
         self.due = False
+        self.loops: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """What is loaded need not be saved again."""
@@ -94,34 +179,141 @@ class EveryNSteps(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
     ) -> None:
-        """Save if it is time, or if SIGTERM came: Lightning then leaves the loop."""
-        passed = trainer.global_step // self.every_n_steps > self.saved_at // self.every_n_steps
+        """Save if it is time."""
+        self.due = trainer.global_step // self.every_n_steps > self.saved_at // self.every_n_steps
         # After an epoch's last batch Lightning has not closed the epoch yet: a run resumed from there would repeat it.
-        self.due = passed or trainer.received_sigterm
         if self.due and not trainer.is_last_batch:
-            self._save(trainer)
+            self.save(trainer)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """What was due at the epoch's last batch."""
         if self.due:
-            self._save(trainer)
+            self.save(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save the last step."""
-        self._save(trainer)
+        self.save(trainer)
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
         """Save what was learned where a server or a file is gone; of several ranks the others do not know of it."""
         if isinstance(exception, ValueError) and trainer.training and trainer.world_size == 1:
-            self._save(trainer)
+            self.save(trainer)
 
-    def _save(self, trainer: lightning.Trainer) -> None:
-        """On all ranks: a strategy may have shares to gather."""
-        if self.saved_at != trainer.global_step:
-            self.saved_at = trainer.global_step
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put the place in the loops at which the run goes on, where it is not the present one."""
+        if self.loops is not None:
+            checkpoint["loops"]["fit_loop"] = self.loops
+
+    def save(self, trainer: lightning.Trainer, loops: dict[str, Any] | None = None) -> None:
+        """Save on all ranks, for a strategy may have shares to gather.
+
+        Args:
+            trainer: of the run.
+            loops: state of the fit loop to go on from; `None` is its present one, which is not saved twice.
+        """
+        if self.saved_at != trainer.global_step or loops is not None:
+            self.saved_at, self.loops = trainer.global_step, loops
             trainer.save_checkpoint(self.path)
+            self.loops = None
+
+
+class Stop(lightning.Callback):
+    """Leaves the training where SIGINT or SIGTERM asked for it: all ranks at the same point, after saving.
+
+    Its points are the ends of updates, of epochs, and of the batches of a validation, which is done again from its
+    beginning when the run goes on.
+    """
+
+    def __init__(self) -> None:
+        self.pending: int | None = None
+        self.validation: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Leave, if there is nothing to save yet."""
+        stopping.take()
+        if (signum := self._agreed(trainer)) is not None:
+            self._leave(trainer, signum)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
+    ) -> None:
+        """Save and leave; at an epoch's last batch when it is closed."""
+        self.pending = self._agreed(trainer)
+        if self.pending is not None and not trainer.is_last_batch:
+            self._save_and_leave(trainer, self.pending, None)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save and leave."""
+        signum = self.pending or self._agreed(trainer)
+        if signum is not None:
+            self._save_and_leave(trainer, signum, None)
+
+    def on_validation_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: object, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """Remember the loops as they stand at the first batch: a run that goes on from there validates from its beginning."""
+        if trainer.sanity_checking or not trainer.validating or batch_idx or dataloader_idx:
+            return
+        self.validation = trainer.fit_loop.state_dict()
+        begun = self.validation["epoch_loop.val_loop.batch_progress"]
+        for count in (begun["total"], begun["current"]):
+            count["started"] += 1
+        if self.pending is not None and self._everywhere(trainer, 0, 0):
+            self._save_and_leave(trainer, self.pending, self.validation)
+
+    def on_validation_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: object, batch: object,
+        batch_idx: int, dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """Save and leave."""
+        if trainer.sanity_checking or not trainer.validating:
+            return
+        if not self._everywhere(trainer, batch_idx, dataloader_idx):
+            return
+        if (signum := self._agreed(trainer)) is not None:
+            self._save_and_leave(trainer, signum, self.validation)
+
+    def on_test_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Answer signals ourselves."""
+        stopping.take()
+
+    def on_test_batch_end(self, *_: object) -> None:
+        """Leave, where the signal came while nothing could be raised."""
+        stopping.check()
+
+    @staticmethod
+    def _everywhere(trainer: lightning.Trainer, batch_idx: int, dataloader_idx: int) -> bool:
+        """Whether every rank has this batch of a validation set: others are no point to agree at."""
+        data, ranks = trainer.datamodule, trainer.world_size  # type: ignore[attr-defined]
+        least = len(list(data.val.values())[dataloader_idx]) // ranks
+        return ranks == 1 or batch_idx < -(-least // data.eval_batch_size)
+
+    @staticmethod
+    def _agreed(trainer: lightning.Trainer) -> int | None:
+        """The signal that any rank got, on all of them."""
+        signum = stopping.asked() or 0
+        if trainer.world_size > 1:
+            told = torch.tensor(signum, device=trainer.strategy.root_device)
+            signum = int(trainer.strategy.reduce(told, reduce_op="max"))
+        return signum or None
+
+    def _save_and_leave(
+        self, trainer: lightning.Trainer, signum: int, loops: dict[str, Any] | None
+    ) -> NoReturn:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EveryNSteps):
+                callback.save(trainer, loops)
+        self._leave(trainer, signum)
+
+    @staticmethod
+    def _leave(trainer: lightning.Trainer, signum: int) -> NoReturn:
+        trainer.loggers = []  # Lightning would call the run failed
+        raise stopping.Stopped(signum, agreed=True)
 
 
 class KeepBest(lightning.Callback):

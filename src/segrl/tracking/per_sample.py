@@ -16,6 +16,7 @@ from segrl.types import Answer, Sample
 
 _PARTS = "per_sample.parts"  # one file per process and attempt; joined when all samples are there
 WHOLE = "per_sample.jsonl"
+_NEEDED = {"dataset", "id", "fault", "scores", "parts"}
 
 
 def row(
@@ -67,15 +68,15 @@ def parts_of(line: dict[str, Any]) -> Parts:
 
 
 def lines(folder: Path, dataset: str) -> Iterator[dict[str, Any]]:
-    """Of a dataset, whole lines only: a kill may have cut off the last one of a file."""
+    """Of a dataset, whole lines only: a kill may have cut off the last one of a file, and what is damaged is scored again."""
     for path in (folder / WHOLE, *sorted((folder / _PARTS).glob(f"*.{dataset}.jsonl"))):
         if not path.is_file():
             continue
-        for text in path.read_text().splitlines(keepends=True):
-            if text.endswith("\n"):
-                with suppress(json.JSONDecodeError):
+        for text in path.read_bytes().splitlines(keepends=True):
+            if text.endswith(b"\n"):
+                with suppress(ValueError):
                     line = json.loads(text)
-                    if line["dataset"] == dataset:
+                    if isinstance(line, dict) and set(line) >= _NEEDED and line["dataset"] == dataset:
                         yield line
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -74,9 +76,11 @@ def interleaved(shares: Sequence[Rows]) -> Rows:
 def save(found: Rows, path: Path) -> None:
     """Write one JSON line per evaluated sample, and beside it the masks of the first few."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row.line) + "\n" for dataset in found.values() for row in dataset))
     first = next(iter(found.values()), [])[:_DRAWN]
     np.savez_compressed(path.with_suffix(".npz"), **{str(i): row.mask for i, row in enumerate(first)})  # type: ignore[arg-type]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row.line) + "\n" for dataset in found.values() for row in dataset))
+    partial.replace(path)  # the lines say that all is there
 
 
 def scores(found: Rows) -> Scores:
@@ -98,6 +102,17 @@ def load(path: Path) -> Scores:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def readable(path: Path) -> Scores | None:
+    """Return the scores in a file that `save` wrote, or `None` where it, or the masks beside it, is gone or damaged."""
+    try:
+        scored = load(path)
+        with np.load(path.with_suffix(".npz"), allow_pickle=False) as masks:
+            drawn = [masks[name].ndim for name in masks.files]
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+    return scored if scored and drawn and set(drawn) == {2} else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +137,7 @@ def check_same_samples(before: Scores, ids: Mapping[str, Iterable[str]]) -> None
     for dataset, wanted in ids.items():
         if set(wanted) != set(before.get(dataset, {})):
             raise ValueError(
-                f"evaluation: the samples of {dataset} must be those scored before; the ids differ"
+                f"evaluation: the samples of {dataset} must be those scored before (evaluation/before.jsonl); the ids differ"
             )
 
 

@@ -1,0 +1,66 @@
+"""Hold a configuration against its objects and files before the weights of a policy are loaded; each raises ValueError."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from segrl.data.datamodule import SegDataModule
+from segrl.metrics.saliency import NAMES
+from segrl.tracking.checkpoints import read_checkpoint
+
+
+def words(cfg: DictConfig) -> None:
+    """Refuse a grammar that lacks its instructions, or cannot say what the reward looks at."""
+    grammar = type(instantiate(cfg.grammar))
+    wanted = {f"reward.terms.{name}": term.get("needs", []) for name, term in cfg.reward.terms.items()}
+    if cfg.stage.get("shaping") is not None:
+        wanted["stage.shaping"] = ["steps"]
+    for key, words in wanted.items():
+        for word in words:
+            if word not in grammar.says:
+                raise ValueError(
+                    f"{key}: a grammar that says {word} is needed; {grammar.__name__} says {', '.join(sorted(grammar.says))}"
+                )
+
+
+def checkpoints(cfg: DictConfig) -> None:
+    """Refuse checkpoints of another stage, or with other bytes than were written; the best of a run would be read at its end."""
+    if cfg.init_from is not None:
+        saved = read_checkpoint(Path(cfg.init_from), "init_from")
+        if not any(name.startswith("policy.") for name in saved["state_dict"]):
+            raise ValueError(
+                f"init_from: a checkpoint that holds a policy is needed; {cfg.init_from} is of {saved.get('stage', 'another program')}"
+            )
+    if cfg.resume is not None and (best := Path(cfg.resume) / "checkpoints" / "best.ckpt").exists():
+        read_checkpoint(best, "resume")
+    if cfg.ckpt_path is not None:
+        key, ours = "resume" if cfg.resume else "ckpt_path", cfg.stage._target_.rpartition(".")[2]
+        saved = read_checkpoint(Path(cfg.ckpt_path), key)
+        if saved.get("stage", ours) != ours:
+            raise ValueError(
+                f"{key}: a checkpoint of a {ours} is needed; {cfg.ckpt_path} is a {saved['stage']}'s (init_from takes its policy)"
+            )
+        if saved.get("init_from") != cfg.init_from:
+            raise ValueError(
+                f"init_from: the start of {cfg.ckpt_path} is needed, for its reference stands there: {saved.get('init_from')}; got {cfg.init_from}"
+            )
+
+
+def metrics(cfg: DictConfig, data: SegDataModule) -> None:
+    """Refuse the name of a metric that nothing has: it would come out after the training."""
+    known = {
+        split: [f"{split}/{dataset}/{metric}" for dataset in sets for metric in NAMES]
+        for split, sets in {"test": data.test, "val": data.val}.items()
+    }
+    monitor = OmegaConf.select(cfg, "callbacks.best.monitor")
+    for key, wanted, names in (
+        ("objective_metric", cfg.objective_metric, known["test"] + known["val"]),
+        ("callbacks.best.monitor", monitor, known["val"]),
+    ):
+        if wanted is not None and wanted not in names:
+            raise ValueError(
+                f"{key}: null or one of {', '.join(names) or 'a validation set'} is needed; got {wanted}"
+            )
