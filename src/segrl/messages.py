@@ -107,16 +107,15 @@ def explain(error: BaseException, said: Said, keys: Callable[[], list[str]]) -> 
         return cause.lines if len(cause.lines) == 1 else [*many, *(f"  {line}" for line in cause.lines)]
     if isinstance(cause, Refused):
         return [_refused(cause.faults, said)]
-    if isinstance(error, InstantiationException) and not (
-        isinstance(cause, ValueError) and _raised_in(cause) == "segrl"
-    ):
-        return _unbound(str(error), cause)
+    if type(cause).__name__ == "MisconfigurationException":  # Lightning's word for a trainer that cannot be
+        return [f"trainer: {' '.join(str(cause).split())}"]
+    told = _unbound(str(error), cause) if isinstance(error, InstantiationException) else None
+    if told is not None:
+        return told
     if isinstance(cause, HydraException | OmegaConfBaseException):
         return [_composition(str(cause), said, keys)]
     if isinstance(cause, ValueError) and _raised_in(cause) == "hydra":
         return [_composition(str(cause), said, keys)]
-    if type(cause).__name__ == "MisconfigurationException":  # Lightning's word for a trainer that cannot be
-        return [f"trainer: {' '.join(str(cause).split())}"]
     if isinstance(cause, OSError):
         if cause.errno == errno.ENOSPC:
             return [
@@ -154,8 +153,10 @@ def _refused(faults: list[Fault], said: Said) -> str:
         for group, option in said.choices.items()
         if group not in ("experiment", "suite", "testset")
     ]
-    if first.key in said.keys or sets is None or not replaced:
-        return str(first)
+    if first.key in said.keys or not replaced:
+        return f"{first}{_beside(name, replaced)}" if first.key in said.choices else str(first)
+    if sets is None:
+        return f"{first}{_beside(name, replaced)}"
     guilty = [one for one in replaced if one.split("=")[0] == sets.split(".")[0]] or replaced
     ways = [
         found
@@ -167,6 +168,11 @@ def _refused(faults: list[Fault], said: Said) -> str:
         out = " ".join(f"'~{way}'" for way in dict.fromkeys(ways))
         return f"{first}: experiment={name} sets {sets} and does not go with {those} alone; write {out} beside it"
     return f"{first} (experiment={name} sets it and does not go with {those} alone; write {first.key}=... beside it)"
+
+
+def _beside(experiment: str | None, replaced: list[str]) -> str:
+    """The options that a fault comes from, where no value of the user's or of an experiment's does."""
+    return f" ({' '.join([f'experiment={experiment}'] * bool(experiment) + replaced)})"
 
 
 def _unbound(message: str, cause: BaseException) -> list[str] | None:

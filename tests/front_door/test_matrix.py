@@ -44,8 +44,11 @@ def held(experiment, choice):
     way = re.findall(r"'(~[\w.]+)'", line)
     if "beside it" in line:
         assert f"experiment={experiment}" in line, line
-        for _ in range(3):  # one refusal may hide the next
-            more = [f"{key}=null" for key in re.findall(r"write (\w+)=\.\.\. beside it", line)]
+        for _ in range(4):  # one refusal may hide the next
+            keys = re.findall(r"write ([\w.]+)=\.\.\. beside it", line)
+            more = [
+                f"{key}={1200 if key == 'trainer.max_steps' else 'null'}" for key in keys
+            ]  # a multiple of all
             arguments += [*way, *more]
             again = refusal("train", arguments, only_keys=True)
             if again is None:

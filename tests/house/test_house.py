@@ -155,7 +155,9 @@ def test_names_of_logged_scalars_are_api():
     """A rename breaks dashboards and sweeps: change this list only with a line in CHANGELOG.md."""
     logged = set()
     for path in FILES:
-        if path.parent.name == "schema":  # lists all that an alarm may watch; tests/front_door/test_keys.py holds it
+        if (
+            path.parent.name == "schema"
+        ):  # lists all that an alarm may watch; tests/front_door/test_keys.py holds it
             continue
         logged |= set(
             re.findall(r'"((?:reward|policy|rollout|critic|sft|head|tower)/[\w/]+)"', path.read_text())
