@@ -239,7 +239,7 @@ class Run:
     def _test(self, stage: SegStage, name: str) -> report.Scores:
         """Score the test sets, one line per sample into the run folder; on every rank the scores of all."""
         say(f"scoring the test sets ({name}) ...")
-        with memory_said("data.eval_batch_size"):
+        with memory_said("data.module.eval_batch_size"):
             self.trainer.test(stage, self.data, verbose=False)
         rows = report.rows(stage.records)
         if self.trainer.world_size > 1:
