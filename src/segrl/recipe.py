@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from segrl import stopping
 from segrl.front_door import scored_checkpoint
 
 _OWN = ("experiment", "seed", "name", "paths.run", "init_from", "resume", "ckpt_path")
@@ -122,7 +122,23 @@ def run_all(recipe: Recipe, runs: Path, at_once: int) -> None:
     """Every run, up to so many at once (then on one thread each); raises ValueError naming the first that fails."""
     waiting = [(job, seed) for job in recipe.jobs for seed in job.seeds]
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if at_once > 1 else dict(os.environ)
+    environment = stopping.environment() | ({"OMP_NUM_THREADS": "1"} if at_once > 1 else {})
+    try:
+        _keep_running(recipe, runs, at_once, waiting, running, environment)
+    except stopping.Stopped:
+        with stopping.held():  # each saves, and says so
+            for process in running.values():
+                process.terminate()
+            for process in running.values():
+                process.wait()
+        raise
+
+
+def _keep_running(
+    recipe: Recipe, runs: Path, at_once: int, waiting: list[tuple[Job, int]],
+    running: dict[tuple[str, int], subprocess.Popen[bytes]], environment: dict[str, str],
+) -> None:  # fmt: skip
+    """Start what waits as others end, until nothing is left; `running` holds what goes on."""
     while waiting or running:
         for key, process in list(running.items()):
             if process.poll() is None:
@@ -182,12 +198,16 @@ def main() -> None:
         "overrides", nargs="*", help="key=value or group=option, of every run that is yet to begin"
     )
     arguments = parser.parse_intermixed_args()
-    try:
-        recipe = with_overrides(read(arguments.recipe), arguments.overrides)
-        run_all(recipe, arguments.runs, arguments.at_once)
-    except ValueError as error:
-        print(f"segrl: {error}", file=sys.stderr)
-        sys.exit(2)
+    with stopping.watched():
+        try:
+            recipe = with_overrides(read(arguments.recipe), arguments.overrides)
+            run_all(recipe, arguments.runs, arguments.at_once)
+        except ValueError as error:
+            print(f"segrl: {error}", file=sys.stderr)
+            sys.exit(2)
+        except stopping.Stopped as stop:
+            print(f"stopped by {stop.name}: the same command goes on where each run was saved", flush=True)
+            stopping.leave(stop)
     text = f"{recipe.title}; {recipe.metric} on held-out samples\n\n{table(recipe, rows(recipe, arguments.runs))}\n"
     (arguments.runs / "table.md").write_text(text)
     print(f"\n{text}\ntable in {arguments.runs / 'table.md'}")

@@ -152,6 +152,11 @@ def leave(stop: Stopped) -> NoReturn:
     sys.exit(stop.code)
 
 
+def environment() -> dict[str, str]:
+    """Return the environment for a process that is a run of its own, and no further rank of this one."""
+    return {name: value for name, value in os.environ.items() if name != _FIRST}
+
+
 def ranks() -> int:
     """Return how many processes the run has, as their launchers say; 1 where there is none."""
     return max(int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_NTASKS"))

@@ -1,5 +1,10 @@
 """Recipes: runs that start from each other's checkpoints, done once, and one table."""
 
+import os
+import signal
+import sys
+import time
+
 import pytest
 
 from segrl import recipe
@@ -126,3 +131,31 @@ def test_a_recipe_that_is_wrong_is_refused_by_its_key(tmp_path, monkeypatch, cap
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("segrl: ") and all(word in line for word in words)
+
+
+def test_a_recipe_that_is_stopped_lets_its_runs_save(tmp_path, monkeypatch, capsys):
+    saving = (
+        "import pathlib, signal, sys, time\n"
+        "begun, saved = (pathlib.Path(sys.argv[1], name) for name in ('begun', 'saved'))\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (saved.touch(), sys.exit(143)))\n"
+        "begun.touch()\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(recipe, "command", lambda *_: [sys.executable, "-c", saving, str(tmp_path)])
+    sleep = time.sleep
+
+    def asked(seconds):
+        if (tmp_path / "begun").exists():
+            os.kill(os.getpid(), signal.SIGINT)
+        sleep(seconds)
+
+    monkeypatch.setattr(recipe.time, "sleep", asked)
+    (tmp_path / "recipe.yaml").write_text(TINY)
+    monkeypatch.setattr(
+        sys, "argv", ["recipe", str(tmp_path / "recipe.yaml"), "--runs", str(tmp_path / "runs")]
+    )
+    with pytest.raises(SystemExit) as end:
+        recipe.main()
+    assert end.value.code == 130
+    assert (tmp_path / "saved").exists()
+    assert "stopped by SIGINT: the same command goes on" in capsys.readouterr().out
