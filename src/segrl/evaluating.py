@@ -136,7 +136,8 @@ class Evaluation:
                     logger, text, made = self._logger()
             folders.write(self.folder / "config.yaml", text)
             folders.write(self.folder / _STAMPS, json.dumps(_stamps(cfg), indent=2) + "\n")
-            folders.write(self.folder / "provenance.json", json.dumps(made, indent=2) + "\n")
+            if not (self.folder / "provenance.json").is_file():  # one that goes on is of its first command
+                folders.write(self.folder / "provenance.json", json.dumps(made, indent=2) + "\n")
             self.logger = logger
         stopping.check()
         say(f"{cfg.suite.name}: {sum(map(len, self.sets.values()))} samples; results in {self.folder}")

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from segrl import stopping
+from segrl.folder import own, release
 from segrl.front_door import scored_checkpoint
 
 _OWN = ("experiment", "seed", "name", "paths.run", "init_from", "resume", "ckpt_path")
@@ -96,14 +97,20 @@ def folder_of(runs: Path, job: Job, seed: int) -> Path:
 
 
 def command(recipe: Recipe, job: Job, seed: int, runs: Path) -> list[str] | None:
-    """What starts the run, or goes on with it; none where it is finished."""
+    """Return what starts the run, or goes on with it; None where it is finished.
+
+    Raises:
+        ValueError: if another process is about to begin it.
+    """
     folder = folder_of(runs, job, seed)
     module = [sys.executable, "-m", "segrl.train"]
     if (folder / "metrics.json").is_file():
         return None
-    if (folder / "checkpoints" / "last.ckpt").is_file():
+    if (folder / "config.yaml").is_file():  # begun: it goes on from its checkpoint, or from its first update
         return [*module, f"resume={folder}"]
-    if folder.is_dir():  # killed before its first checkpoint: there is nothing in it to go on with
+    if folder.is_dir():  # killed before it wrote anything
+        own(folder, "recipe")
+        release()
         shutil.rmtree(folder)
     start = next((other for other in recipe.jobs if other.name == job.start), None)
     begin = [f"init_from={scored_checkpoint(folder_of(runs, start, start.seeds[0]))}"] if start else []

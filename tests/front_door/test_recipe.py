@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -159,3 +160,22 @@ def test_a_recipe_that_is_stopped_lets_its_runs_save(tmp_path, monkeypatch, caps
     assert end.value.code == 130
     assert (tmp_path / "saved").exists()
     assert "stopped by SIGINT: the same command goes on" in capsys.readouterr().out
+
+
+def test_a_run_that_was_begun_goes_on_and_one_that_another_process_begins_is_left_alone(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(TINY)
+    found = recipe.read(tmp_path / "recipe.yaml")
+    first = tmp_path / "first"
+    (first / "evaluation").mkdir(parents=True)
+    (first / "config.yaml").write_text("name: first\n")
+    assert recipe.command(found, found.jobs[0], 1, tmp_path)[-1] == f"resume={first}"
+    (first / "config.yaml").unlink()
+    holding = "import sys, time; from segrl.folder import own; own(__import__('pathlib').Path(sys.argv[1]), 'x'); print(1, flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", holding, str(first)], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="is used by another process"):
+            recipe.command(found, found.jobs[0], 1, tmp_path)
+        assert first.is_dir()
+        other.kill()
+    assert recipe.command(found, found.jobs[0], 1, tmp_path)[3] == "+experiment=demo"
+    assert not first.exists()
