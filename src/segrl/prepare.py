@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from segrl.folder import write
-from segrl.front_door import check as check_keys
-from segrl.front_door import enter
+from segrl.front_door import check as check_all
+from segrl.front_door import check_keys, enter
 
 if TYPE_CHECKING:
     from segrl.data.survey import Survey
@@ -26,7 +26,8 @@ def traces(cfg: DictConfig) -> None:
     """Write one JSON line per sample whose mask the mask head finds again from the trace's own prompt."""
     check_keys(cfg, "prepare_traces")
     out = _checked_out(cfg)
-    head_name = _head_name(cfg)
+    check_all(cfg, "prepare_traces")
+    from hydra.core.hydra_config import HydraConfig
     from hydra.utils import instantiate
 
     from segrl.data.traces import Judged, written
@@ -39,7 +40,7 @@ def traces(cfg: DictConfig) -> None:
         judged.lines.append({**line, "image": os.path.relpath(str(line["image"]), out.parent)})
         if judged.seen % 100 == 0:
             print(f"  {judged.seen}/{len(samples)}, {len(judged.lines)} kept", flush=True)
-    left_out = f"{judged.unsolved} below IoU {cfg.least_iou} as {head_name} draws them, {judged.empty} without an object"
+    left_out = f"{judged.unsolved} below IoU {cfg.least_iou} as head={HydraConfig.get().runtime.choices['head']} draws them, {judged.empty} without an object"
     if not judged.lines:
         raise ValueError(
             f"least_iou: a mask head that finds masks again is needed; of {len(samples)} it found none ({left_out})"
@@ -51,32 +52,12 @@ def traces(cfg: DictConfig) -> None:
 
 def _checked_out(cfg: DictConfig) -> Path:
     """The file to write; ValueError naming the key of what cannot be."""
-    if not isinstance(cfg.overwrite, bool):
-        raise ValueError(f"overwrite: true or false is needed; got {cfg.overwrite}")
-    least = cfg.least_iou
-    if isinstance(least, bool) or not isinstance(least, int | float) or not 0 <= least <= 1:
-        raise ValueError(f"least_iou: a number from 0 to 1 is needed; got {least}")
     out = Path(str(cfg.out))
     if out.suffix != ".jsonl" or out.is_dir():
         raise ValueError(f"out: a .jsonl file is needed; got {out}")
     if out.exists() and not cfg.overwrite:
         raise ValueError(f"out: a new .jsonl file is needed; {out} exists (overwrite=true writes it anew)")
     return out
-
-
-def _head_name(cfg: DictConfig) -> str:
-    """The mask head that judges, as it is chosen; ValueError saying what to choose where it has no weights."""
-    from hydra.core.hydra_config import HydraConfig
-
-    for key, owners in cfg.sources.items():
-        if (path := OmegaConf.select(cfg, key)) is not None and not Path(str(path)).exists():
-            way_out = (
-                "; head=sam2_nano ships with segrl, and knows drawn scenes alone"
-                if key == "head.checkpoint"
-                else ""
-            )
-            raise ValueError(f"{key}: there is no {path}; its owners publish it at {owners}{way_out}")
-    return f"head={HydraConfig.get().runtime.choices['head']}"
 
 
 def _surveyed(node: DictConfig) -> Survey:
@@ -125,7 +106,7 @@ def _splits(cfg: DictConfig) -> dict[str, tuple[DictConfig, int | None]]:
 
 def check(cfg: DictConfig) -> None:
     """Print what is wrong and what is worth knowing about a dataset on the disk; exit with 1 if numbers of it would not be its own."""
-    check_keys(cfg, "prepare_check")
+    check_all(cfg, "prepare_check")
     from segrl.data.check import check as walk
 
     splits = _splits(cfg)

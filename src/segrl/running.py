@@ -30,7 +30,7 @@ from segrl.front_door import asset, scored_checkpoint
 from segrl.stages.base import SegStage, Stage
 from segrl.stages.policy_gradient import PolicyGradientStage
 from segrl.tracking import report
-from segrl.tracking.callbacks import read_history
+from segrl.tracking.callbacks import cut_history, read_history
 from segrl.tracking.checkpoints import AtomicCheckpointIO, Stop, read_checkpoint, saved_step
 from segrl.tracking.figures import curves
 from segrl.tracking.mlflow_runs import ARTIFACTS, keep, where
@@ -117,6 +117,7 @@ class Run:
     logger: Logger | None
     before: str | None  # the configuration of a run that is gone on with
     scored_before: bool  # its start, and the scores can be read
+    begun_at: int  # update of the checkpoint that is gone on from
     trained: bool = False
     scored: bool = False
     began: float = field(default_factory=time.monotonic)
@@ -139,15 +140,16 @@ class Run:
             report.check_same_samples(scored, {name: s.ids for name, s in data.test.items()})
         if cfg.init_from is not None:
             cls._start_from(stage, Path(cfg.init_from))
+        loaded = None
         if cfg.ckpt_path is not None:
-            stage.on_load_checkpoint(
-                read_checkpoint(Path(cfg.ckpt_path), "resume" if cfg.resume else "ckpt_path")
-            )
+            loaded = read_checkpoint(Path(cfg.ckpt_path), "resume" if cfg.resume else "ckpt_path")
+            stage.on_load_checkpoint(loaded)
         stage.started_from = cfg.init_from
         saved = folder / "config.yaml"
         return cls(
             cfg=cfg, folder=folder, stage=stage, data=data, trainer=cls._trainer(cfg), logger=None,
             before=saved.read_text() if saved.is_file() else None, scored_before=scored is not None,
+            begun_at=0 if loaded is None else loaded["global_step"],
         )  # fmt: skip
 
     @staticmethod
@@ -218,6 +220,8 @@ class Run:
         say(f"{self.cfg.name}: {learned / 1e6:.1f} M parameters learn; results in {self.folder}")
         for line in (*of_batch(self.cfg, self.trainer.world_size), *of_counts(self.cfg, self.data.test)):
             say(f"  {line}")
+        if self.cfg.resume and (cut := cut_history(self.folder / "history.jsonl", self.begun_at)):
+            say(f"  {cut}")
         if (
             isinstance(self.stage, PolicyGradientStage)
             and self.cfg.reference

@@ -284,7 +284,7 @@ def test_a_folder_of_any_name_is_checked(cli, tmp_path: Path, name: str) -> None
         (("out=t.jsonl",), "head.checkpoint: there is no weights/sam2.1_hiera_large.pt"),
         (("out=t.jsonl",), "head=sam2_nano ships with segrl"),
         (("out=old.jsonl",), "out: a new .jsonl file is needed; old.jsonl exists (overwrite=true"),
-        (("out=old.jsonl", "overwrite=true"), "head.checkpoint"), (("out=t.jsonl", "overwrite=3"), "overwrite: true or false"),
+        (("out=old.jsonl", "overwrite=true"), "head.checkpoint"), (("out=t.jsonl", "overwrite=3"), "overwrite: must be true or false"),
         (("out=t.txt",), "out: a .jsonl file"), (("out=3",), "out: a .jsonl file"),
         (("out=t.jsonl", "least_iou=nan"), "least_iou"), (("out=t.jsonl", "least_iou=true"), "least_iou"),
     ],

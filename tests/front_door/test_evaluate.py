@@ -279,7 +279,7 @@ def test_what_a_sweep_compares_is_a_score(cli, tmp_path):
         (["policy.weights=nowhere"], ["policy.weights", "nowhere"]),
         (["head.checkpoint=nowhere.pt"], ["head.checkpoint", "nowhere.pt"]),
         (["trainer.accelerator=gpu"], ["trainer: "]),
-        (["trainer.devices=0"], ["trainer: ", "0"]),
+        (["trainer.devices=0"], ["trainer.devices: ", "0"]),
         (["trainer.precision=8"], ["trainer.precision: ", "8"]),
         (["testsets.synthetic.samples.length=0"], ["length", "0"]),
     ],

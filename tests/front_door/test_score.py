@@ -99,7 +99,7 @@ def test_keep_takes_part_of_both_folders(score, folders):
     ("arguments", "words"),
     [
         (["metrics=[sm,iuo]"], ["metrics", "iuo"]),
-        (["metrics=[]"], ["metrics", "none"]),
+        (["metrics=[]"], ["metrics", "a list, not empty, of", "got []"]),
         (["metric=[sm]"], ["metric", "metrics"]),
         (["out=nowhere/s.json"], ["out", "nowhere"]),
         (["out=s.txt"], ["out", ".json"]),

@@ -71,7 +71,7 @@ def validating(stage, batch):
     return stage.trainer.validating
 
 
-def testing(stage, batch):
+def scoring(stage, batch):
     return stage.trainer.testing
 
 
@@ -89,7 +89,7 @@ PHASES = {
     "while saving": ((torch, "save", 1, signal.SIGTERM), "stopped and saved at step", None),
     "scoring before": ((Segmenter, "__call__", 1, signal.SIGINT), "stopped before its first update", None),
     "scoring after": (
-        (PolicyGradientStage, "evaluate_batch", 2, signal.SIGTERM, testing), "trained and saved at step 3, not scored", 3,
+        (PolicyGradientStage, "evaluate_batch", 2, signal.SIGTERM, scoring), "trained and saved at step 3, not scored", 3,
     ),
     "closing figures": ((running, "curves", 1, signal.SIGINT), "trained and saved at step 3, not scored", 3),
     "copying": ((running, "keep", 1, signal.SIGTERM), "trained, saved at step 3 and scored", 3),
@@ -160,7 +160,13 @@ def test_nothing_half_written_is_left(cli, tmp_path, at):
     at(overlap, "iou", 1, signal.SIGINT)
     at(prepare, "write", 1)
     line = "stopped by SIG{}; nothing half-written is left\n"
-    traces = ("data=image_mask", f"data.root={tmp_path}/set", f"out={tmp_path}/set/t.jsonl", "least_iou=0.01")
+    traces = (
+        "data=image_mask",
+        f"data.root={tmp_path}/set",
+        f"out={tmp_path}/set/t.jsonl",
+        "least_iou=0.01",
+        "head=sam2_nano",
+    )
     for name, code in (("INT", 130), ("TERM", 143)):
         assert cli("traces", *traces, module="prepare", runs=None) == (code, line.format(name), "")
         assert sorted(tmp_path.rglob("*")) == files

@@ -149,4 +149,4 @@ def _listed(schema: dict[str, Any]) -> str:
     item = needed(schema.get("items", {})).removeprefix("a ")
     if least == most == 2:
         return f"a list of two, the smaller first, each a {item}"
-    return f"a list of {'at least one ' if least else ''}{item}"
+    return f"a list, not empty, of {item}" if least else f"a list of {item}"

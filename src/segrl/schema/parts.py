@@ -308,6 +308,12 @@ class TestSet(Open):
     ignored: bool = False
     licence: Text
     source: Text
+    # What most `samples` are made of; a user who replaces `samples.folders` leaves it unread.
+    annotations: Text | None = None
+    images: Text | None = None
+    keep: Text | None = None
+    masks: Text | None = None
+    refs: Text | None = None
     samples: Samples
 
 

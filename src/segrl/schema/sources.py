@@ -40,7 +40,12 @@ def missing(cfg: DictConfig, files: bool) -> list[str]:
         path = OmegaConf.select(cfg, key)
         looked.add(key)
         if path is not None and not (key.startswith("data.") and unread) and (what := lacks(Path(path))):
-            lines.append(f"{key}: {what}; {way_to(Path(path), owners)}")
+            instead = (
+                "; head=sam2_nano ships with segrl, and knows drawn scenes alone"
+                if key == "head.checkpoint"
+                else ""
+            )
+            lines.append(f"{key}: {what}; {way_to(Path(path), owners)}{instead}")
     root = None if unread else OmegaConf.select(cfg, "data.root")
     if root is not None and "data.root" not in looked and not Path(root).is_dir():
         lines.append(

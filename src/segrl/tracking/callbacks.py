@@ -66,12 +66,6 @@ class History(lightning.Callback):
         if not trainer.is_global_zero:
             return
         kept = [line for line in read_history(self.path) if line["step"] <= trainer.global_step]
-        last = int(kept[-1]["step"]) if kept else 0
-        if self.path.is_file() and last < trainer.global_step:
-            print(
-                f"  {self.path} must reach update {trainer.global_step}; it can be read up to {last}, and goes on from there",
-                flush=True,
-            )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -84,6 +78,16 @@ class History(lightning.Callback):
         if isinstance(pl_module, Stage) and trainer.is_global_zero:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": trainer.global_step, **pl_module.latest}) + "\n")
+
+
+def cut_history(path: Path, step: int) -> str | None:
+    """Return a line about a `history.jsonl` that cannot be read up to the update `step`, or None."""
+    if not path.is_file():
+        return None
+    last = max((int(line["step"]) for line in read_history(path)), default=0)
+    if last >= step:
+        return None
+    return f"{path} must reach update {step}; it can be read up to {last}, and goes on from there"
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
