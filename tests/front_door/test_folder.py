@@ -107,7 +107,5 @@ def test_a_run_without_its_checkpoint_begins_anew_unless_it_was_finished(tmp_pat
     cfg.resume = str(tmp_path)
     assert resumed(cfg, []).ckpt_path is None
     (tmp_path / "metrics.json").write_text("{}")
-    with pytest.raises(
-        ValueError, match="resume: the checkpoint of a finished run is needed; .*last.ckpt is gone"
-    ):
+    with pytest.raises(ValueError, match="resume: must have the checkpoint .*last.ckpt is gone"):
         resumed(cfg, [])

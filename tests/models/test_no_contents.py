@@ -354,6 +354,7 @@ def test_the_ledger_counts_what_lives(monkeypatch):
         assert ledger.now == 4000 + 4000 + 4  # weight, gradient, loss
 
 
+@pytest.mark.slow
 @pytest.mark.counted
 def test_bytes_without_contents_are_those_with_them():
     """`benchmarks/memory.py` goes through policies of real size; of a tiny one it can be seen that nothing is missing without contents."""
