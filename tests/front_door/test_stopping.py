@@ -121,12 +121,21 @@ def test_before_anything_is_written_nothing_is(cli, tmp_path, at):
 
 
 def test_a_sweep_ends_behind_the_job_that_was_stopped(cli, tmp_path, at):
+    """Behind a job that failed, too: the sweep was stopped, and that is what its exit code says."""
+    client = pytest.importorskip("mlflow.tracking").MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (tmp_path / "bad.ckpt").write_bytes(b"no checkpoint")
     at(PolicyGradientStage, "update", 2)
-    code, out, err = cli("-m", *RUN, "seed=1,2,3", "test_before=false")
+    jobs = (f"init_from={tmp_path}/bad.ckpt,null", "seed=1,2")
+    code, out, err = cli("-m", *RUN, "logger=mlflow", "test_before=false", *jobs[::-1])
     assert code == 143, err
-    assert "stopped and saved at step 2" in out
-    assert "the sweep was stopped: 0 of 3 jobs ended, 2 were not begun" in out
+    assert "stopped and saved at step 2" in out and err.count("failed: init_from") == 1
+    assert out.splitlines()[-1] == "the sweep was stopped: 0 of 4 jobs ended, 2 were not begun"
+    assert "job 2 of 4" in out and "job 3 of 4" not in out
     assert len(list((tmp_path / "runs" / "demo").iterdir())) == 1
+    (rows,) = (tmp_path / "runs" / "sweeps").glob("*/jobs.jsonl")
+    assert [json.loads(line)["job"] for line in rows.read_text().splitlines()] == [1, 2]
+    runs = client.search_runs([client.get_experiment_by_name("demo").experiment_id])
+    assert len(runs) == 2 and {run.info.status for run in runs} == {"KILLED"}
 
 
 def test_an_evaluation_keeps_what_was_answered(cli, tmp_path, at):

@@ -18,6 +18,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from segrl import stopping
 from segrl.metrics.direction import higher_is_better
 from segrl.tracking.provenance import JOB_OVERRIDES
 
@@ -45,7 +46,8 @@ class SweepParent(Callback):
     """Hydra callback; see `conf/train.yaml`. Does nothing in a single run.
 
     A job that fails ends neither the others nor the table: its error is told when it comes, and Hydra's own sweeper,
-    which would raise it again, gets None in place of it. The process then ends with 1. Jobs may run in other
+    which would raise it again, gets None in place of it. The process then ends with 1. Behind a job that was stopped,
+    no other begins: those leave no row, and the parent run is KILLED. Jobs may run in other
     processes (hydra-joblib-launcher), so each leaves its row in `jobs.jsonl` of the sweep's folder.
     """
 
@@ -54,6 +56,7 @@ class SweepParent(Callback):
         self.swept: list[str] = []
         self.total: int | None = None
         self.failed = False
+        self.skips = False  # the job that Hydra is about to start, for the sweep was stopped
         self.others = ""  # folder that another run has when a job starts
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ANN401 - Hydra's signature
@@ -78,6 +81,9 @@ class SweepParent(Callback):
         """Say which job starts, and name its run by what differs."""
         if not self._sweeps:
             return
+        self.skips = stopping.asked() is not None
+        if self.skips:
+            return
         from segrl.tracking.mlflow_runs import name_job
 
         differs = _differs(list(config.hydra.overrides.task), self.swept)
@@ -95,7 +101,7 @@ class SweepParent(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:  # noqa: ANN401
         """Take down a job's objective, or why it failed."""
-        if not self._sweeps:
+        if not self._sweeps or self.skips:
             return
         value = job_return._return_value  # the property raises where the job failed
         folder = "" if job_return.cfg is None else str(job_return.cfg.paths.run)
@@ -120,9 +126,10 @@ class SweepParent(Callback):
             file.write(json.dumps(asdict(row)) + "\n")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ANN401
-        """Print the jobs and close the parent run; exit with 1 where one failed."""
-        self._end(config, "FINISHED")
-        if self.failed:
+        """Print the jobs and close the parent run; exit with 1 where one failed, unless the front door says how it was stopped."""
+        stopped = stopping.asked() is not None
+        self._end(config, "KILLED" if stopped else "FINISHED")
+        if self.failed and not stopped:
             sys.exit(1)
 
     def _end(self, config: DictConfig, status: str) -> None:
