@@ -49,6 +49,14 @@ def test_a_list_that_says_nothing_of_the_file_is_passed_over(weights: Path, cont
     digests.check(weights, "key")
 
 
+def test_files_of_a_mirror_need_not_be_there_and_those_of_an_export_must(weights: Path) -> None:
+    (weights.parent / digests.NAME).write_text(f"{RIGHT}  model.pt\n{WRONG}  more/other.pt\n")
+    digests.check(weights.parent, "key")
+    (weights.parent / "segrl.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"other\.pt is needed; it is listed"):
+        digests.check(weights.parent, "key")
+
+
 def test_a_list_one_folder_above_is_nobodys_business(weights: Path) -> None:
     (weights.parent.parent / digests.NAME).write_text(f"{WRONG}  set/model.pt\nno digest  model.pt\n")
     digests.check(weights, "key")
