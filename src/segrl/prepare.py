@@ -69,9 +69,11 @@ def traces(cfg: DictConfig) -> None:
 
 def _command(cfg: DictConfig, ids: Sequence[str]) -> str:
     """The first line of a partial file: what was asked for, and of which samples."""
-    asked = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(asked, dict)
-    said = json.dumps([{key: value for key, value in asked.items() if key != "overwrite"}, list(ids)])
+    parts = {
+        part: OmegaConf.to_container(cfg[part], resolve=True)
+        for part in ("data", "head", "grammar", "annotator")
+    }
+    said = json.dumps([parts, cfg.least_iou, str(cfg.out), list(ids)])
     return f"traces {hashlib.sha256(said.encode()).hexdigest()}"
 
 
