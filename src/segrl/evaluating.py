@@ -25,7 +25,8 @@ from segrl.data.batching import Collate
 from segrl.data.datamodule import begin_worker
 from segrl.departures import of_counts, published
 from segrl.metrics.parts import Family, scores
-from segrl.protocols import SampleSet
+from segrl.prompts import instructions
+from segrl.protocols import Grammar, SampleSet
 from segrl.running import memory_said, quiet, run_folder, say
 from segrl.segmenter import Segmenter
 from segrl.tracking import per_sample
@@ -62,15 +63,14 @@ class Evaluation:
         cfg.paths.run = str(folder)
         family: Family = instantiate(cfg.scores)
         sets = _test_sets(cfg, family)
+        grammar = instantiate(cfg.grammar)
         if cfg.resume and (folder / _STAMPS).is_file():
-            before = folders.read_json(folder / _STAMPS, "resume")
-            if changed := sorted(set(before) ^ set(_stamps(cfg))) or [
-                path for path, stamp in _stamps(cfg).items() if before[path] != stamp
-            ]:
+            before, now = folders.read_json(folder / _STAMPS, "resume"), _stamps(cfg, grammar)
+            if changed := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
                 raise ValueError(
-                    f"resume: the weights with which {folder} was begun are needed; {changed[0]} is another file now"
+                    f"resume: weights and instructions as {folder} was begun with are needed; {changed[0]} changed since"
                 )
-        grammar, policy = instantiate(cfg.grammar), instantiate(cfg.policy)
+        policy = instantiate(cfg.policy)
         if cfg.init_from is not None:
             learned = learned_policy(Path(cfg.init_from), "init_from")
             try:
@@ -135,7 +135,8 @@ class Evaluation:
                     cfg.paths.run = str(self.folder)
                     logger, text, made = self._logger()
             folders.write(self.folder / "config.yaml", text)
-            folders.write(self.folder / _STAMPS, json.dumps(_stamps(cfg), indent=2) + "\n")
+            stamps = _stamps(cfg, self.segmenter.grammar)
+            folders.write(self.folder / _STAMPS, json.dumps(stamps, indent=2) + "\n")
             if not (self.folder / "provenance.json").is_file():  # one that goes on is of its first command
                 folders.write(self.folder / "provenance.json", json.dumps(made, indent=2) + "\n")
             self.logger = logger
@@ -287,20 +288,28 @@ class Evaluation:
         return {
             "suite": cfg.suite.name, "weights": Path(cfg.policy.weights).name,
             "checkpoint": None if cfg.init_from is None else str(cfg.init_from),
-            "grammar": str(cfg.grammar._target_).rpartition(".")[2], "head": Path(str(cfg.head.checkpoint)).name,
+            "grammar": str(cfg.grammar._target_).rpartition(".")[2],
+            "instructions": instructions.digest(self.segmenter.grammar), "head": Path(str(cfg.head.checkpoint)).name,
             "image_side": cfg.policy.image_side, "precision": str(cfg.trainer.precision), "head_precision": cfg.head.get("precision", "float32"),
             "answers": "greedy" if cfg.suite.greedy else f"sampled, seed {cfg.seed}", "convention": self.family.convention,
         }  # fmt: skip
 
 
-def _stamps(cfg: DictConfig) -> dict[str, list[str | int]]:
-    """Name, size and time of the files that decide what is answered: an evaluation goes on only with the same."""
+def _stamps(cfg: DictConfig, grammar: Grammar) -> dict[str, list[str | int]]:
+    """Name, size and time of the files that decide what is answered, and a digest of what is asked.
+
+    An evaluation goes on only with the same.
+    """
     weights = Path(cfg.policy.weights)
     files = [
         *sorted(weights.glob("*.safetensors")),
         *(Path(str(p)) for p in (cfg.init_from, cfg.head.checkpoint) if p),
     ]
-    return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files if path.is_file()}
+    stamps: dict[str, list[str | int]] = {"instructions": [instructions.digest(grammar)]}
+    for path in files:
+        if path.is_file():
+            stamps[str(path)] = [path.stat().st_size, path.stat().st_mtime_ns]
+    return stamps
 
 
 def _test_sets(cfg: DictConfig, family: Family) -> dict[str, SampleSet]:

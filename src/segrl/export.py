@@ -86,12 +86,12 @@ def export_policy(
     asked = _asked(policy, grammar, str(cfg.data.module.train._target_))
     text = card(run, note, ckpt, asked, licence)
     policy.save(out, cfg.rollout.max_tokens)
-    pretrained.write(out, parts)
     # Of the other grammars, too, where the run was given them
     given = OmegaConf.select(cfg, "grammar.instructions")
     others: Any = OmegaConf.to_container(given) if isinstance(given, DictConfig) else {}
     beside = instructions.written({**others, grammar.section: grammar.texts})
     (out / instructions.NAME).write_text(beside, encoding="utf-8")
+    pretrained.write(out, parts)  # and the digests of all that is there by now
     (out / "README.md").write_text(text)
 
 

@@ -74,12 +74,16 @@ def register_resolvers() -> None:
 def take_in_instructions(cfg: DictConfig) -> None:
     """Put the texts of `grammar.instructions` in place of their file, so that a run's folder says what was asked.
 
+    Where there is no file, the folder says so: one that comes later changes nothing.
+
     Raises:
         ValueError: if the file is not there, or is damaged.
     """
     given = OmegaConf.select(cfg, "grammar.instructions")
     if isinstance(given, str):
         cfg.grammar.instructions = read_instructions(Path(given))
+    elif given is None and "instructions" in cfg.grammar:
+        cfg.grammar.instructions = None
 
 
 def enter(config_name: str, job: Callable[[DictConfig], object], files: bool = True) -> None:
@@ -125,19 +129,20 @@ def _run(config_name: str, job: Callable[[DictConfig], object], files: bool) -> 
         if stopping.asked() is not None:  # of a sweep the jobs behind the one that was stopped
             return None
         begun.append(cfg)
-        try:
-            value = job(cfg)
-        except known as error:
-            _fail_job(error, config_name)
-            _tell(error, config_name)
-            raise
-        except stopping.Stopped as stop:
-            stopping.say(stop, config_name in ("train", "evaluate"))
-            if len(jobs) < 2:
+        with stopping.watched(worker=True):
+            try:
+                value = job(cfg)
+            except known as error:
+                _fail_job(error, config_name)
+                _tell(error, config_name)
                 raise
-            return None
-        finally:
-            run_folders.release()
+            except stopping.Stopped as stop:
+                stopping.say(stop, config_name in ("train", "evaluate"))
+                if len(jobs) < 2:
+                    raise
+                return None
+            finally:
+                run_folders.release()
         ended.append(cfg)
         return value
 

@@ -76,18 +76,24 @@ def _answer(signum: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def watched() -> Iterator[None]:
-    """Inside, signals are answered as this module says; afterwards as before."""
+def watched(worker: bool = False) -> Iterator[None]:
+    """Inside, signals are answered as this module says; afterwards as before. Nothing changes where that is so already.
+
+    Args:
+        worker: whether this may be a process that a sweep's launcher started: it runs a job of its own, and is no rank.
+    """
+    if worker and _state.watching:
+        yield
+        return
     _state.signum, _state.holds, _state.watching = None, 0, True
     _state.commands += 1
-    if is_child():
+    first = os.environ.get(_FIRST)
+    if is_child() and not worker:
         end_with_parent()
     else:
         os.environ[_FIRST] = str(os.getpid())
-    if threading.current_thread() is not threading.main_thread():  # Python lets no other set handlers
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    main = threading.current_thread() is threading.main_thread()  # Python lets no other set handlers
+    before = {number: signal.getsignal(number) for number in SIGNALS} if main else {}
     take()
     try:
         yield
@@ -95,6 +101,10 @@ def watched() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         _state.signum, _state.watching = None, False
+        if first is None:
+            os.environ.pop(_FIRST, None)
+        else:
+            os.environ[_FIRST] = first
 
 
 def take() -> None:
@@ -159,7 +169,11 @@ def environment() -> dict[str, str]:
 
 def ranks() -> int:
     """Return how many processes the run has, as their launchers say; 1 where there is none."""
-    return max(int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_NTASKS"))
+    names = ["WORLD_SIZE"]
+    if os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive") and "SLURM_PROCID" in os.environ:
+        names.append("SLURM_NTASKS")  # an allocation that one types in starts no tasks, for Lightning neither
+    said = [os.environ.get(name, "") for name in names]
+    return max(int(count) if count.isdecimal() else 1 for count in said)
 
 
 def is_child() -> bool:
@@ -183,6 +197,7 @@ def leave_to_parent() -> None:
 def _in_fork() -> None:
     """Ignore a group's signal from the first moment of a worker, which has its parent's handlers."""
     if _state.watching:
+        _state.watching = False
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 

@@ -159,10 +159,11 @@ def test_one_bit_that_changed_in_an_export_is_refused(cli, run, tmp_path):
     code, _, err = cli(f"ckpt={run}/checkpoints/last.ckpt", f"out={out}", module="export", runs=None)
     assert code == 0, err
     Segmenter.from_pretrained(out)
-    for name in ("model.safetensors", "segrl.json"):
+    for name in ("model.safetensors", "segrl.json", "instructions.yaml"):
         whole = bytearray((out / name).read_bytes())
         changed = bytearray(whole)
-        place = changed.rindex(b"4") if name == "segrl.json" else len(changed) // 2
+        places = {"segrl.json": changed.rfind(b"4"), "instructions.yaml": changed.rfind(b"query")}
+        place = places.get(name, len(changed) // 2) - (name == "instructions.yaml") * 3
         changed[place] ^= 1
         (out / name).write_bytes(changed)
         with pytest.raises(ValueError, match=f"{name} must be as it was written"):
@@ -170,7 +171,7 @@ def test_one_bit_that_changed_in_an_export_is_refused(cli, run, tmp_path):
         (out / name).write_bytes(whole)
 
 
-def test_the_weights_that_ship_are_those_that_are_listed(tmp_path):
+def test_the_weights_that_ship_are_those_that_are_listed(tmp_path, monkeypatch):
     from segrl.assets.__main__ import HERE, WEIGHTS
     from segrl.models import digests
 
@@ -178,6 +179,7 @@ def test_the_weights_that_ship_are_those_that_are_listed(tmp_path):
     digests.check(HERE / "policy_nano", "policy.weights")
     digests.check(HERE / "sam2_nano.safetensors", "head.checkpoint")
     shutil.copytree(HERE, tmp_path / "assets")
+    monkeypatch.setattr(digests, "_SHIPPED", tmp_path / "assets")
     for name in WEIGHTS:
         path = tmp_path / "assets" / name
         whole = bytearray(path.read_bytes())

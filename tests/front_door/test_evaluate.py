@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from evaluations import EVAL, NANO, datasets, rows, scenes, values
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from PIL import Image
 
 from segrl.front_door import asset
 from segrl.models.hf_vlm import HFEncoder
 from segrl.models.sam2_head import Sam2Head
+from segrl.prompts.instructions import digest
 
 # --- one evaluation
 
@@ -53,6 +56,7 @@ def test_a_line_per_sample_a_table_and_the_scores_of_both(cli, tmp_path):
     ]  # fmt: skip
     assert len(list((folder / "overlays/synthetic").iterdir())) == 6
     table = (folder / "table.txt").read_text()
+    assert f"instructions: {digest(instantiate(OmegaConf.load(folder / 'config.yaml').grammar))}\n" in table
     assert table in out and "unparsable: synthetic 0.0%" in table and "head_precision: float32" in table
     assert of["images"] == 6 and "intervals draw" not in table  # a scene each
 
@@ -149,6 +153,11 @@ def test_a_killed_evaluation_goes_on_and_does_nothing_twice(cli, evaluate, tmp_p
     with pytest.raises(Killed):
         cli(f"resume={cut}", module="evaluate", runs=None)
     heads.update(seen=0, dies_at=-1)
+    asked = (cut / "config.yaml").read_text()
+    (cut / "config.yaml").write_text(asked.replace("Identify and segment {query}.", "Segment {query}."))
+    code, _, err = cli(f"resume={cut}", module="evaluate", runs=None)
+    assert code == 2 and "instructions changed since" in err
+    (cut / "config.yaml").write_text(asked)
     code, out, err = cli(f"resume={cut}", module="evaluate", runs=None)
     assert code == 0, err
     assert heads["seen"] == 1 and "5 of 6 were there" in out

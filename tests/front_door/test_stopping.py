@@ -7,8 +7,7 @@ import signal
 import pytest
 import torch
 
-from segrl import running
-from segrl.metrics.functional import overlap
+from segrl import running, stopping
 from segrl.models.hf_vlm import HFPolicy
 from segrl.segmenter import Segmenter
 from segrl.stages.base import Stage
@@ -121,12 +120,21 @@ def test_before_anything_is_written_nothing_is(cli, tmp_path, at):
 
 
 def test_a_sweep_ends_behind_the_job_that_was_stopped(cli, tmp_path, at):
+    """Behind a job that failed, too: the sweep was stopped, and that is what its exit code says."""
+    client = pytest.importorskip("mlflow.tracking").MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (tmp_path / "bad.ckpt").write_bytes(b"no checkpoint")
     at(PolicyGradientStage, "update", 2)
-    code, out, err = cli("-m", *RUN, "seed=1,2,3", "test_before=false")
+    jobs = (f"init_from={tmp_path}/bad.ckpt,null", "seed=1,2")
+    code, out, err = cli("-m", *RUN, "logger=mlflow", "test_before=false", *jobs[::-1])
     assert code == 143, err
-    assert "stopped and saved at step 2" in out
-    assert "the sweep was stopped: 0 of 3 jobs ended, 2 were not begun" in out
+    assert "stopped and saved at step 2" in out and err.count("failed: init_from") == 1
+    assert out.splitlines()[-1] == "the sweep was stopped: 0 of 4 jobs ended, 2 were not begun"
+    assert "job 2 of 4" in out and "job 3 of 4" not in out
     assert len(list((tmp_path / "runs" / "demo").iterdir())) == 1
+    (rows,) = (tmp_path / "runs" / "sweeps").glob("*/jobs.jsonl")
+    assert [json.loads(line)["job"] for line in rows.read_text().splitlines()] == [1, 2]
+    runs = client.search_runs([client.get_experiment_by_name("demo").experiment_id])
+    assert len(runs) == 2 and {run.info.status for run in runs} == {"KILLED"}
 
 
 def test_an_evaluation_keeps_what_was_answered(cli, tmp_path, at):
@@ -145,31 +153,89 @@ def test_an_evaluation_keeps_what_was_answered(cli, tmp_path, at):
     assert code == 0 and "4 of 6 were there" in out, err
 
 
-def test_nothing_half_written_is_left(cli, tmp_path, at):
+def test_traces_go_on_where_they_were_stopped(cli, tmp_path, monkeypatch):
     from PIL import Image
 
-    from segrl import prepare
+    from segrl.data import traces
     from segrl.data.synthetic import SyntheticScenes
+    from segrl.models.sam2_head import Sam2Head
 
-    scenes = SyntheticScenes("test", 2, 0, 128, (0.5, 1.0), (1, 1))
-    for i in range(2):
+    scenes = SyntheticScenes("test", 4, 0, 128, (0.5, 1.0), (1, 1))
+    for i in range(4):
         for kind, pixels in (("images", scenes[i].image), ("masks", scenes[i].mask)):
             (tmp_path / "set/train" / kind).mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(tmp_path / "set/train" / kind / f"{i}.png")
     files = sorted(tmp_path.rglob("*"))
-    at(overlap, "iou", 1, signal.SIGINT)
-    at(prepare, "write", 1)
-    line = "stopped by SIG{}; nothing half-written is left\n"
-    traces = (
-        "data=image_mask",
-        f"data.root={tmp_path}/set",
-        f"out={tmp_path}/set/t.jsonl",
-        "least_iou=0.01",
-        "head=sam2_nano",
+    judged, stops, segment, kept = [], [2], Sam2Head.segment, [True, False, True, True]
+
+    def struck(head, images, prompts):
+        judged.append(1)
+        if len(judged) in stops:
+            os.kill(os.getpid(), signal.SIGINT)
+        return segment(head, images, prompts)
+
+    monkeypatch.setattr(Sam2Head, "segment", struck)
+    monkeypatch.setattr(traces, "iou", lambda *_: kept[(len(judged) - 1) % 4])
+    out, partial = tmp_path / "set/t.jsonl", tmp_path / "set/t.jsonl.partial"
+    command = ("data=image_mask", f"data.root={tmp_path}/set", "head=sam2_nano")
+    ended = "3 traces in {}; left out: 1 below IoU 0.6 as head=sam2_nano draws them, 0 without an object\n"
+    whole = tmp_path / "set/whole.jsonl"
+    stops.clear()
+    assert cli("traces", *command, f"out={whole}", module="prepare", runs=None) == (
+        0,
+        ended.format(whole),
+        "",
     )
-    for name, code in (("INT", 130), ("TERM", 143)):
-        assert cli("traces", *traces, module="prepare", runs=None) == (code, line.format(name), "")
-        assert sorted(tmp_path.rglob("*")) == files
+    stops.append(len(judged) + 2)
+    said = f"stopped by SIGINT; 2 of 4 samples are judged and kept in {partial}; the same command goes on\n"
+    assert cli("traces", *command, f"out={out}", module="prepare", runs=None) == (130, said, "")
+    assert not out.exists()
+    code, _, err = cli("traces", *command, f"out={out}", "least_iou=0.5", module="prepare", runs=None)
+    assert code == 2 and f"out: {partial} must be of the same command" in err
+    with partial.open("a") as file:
+        file.write('{"image": "a.p')  # a kill, in the middle of a line
+    before = len(judged)
+    code, said, err = cli("traces", *command, f"out={out}", module="prepare", runs=None)
+    assert (code, said) == (0, "  2/4 were judged before\n" + ended.format(out)), err
+    assert len(judged) - before == 2 and out.read_text() == whole.read_text()
+    assert sorted(tmp_path.rglob("*")) == sorted([*files, out, whole])
+
+
+def test_signals_are_answered_in_a_process_that_a_launcher_of_sweeps_started(monkeypatch):
+    """Its parent is the sweep, whose id it inherits: it is a run of its own all the same."""
+    monkeypatch.setenv("SEGRL_FIRST_PROCESS", str(os.getppid()))
+    before = signal.getsignal(signal.SIGTERM)
+    assert stopping.is_child()
+    with stopping.watched(worker=True):
+        assert not stopping.is_child() and signal.getsignal(signal.SIGTERM) is not before
+        with stopping.held(), stopping.watched(worker=True):  # as a job of the first process is
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stopping.asked() == signal.SIGTERM
+        assert stopping.asked() == signal.SIGTERM
+    assert stopping.is_child() and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_nothing_is_left_in_the_environment(monkeypatch):
+    monkeypatch.delenv("SEGRL_FIRST_PROCESS", raising=False)
+    with stopping.watched():
+        assert os.environ["SEGRL_FIRST_PROCESS"] == str(os.getpid())
+    assert "SEGRL_FIRST_PROCESS" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("ranks", "said"),
+    [
+        (1, {}), (1, {"WORLD_SIZE": ""}), (4, {"WORLD_SIZE": "4"}), (1, {"SLURM_NTASKS": "8"}),
+        (1, {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "interactive"}),
+        (8, {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "train"}),
+    ],
+)  # fmt: skip
+def test_ranks_are_counted_where_a_launcher_started_them(monkeypatch, ranks, said):
+    for name in ("WORLD_SIZE", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_JOB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert stopping.ranks() == ranks
 
 
 def test_a_second_signal_stops_at_once(tmp_path):

@@ -11,7 +11,7 @@ import yaml
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from segrl.front_door import asset, conf_folder, instructions_of, take_in_instructions
+from segrl.front_door import asset, conf_folder, instructions_of, register_resolvers, take_in_instructions
 from segrl.prompts import instructions
 from segrl.prompts.answer_json import SamR1Json, SegZeroJson
 from segrl.prompts.tags import SegR1Points, SegR1Tags
@@ -51,6 +51,14 @@ def written(folder: Path, **sections: object) -> str:
     file = folder / "asked.yaml"
     file.write_text(yaml.safe_dump(sections))
     return str(file)
+
+
+def test_what_is_asked_has_a_digest_that_changes_with_it(tmp_path: Path) -> None:
+    own = instructions.digest(SegR1Tags(16, 64))
+    assert own == instructions.digest(SegR1Tags(16, 64)) and len(own) == 8
+    for key in ("system", "user", "refer"):
+        file = written(tmp_path, seg_r1_tags={key: "Say {query}"})
+        assert instructions.digest(SegR1Tags(16, 64, file)) != own, key
 
 
 def test_a_file_takes_the_place_of_the_texts_it_holds_and_of_no_other(tmp_path: Path) -> None:
@@ -131,6 +139,20 @@ def test_every_grammar_of_the_configuration_asks_with_a_section_of_its_own_name(
             "seg_r1_released",
         )
         assert grammar.texts.keys() == instructions.OWN[grammar.section].keys()
+
+
+def test_a_file_that_comes_later_changes_no_run(tmp_path: Path) -> None:
+    register_resolvers()
+    cfg = OmegaConf.create({
+        "policy": {"weights": str(tmp_path)},
+        "grammar": {"instructions": "${instructions_of:${policy.weights}}"},
+    })  # fmt: skip
+    take_in_instructions(cfg)
+    Path(written(tmp_path, seg_r1_tags={})).rename(tmp_path / instructions.NAME)
+    assert "instructions: null" in OmegaConf.to_yaml(cfg) and cfg.grammar.instructions is None
+    bare = OmegaConf.create({"grammar": {"_target_": "my.Grammar"}})
+    take_in_instructions(bare)
+    assert "instructions" not in bare.grammar
 
 
 def test_a_configuration_takes_the_texts_in() -> None:

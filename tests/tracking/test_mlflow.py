@@ -135,6 +135,16 @@ def test_a_lock_that_is_let_go_of_loses_nothing(place, empty, capsys, monkeypatc
     assert steps(place) == [1, 2] and only_run(place).info.status == "FINISHED"
 
 
+def test_a_configuration_that_was_refused_is_brought_in_at_the_end(place, empty, capsys):
+    held = sqlite3.connect(place.database, isolation_level=None)
+    held.execute("BEGIN EXCLUSIVE")
+    logger = logger_of(place, empty)
+    two_updates(logger, held.close)
+    logger.conclude([], {"objective": 0.5})
+    assert "has the configuration and all scalars" in capsys.readouterr().out
+    assert steps(place) == [1, 2] and only_run(place).data.params == {"stage/group_size": "2", "seed": "1"}
+
+
 def test_a_full_disk_under_the_database_stops_nothing(place, empty, capsys):
     def full():
         """sqlite says so beyond a number of pages, which is a connection's own."""

@@ -8,7 +8,7 @@ from segrl.metrics.direction import LOWER_IS_BETTER, better, higher_is_better, w
 from segrl.metrics.referring import Referring
 from segrl.metrics.saliency import METRICS, NAMES
 from segrl.tracking.checkpoints import KeepBest
-from segrl.tracking.sweep_parent import Row, _differs, ranked, table
+from segrl.tracking.sweep_parent import Row, SweepParent, _differs, ranked, table
 
 MlflowClient = pytest.importorskip("mlflow.tracking").MlflowClient
 
@@ -78,6 +78,39 @@ def test_a_sweep_that_compares_nothing_says_what_it_could_compare(tmp_path):
     assert "objective_metric=test/set/sm compares them (or another of test/set/sm, test/set/iou)" in table(
         [one], None
     )
+
+
+def test_two_sweeps_in_one_folder_have_rows_of_their_own(tmp_path, capsys):
+    from hydra.core.utils import JobReturn, JobStatus
+    from omegaconf import OmegaConf
+
+    folder = tmp_path / "sweep"
+
+    def configured(job):
+        return OmegaConf.create({
+            "logger": {}, "objective_metric": "test/set/sm", "paths": {"run": str(tmp_path / "run")},
+            "hydra": {
+                "overrides": {"task": ["seed=1,2"]}, "sweep": {"dir": str(folder)}, "job": {"num": job},
+                "sweeper": {"_target_": "hydra._internal.BasicSweeper"},
+            },
+        })  # fmt: skip
+
+    sweeps = SweepParent(), SweepParent()
+    for sweep in sweeps:
+        sweep.on_multirun_start(configured(0))
+    for sweep, value in zip(sweeps, (0.25, 0.5), strict=True):
+        ended = JobReturn(overrides=["seed=1"], status=JobStatus.COMPLETED)
+        ended.return_value = value
+        sweep.on_job_end(configured(0), ended)
+    for sweep in sweeps:
+        sweep.on_multirun_end(configured(0))
+    out = capsys.readouterr().out
+    assert out.count("1 jobs by test/set/sm") == 2
+    assert "0.2500" in (folder / "table.md").read_text() and "0.5000" in (folder / "table-2.md").read_text()
+    assert [len((folder / name).read_text().splitlines()) for name in ("jobs.jsonl", "jobs-2.jsonl")] == [
+        1,
+        1,
+    ]
 
 
 def test_jobs_are_named_by_what_differs():

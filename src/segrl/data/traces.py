@@ -87,17 +87,30 @@ class Judged:
     """How far the writing of traces has come, and what was left out."""
 
     lines: list[dict[str, str]] = field(default_factory=list)
-    seen: int = 0
     empty: int = 0
     """Samples without an object."""
     unsolved: int = 0
     """Traces from whose prompt the mask head does not draw the mask again."""
 
+    @property
+    def seen(self) -> int:
+        """Samples that were judged."""
+        return len(self.lines) + self.empty + self.unsolved
+
+    def add(self, one: dict[str, str] | str) -> None:
+        """Count a trace, or why there is none."""
+        if isinstance(one, dict):
+            self.lines.append(one)
+        elif one == "empty":
+            self.empty += 1
+        else:
+            self.unsolved += 1
+
 
 def written(
     samples: SampleSet, head: MaskHead, grammar: Grammar, annotate: Annotator, least_iou: float, judged: Judged
-) -> Iterator[dict[str, str]]:  # fmt: skip
-    """Yield the traces that the mask head finds again, each with its image's path; count the others in `judged`.
+) -> Iterator[dict[str, str] | str]:  # fmt: skip
+    """Yield for every sample behind those that `judged` counts its trace, with its image's path, or why it is left out.
 
     Raises:
         ValueError: for samples that were not read from files, or a file that is unfit.
@@ -105,15 +118,14 @@ def written(
     asked = grammar.messages(None)[-1]["content"]
     assert isinstance(asked, list)
     problem = next(part["text"] for part in asked if part["type"] == "text")
-    for index in range(len(samples)):
+    for index in range(judged.seen, len(samples)):
         sample = samples[index]
-        judged.seen = index + 1
         if sample.path is None:
             raise ValueError(
                 "data: samples that were read from files are needed to write traces of; these were drawn"
             )
         if not sample.mask.any():
-            judged.empty += 1
+            yield "empty"
             continue
         image, mask = as_read_back(sample)
         frame = absolute_pixels(*mask.shape)
@@ -121,7 +133,7 @@ def written(
         said = grammar.parse(text, frame)
         ((drawn,),) = head.segment([image], [[said.prompt]])
         if iou(drawn, mask) < least_iou:
-            judged.unsolved += 1
+            yield "unsolved"
             continue
         solution = text.partition("</think>")[2].strip() or text
         yield {"image": str(sample.path), "problem": problem, "thinking": said.thought, "solution": solution}

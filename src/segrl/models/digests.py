@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 NAME = "SHA256SUMS"
 """Beside the files, in the format of sha256sum: `sha256sum -c SHA256SUMS` checks them, too."""
 
+_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](\S.*)")
+_CARD = "segrl.json"  # beside what segrl has exported
+_SHIPPED = Path(__file__).resolve().parents[1] / "assets"  # one list for the weights of all its folders
 _checked: dict[Path, tuple[int, int, int]] = {}
 
 
@@ -34,38 +38,43 @@ def write(folder: Path, names: Iterable[str]) -> None:
 
 
 def check(path: Path, key: str) -> None:
-    """Hold a file, or all files of a folder, against the digests beside it or one folder above; of others nothing is known.
+    """Hold a file, or all files of a folder, against the digests beside it; of files that no list names nothing is known.
 
-    It reads them whole, once in a process: about a second per gigabyte.
+    It reads them whole, once in a process: about a second per gigabyte. The list may be anybody's: lines about other files
+    than those that are asked for are passed over.
 
     Raises:
-        ValueError: naming a file that is gone or was changed since the digests were written.
+        ValueError: naming a file that is gone or was changed since the digests were written, or a line about it that holds
+            no digest.
     """
     folder = path if path.is_dir() else path.parent
-    for home in (folder, folder.parent):
-        for name, digest in _listed(home / NAME, key).items():
-            file = home / name
-            if path == file or path in file.parents:
-                _check(file, digest, key, home / NAME)
+    homes = (folder, folder.parent) if folder.resolve().parent == _SHIPPED else (folder,)
+    for home in homes:
+        for line in _lines(home / NAME):
+            listed = _LINE.fullmatch(line)
+            if listed is None:
+                if any(re.search(rf"(?<![\w.-]){re.escape(name)}$", line) for name in _names(path)):
+                    raise ValueError(
+                        f"{key}: {home / NAME} must hold a digest of SHA-256 and a name a line; got {line!r:.80}"
+                    )
+                continue
+            file = home / listed[2]
+            theirs = not (folder / _CARD).is_file()  # of a mirror, from which not all need be copied
+            if path == file or (path in file.parents and (file.is_file() or not theirs)):
+                _check(file, listed[1].lower(), key, home / NAME)
 
 
-def _listed(sums: Path, key: str) -> dict[str, str]:
-    """The digest of each name; of none where there is no list."""
+def _lines(sums: Path) -> list[str]:
+    """The lines of a list; none where there is no list, or none that can be read."""
     try:
-        lines = sums.read_text().splitlines()
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{key}: {sums} must hold digests; it cannot be read ({error})") from None
-    listed = {}
-    for line in lines:
-        digest, _, name = line.partition("  ")
-        if len(digest) != 64 or not name:
-            raise ValueError(f"{key}: {sums} must hold a digest and a name a line; got {line!r:.80}")
-        listed[name] = digest
-    if not listed:
-        raise ValueError(f"{key}: {sums} must hold digests; it is empty")
-    return listed
+        return sums.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _names(path: Path) -> list[str]:
+    """Of a file, or of the files of a folder."""
+    return [one.name for one in path.iterdir() if one.is_file()] if path.is_dir() else [path.name]
 
 
 def _check(file: Path, digest: str, key: str, sums: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the front door reads this file, and may import nothing heavy
-    from segrl.protocols import Message
+    from segrl.protocols import Grammar, Message
 
 NAME = "instructions.yaml"
 """A file of this name beside a policy's weights holds what that policy was asked with."""
@@ -162,6 +164,12 @@ def written(sections: Sections) -> str:
 
     said = {name: dict(sections.get(name) or {}) for name in OWN}
     return str(yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=110))
+
+
+def digest(grammar: Grammar) -> str:
+    """Return 8 digits of the SHA-256 of what a grammar asks, with a query and without: it tells one text from another."""
+    asked = json.dumps([grammar.messages(None), grammar.messages("{query}")], default=str)
+    return hashlib.sha256(asked.encode()).hexdigest()[:8]
 
 
 def chat(texts: Mapping[str, str], query: str | None) -> list[Message]:

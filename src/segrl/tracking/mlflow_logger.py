@@ -44,6 +44,7 @@ class MlflowRun(Logger):
         self.checkpoints = checkpoints
         self.off = False
         self.run: Run | None = None
+        self._config: dict[str, Any] = {}
         self._trainer: lightning.Trainer | None = None
         self._last = (0, 0.0)  # update that was logged, and when
 
@@ -63,8 +64,8 @@ class MlflowRun(Logger):
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: object) -> None:  # type: ignore[override]
         """Log the configuration."""
-        config = vars(params) if isinstance(params, Namespace) else params
-        self._attempt(lambda run: run.describe(config))
+        self._config = dict(vars(params) if isinstance(params, Namespace) else params)
+        self._attempt(lambda run: run.describe(self._config))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # type: ignore[override]
         """Log scalars at the updates done by now, as history.jsonl counts them; a validation's also into the folder."""
@@ -106,12 +107,14 @@ class MlflowRun(Logger):
 
         def bring(run: Run) -> None:
             """Add what is missing, then the files."""
+            if lacking:
+                run.describe(self._config)
             run.log_missing([*(rows(self.folder) if lacking else []), (step, dict(metrics))])
             run.attach(paths, self.checkpoints)
 
         self._attempt(bring, said=lacking)
         if lacking and not self.off:
-            print("MLflow: it answers again, and has all scalars", flush=True)
+            print("MLflow: it answers again, and has the configuration and all scalars", flush=True)
         self._end("FINISHED")
 
     def _attempt(self, act: Callable[[Run], object], said: bool = False) -> None:

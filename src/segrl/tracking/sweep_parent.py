@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import errno
+import fcntl
 import json
 import os
 import sys
@@ -18,6 +20,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from segrl import stopping
 from segrl.metrics.direction import higher_is_better
 from segrl.tracking.provenance import JOB_OVERRIDES
 
@@ -45,8 +48,10 @@ class SweepParent(Callback):
     """Hydra callback; see `conf/train.yaml`. Does nothing in a single run.
 
     A job that fails ends neither the others nor the table: its error is told when it comes, and Hydra's own sweeper,
-    which would raise it again, gets None in place of it. The process then ends with 1. Jobs may run in other
-    processes (hydra-joblib-launcher), so each leaves its row in `jobs.jsonl` of the sweep's folder.
+    which would raise it again, gets None in place of it. The process then ends with 1. Behind a job that was stopped,
+    no other begins: those leave no row, and the parent run is KILLED. Jobs may run in other
+    processes (hydra-joblib-launcher), so each leaves its row in `jobs.jsonl` of the sweep's folder; a second sweep that
+    runs in the same folder has `jobs-2.jsonl` and `table-2.md`.
     """
 
     def __init__(self) -> None:
@@ -54,6 +59,8 @@ class SweepParent(Callback):
         self.swept: list[str] = []
         self.total: int | None = None
         self.failed = False
+        self.jobs = Path("jobs.jsonl")  # of this sweep alone, once it has begun
+        self.skips = False  # the job that Hydra is about to start, for the sweep was stopped
         self.others = ""  # folder that another run has when a job starts
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ANN401 - Hydra's signature
@@ -72,11 +79,15 @@ class SweepParent(Callback):
             except CannotTrackError as error:
                 print(f"segrl: {error}", file=sys.stderr)
                 sys.exit(2)
+        self.jobs = _claimed(Path(config.hydra.sweep.dir))
         atexit.register(self._end, config, "KILLED")
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ANN401
         """Say which job starts, and name its run by what differs."""
         if not self._sweeps:
+            return
+        self.skips = stopping.asked() is not None
+        if self.skips:
             return
         from segrl.tracking.mlflow_runs import name_job
 
@@ -95,7 +106,7 @@ class SweepParent(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:  # noqa: ANN401
         """Take down a job's objective, or why it failed."""
-        if not self._sweeps:
+        if not self._sweeps or self.skips:
             return
         value = job_return._return_value  # the property raises where the job failed
         folder = "" if job_return.cfg is None else str(job_return.cfg.paths.run)
@@ -116,13 +127,14 @@ class SweepParent(Callback):
             job=config.hydra.job.num + 1, differs=_differs(list(job_return.overrides or []), self.swept),
             objective=objective, failed=why, folder=folder,
         )  # fmt: skip
-        with (Path(config.hydra.sweep.dir) / "jobs.jsonl").open("a") as file:
+        with self.jobs.open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ANN401
-        """Print the jobs and close the parent run; exit with 1 where one failed."""
-        self._end(config, "FINISHED")
-        if self.failed:
+        """Print the jobs and close the parent run; exit with 1 where one failed, unless the front door says how it was stopped."""
+        stopped = stopping.asked() is not None
+        self._end(config, "KILLED" if stopped else "FINISHED")
+        if self.failed and not stopped:
             sys.exit(1)
 
     def _end(self, config: DictConfig, status: str) -> None:
@@ -132,19 +144,37 @@ class SweepParent(Callback):
         atexit.unregister(self._end)
         name_job(None)
         os.environ.pop(JOB_OVERRIDES, None)
-        folder = Path(config.hydra.sweep.dir)
-        file = folder / "jobs.jsonl"
-        rows = [Row(**json.loads(line)) for line in file.read_text().splitlines()] if file.is_file() else []
+        lines = self.jobs.read_text().splitlines() if self.jobs.is_file() else []
+        rows = [Row(**json.loads(line)) for line in lines]
         self.failed = any(row.failed for row in rows)
         rows = ranked(rows, config.objective_metric)
         if rows:
             text = table(rows, config.objective_metric)
-            (folder / "table.md").write_text(text)
-            print(f"\n{text}\ntable in {folder / 'table.md'}", flush=True)
+            file = self.jobs.with_name(self.jobs.name.replace("jobs", "table")).with_suffix(".md")
+            file.write_text(text)
+            print(f"\n{text}\ntable in {file}", flush=True)
         if self.parent is not None:
             first = rows[0] if rows and rows[0].objective is not None else None
             best, objective = ("", None) if first is None else (first.differs, first.objective)
             close_parent(self.parent, best, objective, status)
+
+
+def _claimed(folder: Path) -> Path:
+    """An empty file for the rows of a sweep, locked until this process ends: another sweep may have the same folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        file = folder / ("jobs.jsonl" if number == 1 else f"jobs-{number}.jsonl")
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                os.close(descriptor)
+                number += 1
+                continue  # any other error: a file system that knows no locks
+        os.ftruncate(descriptor, 0)
+        return file
 
 
 def ranked(rows: Sequence[Row], metric: str | None) -> list[Row]:
