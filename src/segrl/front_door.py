@@ -24,13 +24,6 @@ from segrl.prompts.instructions import read as read_instructions
 _HERE = Path(__file__).resolve().parent
 _VALUE = re.compile(r"(\+{0,2}[\w.]+)=([\w.+-]+)")
 _SEARCH = "hydra.searchpath="
-_FABRIC = {
-    "accelerator",
-    "devices",
-    "num_nodes",
-    "precision",
-    "strategy",
-}  # keys of the trainer that an evaluation reads
 
 
 def conf_folder() -> Path:
@@ -373,21 +366,9 @@ def check_keys(cfg: DictConfig, command: str = "train") -> None:
 
 
 def refuse_unread(cfg: DictConfig, said: Said) -> None:
-    """Raise Refused for a value of the user's in a node that nothing of this stage, or evaluation, reads."""
-    from segrl.schema.walk import Fault, plain, references
+    """Raise Refused for a value or an option of the user's that nothing of this stage, or evaluation, reads."""
+    from segrl.schema.unread import unread
+    from segrl.schema.walk import plain
 
-    if "stage" not in cfg:
-        return
-    raw = plain(cfg)
-    if "suite" in raw:
-        unread, who = {"stage", "reward", "reference", "callbacks"}, "in an evaluation"
-    else:
-        read = {ref.split(".")[0] for ref in references(raw)}
-        unread = {"policy", "reference", "head", "grammar", "reward", "rollout"} - read
-        who = f"for {str(raw['stage']['_target_']).rpartition('.')[2]}"
-    for key in sorted(said.keys):
-        root, _, rest = key.partition(".")
-        if rest and (root in unread or ("suite" in raw and root == "trainer" and rest not in _FABRIC)):
-            raise Refused(
-                [Fault(key, f"must not be set {who}, which reads no {key if root == 'trainer' else root}")]
-            )
+    if "stage" in cfg and (found := list(unread(plain(cfg), said.keys))):
+        raise Refused(found)

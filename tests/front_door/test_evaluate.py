@@ -266,7 +266,7 @@ def test_what_a_sweep_compares_is_a_score(cli, tmp_path):
         (["testsets.synthetic.published=7"], ["testsets.synthetic", "7", "6", "prepare check"]),
         (["+suite=sof"], ["suite", "sod"]),
         (["testset=cod10k"], ["testset", "+testset=NAME"]),
-        (["data=jsonl"], ["data.test"]),
+        (["data=jsonl"], ["data: ", "+suite"]),
         (["scores=salience"], ["scores", "saliency"]),
         (["suite.batch_size=0"], ["suite.batch_size"]),
         (["suite.draws=-1"], ["suite.draws"]),

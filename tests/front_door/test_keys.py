@@ -138,6 +138,19 @@ def test_a_command_line_that_is_refused_by_hand(command, arguments, words):
         assert word in line, line
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("evaluate", ["+experiment=demo"]),  # which sets stage, reward and callbacks itself
+        ("evaluate", ["data.contrast=[0.1,0.2]", "data.test_length=8", "data.workers=0"]),
+        ("evaluate", ["+suite=synthetic", "trainer=ddp", "trainer.devices=2", "data.workers=0"]),
+        ("train", ["+experiment=nano_sft", "reference=none"]),  # nothing is set that nothing reads
+    ],
+)
+def test_what_is_read_may_be_set(command, arguments):
+    assert refusal(command, arguments, only_keys=True) is None
+
+
 def test_there_are_eighty_by_hand():
     assert len(BY_HAND) >= 80
 

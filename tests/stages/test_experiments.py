@@ -295,8 +295,10 @@ def test_evaluation_scores_a_checkpoint_without_training(cli, tmp_path):
     code, out, err = cli(
         "+experiment=demo",
         "name=score",
-        *SYNTHETIC["demo"],
-        *SMALL,
+        "data.test_length=4",
+        "rollout.max_tokens=24",
+        "logger=csv",
+        "trainer=cpu",
         f"init_from={checkpoint}",
         module="evaluate",
     )
