@@ -295,10 +295,8 @@ def test_evaluation_scores_a_checkpoint_without_training(cli, tmp_path):
     code, out, err = cli(
         "+experiment=demo",
         "name=score",
-        "data.test_length=4",
-        "rollout.max_tokens=24",
-        "logger=csv",
-        "trainer=cpu",
+        *SYNTHETIC["demo"],
+        *SMALL,
         f"init_from={checkpoint}",
         module="evaluate",
     )
