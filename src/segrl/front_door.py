@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,8 +53,13 @@ def scored_checkpoint(run: Path) -> Path:
     return best if best.is_file() else run / "checkpoints" / "last.ckpt"
 
 
-def instructions_of(weights: str) -> str | None:
-    """Return the file of instructions that lies beside a policy's weights, or None where there is none."""
+def instructions_of(weights: object) -> str | None:
+    """Return the file of instructions that lies beside a policy's weights, or None where there is none.
+
+    What is no name of a folder has none, too: it is refused as `policy.weights`, the key that it stands in.
+    """
+    if not isinstance(weights, str) or not weights:
+        return None
     beside = Path(weights) / INSTRUCTIONS
     return str(beside) if beside.is_file() else None
 
@@ -92,9 +98,19 @@ def enter(config_name: str, job: Callable[[DictConfig], object], files: bool = T
             print(help_of(config_name, conf_folder()), flush=True)
             return
         _run(config_name, job, files)
-    except BrokenPipeError:  # whoever read has enough; what Python would flush at its end goes nowhere
+    except BrokenPipeError:
+        if not _has_no_reader(sys.stdout.fileno()):  # another pipe, of the job: a worker or a server has died
+            raise
+        # Whoever read has enough; what Python would flush at its end goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _has_no_reader(descriptor: int) -> bool:
+    """Whether it is a pipe or a socket whose other end is closed."""
+    watch = select.poll()
+    watch.register(descriptor, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
 
 
 def _run(config_name: str, job: Callable[[DictConfig], object], files: bool) -> None:
