@@ -64,6 +64,7 @@ class Evaluation:
         family: Family = instantiate(cfg.scores)
         sets = _test_sets(cfg, family)
         grammar = instantiate(cfg.grammar)
+        _check_objective(cfg, family, list(sets))
         if cfg.resume and (folder / _STAMPS).is_file():
             before, now = folders.read_json(folder / _STAMPS, "resume"), _stamps(cfg, grammar)
             if changed := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
@@ -121,7 +122,9 @@ class Evaluation:
         say(f"results in {self.folder}")
         wanted = self.cfg.objective_metric
         if wanted is not None and wanted not in metrics:
-            raise ValueError(f"objective_metric: one of {', '.join(sorted(metrics))} is needed; got {wanted}")
+            raise ValueError(
+                f"objective_metric: must be a score that these samples settle; {wanted} is no number for them"
+            )
         return None if wanted is None else metrics[wanted]
 
     def _open(self) -> None:
@@ -330,7 +333,7 @@ def _test_sets(cfg: DictConfig, family: Family) -> dict[str, SampleSet]:
             )
     sets: dict[str, SampleSet] = {name: instantiate(node) for name, node in nodes.items()}
     for name, samples in sets.items():
-        _check_ids(name, samples.ids, cfg.suite.masks or cfg.suite.overlays)
+        _check_ids(name, samples.ids, next((key for key in ("masks", "overlays") if cfg.suite[key]), None))
         owners = published(cfg, name)
         if cfg.testsets and owners is not None and owners != len(samples):
             raise ValueError(
@@ -340,8 +343,18 @@ def _test_sets(cfg: DictConfig, family: Family) -> dict[str, SampleSet]:
     return sets
 
 
-def _check_ids(name: str, ids: Sequence[str], files: bool) -> None:
-    """Each is there once, and names a file inside the folder where it is to name one; ValueError where it does not."""
+def _check_objective(cfg: DictConfig, family: Family, sets: Sequence[str]) -> None:
+    """Raise ValueError if what a sweep compares is no score of this evaluation."""
+    wanted = cfg.objective_metric
+    names = [
+        f"test/{one}/{name}" for one in (*sets, *cfg.suite.unions) for name in (*family.names, "fault_rate")
+    ]
+    if wanted is not None and wanted not in names:
+        raise ValueError(f"objective_metric: must be null or one of {', '.join(names)}; got {wanted}")
+
+
+def _check_ids(name: str, ids: Sequence[str], files: str | None) -> None:
+    """Raise ValueError if an id is there twice, or names no file inside the folder that `suite.FILES` asks for."""
     seen: set[str] = set()
     for one in ids:
         if one in seen:
@@ -349,6 +362,4 @@ def _check_ids(name: str, ids: Sequence[str], files: bool) -> None:
         seen.add(one)
         place = PurePosixPath(f"{one}.png")
         if files and (place.is_absolute() or ".." in place.parts or "\0" in one):
-            raise ValueError(
-                f"suite.masks and overlays: ids that can name files are needed; {name} has {one!r}"
-            )
+            raise ValueError(f"suite.{files}: must be false where an id can name no file; {name} has {one!r}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,13 +25,6 @@ from segrl.prompts.instructions import read as read_instructions
 _HERE = Path(__file__).resolve().parent
 _VALUE = re.compile(r"(\+{0,2}[\w.]+)=([\w.+-]+)")
 _SEARCH = "hydra.searchpath="
-_FABRIC = {
-    "accelerator",
-    "devices",
-    "num_nodes",
-    "precision",
-    "strategy",
-}  # keys of the trainer that an evaluation reads
 
 
 def conf_folder() -> Path:
@@ -59,8 +53,13 @@ def scored_checkpoint(run: Path) -> Path:
     return best if best.is_file() else run / "checkpoints" / "last.ckpt"
 
 
-def instructions_of(weights: str) -> str | None:
-    """Return the file of instructions that lies beside a policy's weights, or None where there is none."""
+def instructions_of(weights: object) -> str | None:
+    """Return the file of instructions that lies beside a policy's weights, or None where there is none.
+
+    What is no name of a folder has none, too: it is refused as `policy.weights`, the key that it stands in.
+    """
+    if not isinstance(weights, str) or not weights:
+        return None
     beside = Path(weights) / INSTRUCTIONS
     return str(beside) if beside.is_file() else None
 
@@ -103,9 +102,19 @@ def enter(config_name: str, job: Callable[[DictConfig], object], files: bool = T
             print(help_of(config_name, conf_folder()), flush=True)
             return
         _run(config_name, job, files)
-    except BrokenPipeError:  # whoever read has enough; what Python would flush at its end goes nowhere
+    except BrokenPipeError:
+        if not _has_no_reader(sys.stdout.fileno()):  # another pipe, of the job: a worker or a server has died
+            raise
+        # Whoever read has enough; what Python would flush at its end goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _has_no_reader(descriptor: int) -> bool:
+    """Whether it is a pipe or a socket whose other end is closed."""
+    watch = select.poll()
+    watch.register(descriptor, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
 
 
 def _run(config_name: str, job: Callable[[DictConfig], object], files: bool) -> None:
@@ -378,21 +387,9 @@ def check_keys(cfg: DictConfig, command: str = "train") -> None:
 
 
 def refuse_unread(cfg: DictConfig, said: Said) -> None:
-    """Raise Refused for a value of the user's in a node that nothing of this stage, or evaluation, reads."""
-    from segrl.schema.walk import Fault, plain, references
+    """Raise Refused for a value or an option of the user's that nothing of this stage, or evaluation, reads."""
+    from segrl.schema.unread import unread
+    from segrl.schema.walk import plain
 
-    if "stage" not in cfg:
-        return
-    raw = plain(cfg)
-    if "suite" in raw:
-        unread, who = {"stage", "reward", "reference", "callbacks"}, "in an evaluation"
-    else:
-        read = {ref.split(".")[0] for ref in references(raw)}
-        unread = {"policy", "reference", "head", "grammar", "reward", "rollout"} - read
-        who = f"for {str(raw['stage']['_target_']).rpartition('.')[2]}"
-    for key in sorted(said.keys):
-        root, _, rest = key.partition(".")
-        if rest and (root in unread or ("suite" in raw and root == "trainer" and rest not in _FABRIC)):
-            raise Refused(
-                [Fault(key, f"must not be set {who}, which reads no {key if root == 'trainer' else root}")]
-            )
+    if "stage" in cfg and (found := list(unread(plain(cfg), said.keys))):
+        raise Refused(found)

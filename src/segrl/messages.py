@@ -118,9 +118,9 @@ def explain(error: BaseException, said: Said, keys: Callable[[], list[str]]) -> 
         return [_composition(str(cause), said, keys)]
     if isinstance(cause, OSError):
         if cause.errno == errno.ENOSPC:
+            key, what = ("out", "what was asked for") if "out" in keys() else ("paths.runs", "the run")
             return [
-                f"paths.runs: no space is left to write {cause.filename or 'the run'}; "
-                "what was saved before is intact"
+                f"{key}: no space is left to write {cause.filename or what}; what was saved before is intact"
             ]
         return None if cause.filename is None else [f"{cause.filename}: {str(cause.strerror).lower()}"]
     if isinstance(cause, ValueError) and _raised_in(cause) == "segrl":

@@ -6,18 +6,16 @@ A run that is finished is not done again, and one that was killed goes on: the c
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from segrl import stopping
-from segrl.folder import own, release
+from segrl.folder import own, read_json, release
 from segrl.front_door import scored_checkpoint
 
 _OWN = ("experiment", "seed", "name", "paths.run", "init_from", "resume", "ckpt_path")
@@ -56,13 +54,21 @@ def read(path: Path) -> Recipe:
     """Raises ValueError naming the first key that is wrong, or a start that no run before has."""
     import yaml
 
+    from segrl.metrics.saliency import NAMES
+
     if not path.is_file():
         raise ValueError(f"recipe: a YAML file is needed; there is no {path}")
     try:
-        recipe = Recipe.model_validate(yaml.safe_load(path.read_text()))
+        recipe = Recipe.model_validate(yaml.safe_load(path.read_bytes()))
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{path}: must be YAML; it cannot be read ({' '.join(str(error).split())})"
+        ) from None
     except ValidationError as error:
         found = error.errors()[0]
         raise ValueError(f"{path}: {'.'.join(map(str, found['loc']))}: {found['msg'].lower()}") from None
+    if recipe.metric not in NAMES:
+        raise ValueError(f"{path}: metric: must be one of {', '.join(NAMES)}; got {recipe.metric}")
     known: list[str] = []
     for job in recipe.jobs:
         if job.start is not None and job.start not in known:
@@ -173,17 +179,24 @@ def _keep_running(
 
 
 def rows(recipe: Recipe, runs: Path) -> list[tuple[str, ...]]:
-    """One per run: its scores on the first test set, before and after."""
+    """Return a row per run: its scores on the first test set, before and after; ValueError for a damaged file."""
     found: list[tuple[str, ...]] = []
     for job in recipe.jobs:
         for seed in job.seeds:
-            metrics: dict[str, Any] = json.loads((folder_of(runs, job, seed) / "metrics.json").read_text())
-            score = next(iter(metrics["test"].values()))[recipe.metric]
-            low, high = score["interval"]
-            found.append((
-                job.name, job.start or "-", str(seed), f"{metrics['completions']:,}", f"{score['before']:.3f}",
-                f"{score['after']:.3f}", f"{score['gain']:+.3f}", f"[{low:+.3f}, {high:+.3f}]",
-            ))  # fmt: skip
+            path = folder_of(runs, job, seed) / "metrics.json"
+            metrics = read_json(path, "recipe", "test", "completions")
+            try:
+                score = next(iter(metrics["test"].values()))[recipe.metric]
+                low, high = score["interval"]
+                found.append((
+                    job.name, job.start or "-", str(seed), f"{metrics['completions']:,}", f"{score['before']:.3f}",
+                    f"{score['after']:.3f}", f"{score['gain']:+.3f}", f"[{low:+.3f}, {high:+.3f}]",
+                ))  # fmt: skip
+            except (KeyError, TypeError, AttributeError, StopIteration, ValueError) as error:
+                said = " ".join(str(error).split()) or type(error).__name__
+                raise ValueError(
+                    f"recipe: {path} must hold {recipe.metric} of a test set before and after; it does not ({said})"
+                ) from None
     return found
 
 
@@ -209,13 +222,14 @@ def main() -> None:
         try:
             recipe = with_overrides(read(arguments.recipe), arguments.overrides)
             run_all(recipe, arguments.runs, arguments.at_once)
+            found = rows(recipe, arguments.runs)
         except ValueError as error:
             print(f"segrl: {error}", file=sys.stderr)
             sys.exit(2)
         except stopping.Stopped as stop:
             print(f"stopped by {stop.name}: the same command goes on where each run was saved", flush=True)
             stopping.leave(stop)
-    text = f"{recipe.title}; {recipe.metric} on held-out samples\n\n{table(recipe, rows(recipe, arguments.runs))}\n"
+    text = f"{recipe.title}; {recipe.metric} on held-out samples\n\n{table(recipe, found)}\n"
     (arguments.runs / "table.md").write_text(text)
     print(f"\n{text}\ntable in {arguments.runs / 'table.md'}")
 

@@ -13,9 +13,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from segrl.front_door import _composed, conf_folder, experiments, refusal, register_resolvers
+from segrl.front_door import _composed, check_keys, conf_folder, experiments, refusal, register_resolvers
+from segrl.messages import Refused, Said, explain
 from segrl.schema.commands import COMMANDS
-from segrl.schema.kinds import fault, slot_of
+from segrl.schema.kinds import shown
 from segrl.schema.walk import Typed, Walk
 
 NEEDED = {
@@ -144,20 +145,59 @@ def good_values(schema: dict[str, Any]) -> list[object]:
     return [value for value in edges(schema) if takes(schema, value)]
 
 
-def table() -> Iterator[tuple[str, object, str]]:
-    """Key, value, line: once for each key and field of all that composes."""
+def said_of(name: str, changes: dict[str, object]) -> dict[str, str]:
+    """By key, the line that the front door's check prints of a composed configuration with these values."""
+    cfg = composed(name).copy()
+    for key, value in changes.items():
+        OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+    try:
+        check_keys(cfg, COMPOSED[name][0])
+    except Refused as refused:
+        lines = {}
+        for one in refused.faults:
+            (lines[one.key],) = explain(Refused([one]), Said([f"{one.key}=..."], []), list) or [""]
+        return lines
+    return {}
+
+
+def is_told(key: str, value: object, line: str) -> bool:
+    """Whether a line names the key, says what must be, and shows what came."""
+    return line.startswith(f"{key}: must be ") and line.endswith(f"; got {shown(value)}") and "\n" not in line
+
+
+def _told(name: str, left: dict[str, list[object]]) -> Iterator[tuple[str, object, str]]:
+    """Key, value, line: a value of as many keys at once as do not stand in each other."""
+    while left:
+        now: dict[str, object] = {}
+        for key in list(left):
+            if not any(f"{key}.".startswith(f"{one}.") or f"{one}.".startswith(f"{key}.") for one in now):
+                now[key] = left[key].pop()
+                if not left[key]:
+                    del left[key]
+        lines = said_of(name, now)
+        for key, value in now.items():
+            if not is_told(key, value, lines.get(key, "")):  # another of these values may have hidden it
+                lines |= {key: "TAKEN"} | said_of(name, {key: value})
+            yield key, value, lines[key]
+
+
+def values() -> Iterator[tuple[str, Typed, object]]:
+    """Name of a composed configuration, key and field, value that is not allowed: once for each key and field."""
     seen = set()
     for name in COMPOSED:
         for one in typed(name):
-            if one in seen:
-                continue
-            seen.add(one)
-            for value in bad_values(one.schema):
-                yield one.key, value, f"{one.key}: {fault(one.model, one.field, value)}"
+            if one not in seen:
+                seen.add(one)
+                yield from ((name, one, value) for value in bad_values(one.schema))
 
 
-def is_node(one: Typed) -> bool:
-    return slot_of(one.schema) is not None
+def table() -> Iterator[tuple[str, object, str]]:
+    """Key, value, line of the check: all values of all keys."""
+    left: dict[str, dict[str, list[object]]] = {}
+    for name, one, value in values():
+        left.setdefault(name, {}).setdefault(one.key, []).append(value)
+    for name, wanted in left.items():
+        yield from _told(name, wanted)
 
 
 def main() -> None:

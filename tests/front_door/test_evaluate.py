@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
-from segrl.front_door import asset
+from segrl.front_door import _composed, asset, refusal
 from segrl.models.hf_vlm import HFEncoder
 from segrl.models.sam2_head import Sam2Head
 from segrl.prompts.instructions import digest
@@ -255,15 +255,23 @@ def test_a_list_is_scored_without_one_to_learn_from(cli, tmp_path):
     assert [row["id"] for row in rows(tmp_path / "listed")] == ["i0", "i1"]
 
 
-def test_what_a_sweep_compares_is_a_score(cli, tmp_path):
-    code, _, err = cli(
-        *EVAL,
-        "objective_metric=test/synthetic/structure",
-        f"paths.run={tmp_path}/o",
-        module="evaluate",
-        runs=None,
-    )
-    assert code == 2 and "test/synthetic/sm" in err
+@pytest.mark.parametrize("name", ["test/synthetic/structure", "test/all/sm", "val/synthetic/sm"])
+def test_what_a_sweep_compares_is_a_score_before_anything_is_segmented(refused, monkeypatch, name):
+    monkeypatch.setattr(Sam2Head, "segment", None)
+    line = refused(*EVAL, f"objective_metric={name}")
+    assert line.startswith("segrl: objective_metric: must be null or one of test/synthetic/") and name in line
+
+
+@pytest.mark.parametrize("scores", ["saliency", "dis", "referring", "generalized_referring"])
+def test_a_family_names_the_scores_that_it_gives(scores):
+    family = instantiate(_composed("score", [f"scores={scores}", "pred=a", "gt=b"]).scores)
+    half = np.arange(64).reshape(8, 8) % 2 == 0
+    assert tuple(family.summary(family.parts(half.astype(np.uint8) * 255, half, None))) == family.names
+
+
+def test_the_rows_of_unions_may_be_compared():
+    joined = "+suite.unions.all=[synthetic]"
+    assert refusal("evaluate", ["+suite=synthetic", joined, "objective_metric=test/all/sm"]) is None
 
 
 # --- refusals
@@ -275,7 +283,7 @@ def test_what_a_sweep_compares_is_a_score(cli, tmp_path):
         (["testsets.synthetic.published=7"], ["testsets.synthetic", "7", "6", "prepare check"]),
         (["+suite=sof"], ["suite", "sod"]),
         (["testset=cod10k"], ["testset", "+testset=NAME"]),
-        (["data=jsonl"], ["data.test"]),
+        (["data=jsonl"], ["data: ", "+suite"]),
         (["scores=salience"], ["scores", "saliency"]),
         (["suite.batch_size=0"], ["suite.batch_size"]),
         (["suite.draws=-1"], ["suite.draws"]),

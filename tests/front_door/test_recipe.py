@@ -122,6 +122,9 @@ def test_overrides_that_a_recipe_cannot_take_are_refused(tmp_path, monkeypatch, 
         ("title: x\nmetric: iou\njobs: [{name: a}]", ["jobs.0.experiment"]),
         ("title: x\nmetric: iou\njobs: [{name: a, experiment: demo, start: b}]", ["a.start", "got b"]),
         ("title: x\nmetric: iou\njobs: []\nother: 1", ["other"]),
+        ("title: x\nmetric: nonsense\njobs: []", ["r.yaml: metric: ", "sm", "got nonsense"]),
+        ("title: [x\nmetric: iou", ["r.yaml: must be YAML", "line 2"]),
+        ("title: \0", ["r.yaml: must be YAML"]),
     ],
 )
 def test_a_recipe_that_is_wrong_is_refused_by_its_key(tmp_path, monkeypatch, capsys, text, words):
@@ -132,6 +135,30 @@ def test_a_recipe_that_is_wrong_is_refused_by_its_key(tmp_path, monkeypatch, cap
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("segrl: ") and all(word in line for word in words)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"test": {"a": {"iou"',
+        "[1]",
+        '{"test": {}, "completions": 1}',
+        '{"test": {"a": {}}, "completions": 1}',
+        "\0\xff",
+    ],
+)
+def test_a_run_whose_scores_are_damaged_is_named(tmp_path, monkeypatch, capsys, text):
+    (tmp_path / "r.yaml").write_text("title: x\nmetric: iou\njobs: [{name: a, experiment: demo}]\n")
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/metrics.json").write_text(text)  # finished, so that nothing is run
+    monkeypatch.setattr("sys.argv", ["recipe", str(tmp_path / "r.yaml"), "--runs", str(tmp_path / "runs")])
+    with pytest.raises(SystemExit) as stop:
+        recipe.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith(
+        f"segrl: recipe: {tmp_path}/runs/a/metrics.json must hold"
+    ), line
+    assert not (tmp_path / "runs/table.md").exists()
 
 
 def test_a_recipe_that_is_stopped_lets_its_runs_save(tmp_path, monkeypatch, capsys):

@@ -14,14 +14,13 @@ import torch
 
 SMALL = (
     "logger=csv",
-    "data.batch_size=2",
     "data.test_length=4",
     "rollout.max_tokens=6",
     "trainer.accelerator=cpu",
     "data.workers=1",
 )
 TRAIN = (
-    "+experiment=demo", *SMALL, "data.train_length=8", "stage.group_size=2", "stage.schedule=null", "trainer.max_steps=8",
+    "+experiment=demo", *SMALL, "data.batch_size=2", "data.train_length=8", "stage.group_size=2", "stage.schedule=null", "trainer.max_steps=8",
     "callbacks.checkpoint.every_n_steps=3", "trainer.val_check_interval=2",
     "data.val_length=2",
 )  # fmt: skip

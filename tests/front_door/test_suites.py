@@ -152,7 +152,6 @@ def test_an_id_cannot_leave_the_folder_of_masks(cli, refused, layouts, tmp_path,
     )
     own = (
         "data=jsonl",
-        f"data.train={tmp_path}/set/list.jsonl",
         f"data.test={tmp_path}/set/list.jsonl",
         *NANO,
     )

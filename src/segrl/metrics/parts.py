@@ -38,6 +38,11 @@ class Family(Protocol):
         """Whether it can leave pixels out."""
         ...
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the scores of `summary`, in the order of a table."""
+        ...
+
     def parts(
         self, saliency: np.ndarray, truth: np.ndarray, ignore: np.ndarray | None, faulty: bool = False
     ) -> Parts:

@@ -47,6 +47,12 @@ class Referring:
         """Yes, by `ignore`."""
         return True
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Family`."""
+        absent = ("n_acc", "t_acc") if self.no_target else ()
+        return ("giou", "ciou", *map(_name, _PRECISIONS), *absent)
+
     def parts(
         self, saliency: np.ndarray, truth: np.ndarray, ignore: np.ndarray | None, faulty: bool = False
     ) -> Parts:

@@ -66,6 +66,11 @@ class Saliency:
         """No: these scores have no notion of it."""
         return False
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Family`."""
+        return self.metrics
+
     def parts(
         self, saliency: np.ndarray, truth: np.ndarray, ignore: np.ndarray | None, faulty: bool = False
     ) -> Parts:

@@ -193,9 +193,10 @@ def _validation(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
     module = cfg["data"]["module"]
     val, test = module.get("val") or {}, module.get("test") or {}
     best = cfg["callbacks"].get("best") or {}
-    scored = {"val": val, "test": cfg.get("testsets") or test}
+    scored = {"val": val, "test": {**(cfg.get("testsets") or test), **cfg.get("suite", {}).get("unions", {})}}
+    compared = ("test",) if "suite" in cfg else ("test", "val")
     for key, wanted, splits in (
-        ("callbacks.best.monitor", best.get("monitor"), ("val",)), ("objective_metric", cfg["objective_metric"], ("test", "val")),
+        ("callbacks.best.monitor", best.get("monitor"), ("val",)), ("objective_metric", cfg["objective_metric"], compared),
     ):  # fmt: skip
         names = [f"{split}/{name}" for split in splits for name in scored[split]]
         if wanted is not None and wanted.rpartition("/")[0] not in names:

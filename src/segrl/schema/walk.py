@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import InterpolationToMissingValueError
+from omegaconf.errors import InterpolationResolutionError, InterpolationToMissingValueError
 
 from segrl.schema.kinds import Open, Part, Text, described, fault, needed, shown, slot_of
 from segrl.schema.table import PARTIAL, PARTS, SHAPES, known
@@ -294,10 +294,13 @@ def _misfit(cfg: DictConfig, raw: dict[str, Any], one: Typed) -> str | None:
         return f"must be given ({needed(one.schema)}); it is not set"
     try:
         value = OmegaConf.select(cfg, one.key)
+        if isinstance(value, DictConfig | ListConfig):
+            value = OmegaConf.to_container(value, resolve=True)
     except InterpolationToMissingValueError:  # told of the key that is missing
         return None
-    if isinstance(value, DictConfig | ListConfig):
-        value = OmegaConf.to_container(value, resolve=True)
+    except InterpolationResolutionError as error:
+        reason = " ".join(str(error).splitlines()[0].split())
+        return f"must be {needed(one.schema)}; got {shown(lookup(raw, one.key))}, which cannot be looked up ({reason})"
     return fault(one.model, one.field, value)
 
 

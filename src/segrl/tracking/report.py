@@ -137,7 +137,7 @@ def check_same_samples(before: Scores, ids: Mapping[str, Iterable[str]]) -> None
     for dataset, wanted in ids.items():
         if set(wanted) != set(before.get(dataset, {})):
             raise ValueError(
-                f"evaluation: the samples of {dataset} must be those scored before (evaluation/before.jsonl); the ids differ"
+                f"data.module.test.{dataset}: must hold the samples scored before (evaluation/before.jsonl); the ids differ"
             )
 
 
