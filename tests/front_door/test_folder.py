@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from segrl import folder
-from segrl.front_door import resumed
+from segrl.resuming import resumed
 
 OWN = (
     "import pathlib, sys, time; from segrl import folder\n"
