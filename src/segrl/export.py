@@ -195,8 +195,10 @@ def _scored(run: Path, ckpt: Path) -> bool:
 
     if not (run / "metrics.json").is_file() or ckpt.resolve() != scored_checkpoint(run).resolve():
         return False
-    steps = read_json(run / "metrics.json", "ckpt", "steps")["steps"]
-    return ckpt.name == "best.ckpt" or bool(read_checkpoint(ckpt, "ckpt")["global_step"] == steps)
+    metrics = read_json(run / "metrics.json", "ckpt", "steps")
+    if "scored_step" not in metrics and ckpt.name == "best.ckpt":  # of a run from before, which did not say
+        return True
+    return bool(read_checkpoint(ckpt, "ckpt")["global_step"] == metrics.get("scored_step", metrics["steps"]))
 
 
 def _data(data: dict[str, Any]) -> str:
