@@ -61,6 +61,7 @@ def saved(path: Path, key: str, command: str, overrides: list[str] | None = None
     loaded = read(path, key)
     if not set(COMMANDS[command].model_fields) & set(loaded):
         raise ValueError(f"{key}: {path} must be a configuration; it holds none")
+    _without_peak(loaded, path, key)
     typed, changed = _lay_over(loaded, key, overrides or [])
     if changed and command == "evaluate":
         raise ValueError(
@@ -79,6 +80,20 @@ def saved(path: Path, key: str, command: str, overrides: list[str] | None = None
             f"{own.format('', 'head.architecture', head)}"
         )
     return loaded
+
+
+def _without_peak(cfg: DictConfig, path: Path, key: str) -> None:
+    """Take away the one rate that a one-cycle schedule once had for all groups, where it is the optimizer's own."""
+    schedule = OmegaConf.select(cfg, "stage.schedule")
+    if not isinstance(schedule, DictConfig) or schedule.get("_target_") != "segrl.stages.schedule.one_cycle":
+        return
+    rate = OmegaConf.select(cfg, "stage.optimizer.lr")
+    if "max_lr" in schedule and schedule.max_lr != rate:
+        raise ValueError(
+            f"{key}: {path}: stage.schedule.max_lr must be stage.optimizer.lr ({rate}), where every group peaks at its own "
+            f"rate; got {schedule.max_lr} (take it away there: what was saved goes on at its rates)"
+        )
+    schedule.pop("max_lr", None)
 
 
 def _lay_over(cfg: DictConfig, key: str, overrides: list[str]) -> tuple[set[str], list[str]]:
@@ -121,16 +136,37 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     if not config.is_file():
         what = "is a folder" if config.is_dir() else "is not there"
         raise ValueError(f"resume: must be a run folder, which holds config.yaml; {config} {what}")
-    if not checkpoint.is_file() and (home / "metrics.json").exists():
-        raise ValueError(f"resume: must have the checkpoint of a finished run; {checkpoint} is gone")
     changes = [o.removeprefix("++") for o in overrides if not o.startswith("resume=")]
     for change in changes:
-        if re.match(r"stage\.(optimizer|schedule)\b", change):
+        if re.match(r"stage\.(optimizer|schedule|critic_lr)\b", change):
             raise ValueError(
-                f"resume: optimizer and schedule go on as they were saved; {change} cannot be changed"
+                f"resume: optimizer, schedule and critic_lr go on as they were saved; {change} cannot be changed"
             )
     before = saved(config, "resume", "train", changes)
     before.resume, before.paths.run = str(home), str(home)
-    if checkpoint.exists():  # a run that was stopped before its first one begins at its first update
+    if checkpoint.exists():
         before.ckpt_path = str(checkpoint)
+    else:
+        _begin_anew(home, read(config, "resume"))
     return before
+
+
+def _begin_anew(home: Path, cfg: DictConfig) -> None:
+    """Say that a run without a checkpoint begins at its first update; raise ValueError if it has had one."""
+    from segrl.running import say
+    from segrl.tracking.callbacks import read_history
+
+    last, every = (
+        home / "checkpoints" / "last.ckpt",
+        OmegaConf.select(cfg, "callbacks.checkpoint.every_n_steps"),
+    )
+    if (home / "metrics.json").exists():
+        raise ValueError(f"resume: must have the checkpoint of a finished run; {last} is gone")
+    steps = [line["step"] for line in read_history(home / "history.jsonl")]
+    before = int(max(steps[:-1], default=0))  # whatever was due then was saved before the next line
+    if (home / "checkpoints" / "best.ckpt").exists() or (isinstance(every, int) and before >= every):
+        raise ValueError(
+            f"resume: must have the checkpoint of a run that has learned; {last} is gone (to begin anew, take "
+            f"history.jsonl and checkpoints away there)"
+        )
+    say(f"{home} holds no checkpoint: the run begins anew, at its first update")

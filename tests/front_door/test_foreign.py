@@ -123,6 +123,13 @@ def test_nothing_that_is_only_described_is_called_by_an_export(tmp_path, config,
         _own(cfg, folder / "config.yaml")
 
 
+@pytest.mark.parametrize("change", ["stage.critic_lr=1", "++stage.critic_lr=1", "trainer.max_steps.more=1"])
+def test_what_cannot_be_changed_is_refused(tmp_path, config, change):
+    folder = run_of(tmp_path, config, "stage.critic_lr", 1e-5)
+    with pytest.raises(ValueError, match=r"^resume: .* cannot be changed$"):
+        again(folder, change)
+
+
 def test_a_value_that_nothing_reads_is_refused_and_one_that_changes_nothing_is_not(tmp_path):
     """Supervised learning reads no reward."""
     register_resolvers()
@@ -139,6 +146,37 @@ def test_values_are_read_as_hydra_reads_them(tmp_path, config):
     assert again(folder, "paths.weights=a: b").paths.weights == "a: b"
     assert again(folder, "paths.weights='2024_01'").paths.weights == "2024_01"
     assert again(folder, "trainer.max_steps=400").trainer.max_steps == 400
+
+
+def test_a_run_whose_schedule_named_its_peak_goes_on(tmp_path, config):
+    rate = OmegaConf.create(config).stage.optimizer.lr
+    for value in ("${stage.optimizer.lr}", rate):
+        folder = tmp_path / f"{value}".strip("${}")
+        folder.mkdir()
+        run = run_of(folder, config, "stage.schedule.max_lr", value)
+        assert "max_lr" not in again(run).stage.schedule
+    with pytest.raises(
+        ValueError, match=r"stage\.schedule\.max_lr must be stage\.optimizer\.lr .* got 7\.0 "
+    ):
+        again(run_of(tmp_path, config, "stage.schedule.max_lr", 7.0))
+
+
+@pytest.mark.parametrize(
+    ("steps", "best", "anew"), [([], False, True), ([1, 2, 3], False, True), ([1, 2, 3, 4], False, False), ([1], True, False)]
+)  # fmt: skip
+def test_a_run_whose_checkpoint_is_gone_does_not_begin_anew(tmp_path, config, capsys, steps, best, anew):
+    """The third update may be the one that a kill kept from being saved."""
+    folder = run_of(tmp_path, config, "callbacks.checkpoint.every_n_steps", 3)
+    (folder / "checkpoints" / "last.ckpt").unlink()
+    (folder / "history.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in steps))
+    if best:
+        (folder / "checkpoints" / "best.ckpt").write_bytes(b"")
+    if anew:
+        assert again(folder, "callbacks.checkpoint.every_n_steps=2").ckpt_path is None
+        assert capsys.readouterr().out.endswith("begins anew, at its first update\n")
+    else:
+        with pytest.raises(ValueError, match=r"^resume: .*last\.ckpt is gone"):
+            again(folder, "callbacks.checkpoint.every_n_steps=100")
 
 
 @pytest.mark.parametrize(
