@@ -221,9 +221,11 @@ def _scored(run: Path, ckpt: Path) -> bool:
     """Whether the run's scores are those of this checkpoint."""
     from segrl.tracking.checkpoints import read_checkpoint
 
-    if not (run / "metrics.json").is_file() or ckpt.resolve() != scored_checkpoint(run).resolve():
+    if not (run / "metrics.json").is_file():
         return False
     metrics = read_json(run / "metrics.json", "ckpt", "steps")
+    if ckpt.resolve() != scored_checkpoint(run).resolve():
+        return False
     if "scored_step" not in metrics and ckpt.name == "best.ckpt":  # of a run from before, which did not say
         return True
     return bool(read_checkpoint(ckpt, "ckpt")["global_step"] == metrics.get("scored_step", metrics["steps"]))
