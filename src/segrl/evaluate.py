@@ -41,17 +41,13 @@ def _resumed(folder: Path) -> DictConfig:
     """The configuration of an evaluation that was begun."""
     from hydra.core.hydra_config import HydraConfig
 
-    for override in HydraConfig.get().overrides.task:
-        if not override.startswith("resume="):
-            raise ValueError(
-                f"resume: the evaluation goes on with its own configuration; {override.removeprefix('++')} cannot be changed"
-            )
     config = folder / "config.yaml"
     if not config.is_file() or "\nsuite:" not in config.read_text(errors="replace"):
         raise ValueError(
             f"resume: must be the folder of an evaluation, which holds config.yaml; {folder} is none"
         )
-    before = saved(config, "resume", "evaluate")
+    said = [o.removeprefix("++") for o in HydraConfig.get().overrides.task if not o.startswith("resume=")]
+    before = saved(config, "resume", "evaluate", said)
     before.resume = str(folder)
     return before
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from segrl import licences
 from segrl.folder import check_kinds, read_json
 from segrl.front_door import asset, check, enter, scored_checkpoint
-from segrl.resuming import saved
+from segrl.resuming import read
 from segrl.stopping import Stopped, held
 
 if TYPE_CHECKING:
@@ -25,6 +25,13 @@ _QUERIES: dict[str, tuple[str | None, ...]] = {
     "ReferringExpressions": ("QUERY",), "ReasonSeg": ("QUERY",), "Listed": (None, "QUERY"),
 }  # fmt: skip
 """By loader, the queries that a card shows: its samples have one each, or may; those of others have none."""
+
+
+_CARD = (
+    "name", "policy._target_", "grammar._target_", "head._target_", "stage._target_", "reward", "rollout.max_tokens",
+    "trainer.precision", "data.module.train._target_", "policy.weights",
+)  # fmt: skip
+"""Keys that a card, or `segrl.json`, is written from."""
 
 
 def job(cfg: DictConfig) -> None:
@@ -76,23 +83,45 @@ def export_policy(
             f"ckpt: a checkpoint in a run's folder is needed, RUN/checkpoints/last.ckpt; two folders above {ckpt} is no config.yaml of a run"
         )
     check_kinds(run, "ckpt")
-    cfg = saved(run / "config.yaml", "ckpt", "train")
+    cfg = read(run / "config.yaml", "ckpt")
+    own = _own(cfg, run / "config.yaml")
     learned = learned_policy(ckpt, "ckpt")
     parts = pretrained.checked(described(cfg, head_checkpoint), run / "config.yaml")
-    grammar = instantiate(cfg.grammar)
+    grammar = instantiate(own.grammar)
     parts["grammar"]["instructions"] = {grammar.section: grammar.texts}  # the texts, not where they stood
-    policy = instantiate(cfg.policy)
+    policy = instantiate(own.policy)
     policy.take_over(learned)
     asked = _asked(policy, grammar, str(cfg.data.module.train._target_))
     text = card(run, note, ckpt, asked, licence)
-    policy.save(out, cfg.rollout.max_tokens)
+    policy.save(out, own.max_tokens)
     # Of the other grammars, too, where the run was given them
-    given = OmegaConf.select(cfg, "grammar.instructions")
+    given = OmegaConf.select(own, "grammar.instructions")
     others: Any = OmegaConf.to_container(given) if isinstance(given, DictConfig) else {}
     beside = instructions.written({**others, grammar.section: grammar.texts})
     (out / instructions.NAME).write_text(beside, encoding="utf-8")
     pretrained.write(out, parts)  # and the digests of all that is there by now
     (out / "README.md").write_text(text)
+
+
+def _own(cfg: DictConfig, path: Path) -> DictConfig:
+    """Return, without references, what is made of a run's configuration, which may be anybody's; the rest is only described.
+
+    Raises:
+        ValueError: if that names anything but segrl's parts and plain values, or the card's part of the rest is not there.
+    """
+    from segrl.schema.commands import Weights
+    from segrl.schema.walk import faults
+
+    for key in _CARD:
+        if OmegaConf.select(cfg, key) is None:
+            raise ValueError(f"ckpt: {path} must be a configuration of a run; it holds no {key}")
+    parts: dict[str, Any] = {
+        part: OmegaConf.to_container(cfg[part], resolve=True) for part in ("policy", "grammar", "head")
+    }
+    own = OmegaConf.create({**parts, "max_tokens": cfg.rollout.max_tokens})
+    if found := faults(own, Weights, set()):
+        raise ValueError(f"ckpt: {path} must be a configuration of segrl: {found[0]}")
+    return own
 
 
 def described(cfg: DictConfig, head_checkpoint: str | None) -> dict[str, dict[str, Any]]:
@@ -146,9 +175,8 @@ def card(run: Path, note: str, ckpt: Path | None = None, asked: str = "", licenc
         asked: paragraphs about what a policy is asked.
         licence: see `export_policy`.
     """
-    loaded = OmegaConf.load(run / "config.yaml")
-    config = OmegaConf.to_container(loaded)  # unresolved: no path of one machine
-    assert isinstance(config, dict) and isinstance(loaded, DictConfig)
+    loaded = read(run / "config.yaml", "ckpt")
+    config: Any = OmegaConf.to_container(loaded)  # unresolved: no path of one machine
     wanted = ("stage", "rollout", "reward", "data", "trainer")
     settings = OmegaConf.to_yaml(OmegaConf.create({k: config[k] for k in wanted}))
     front, terms = ({"license": licence}, "") if licence is not None else licences.of(loaded)
@@ -182,7 +210,7 @@ def card(run: Path, note: str, ckpt: Path | None = None, asked: str = "", licenc
         made = read_json(run / "provenance.json", "ckpt", "command", "git.commit", "git.dirty")
         dirty = ", with changes" if made["git.dirty"] == "true" else ""
         lines.append(
-            f"\n```\n{made['command']}\n```\ncommit {made['git.commit']}{dirty}; data: {_data(config['data'])}"
+            f"\n```\n{made['command']}\n```\ncommit {made['git.commit']}{dirty}; data: {_data(loaded)}"
         )
     return "\n".join(lines) + (
         f"\n\n{asked}\n<details><summary>configuration</summary>\n\n```yaml\n{settings}```\n</details>\n"
@@ -193,15 +221,20 @@ def _scored(run: Path, ckpt: Path) -> bool:
     """Whether the run's scores are those of this checkpoint."""
     from segrl.tracking.checkpoints import read_checkpoint
 
-    if not (run / "metrics.json").is_file() or ckpt.resolve() != scored_checkpoint(run).resolve():
+    if not (run / "metrics.json").is_file():
         return False
-    steps = read_json(run / "metrics.json", "ckpt", "steps")["steps"]
-    return ckpt.name == "best.ckpt" or bool(read_checkpoint(ckpt, "ckpt")["global_step"] == steps)
+    metrics = read_json(run / "metrics.json", "ckpt", "steps")
+    if ckpt.resolve() != scored_checkpoint(run).resolve():
+        return False
+    if "scored_step" not in metrics and ckpt.name == "best.ckpt":  # of a run from before, which did not say
+        return True
+    return bool(read_checkpoint(ckpt, "ckpt")["global_step"] == metrics.get("scored_step", metrics["steps"]))
 
 
-def _data(data: dict[str, Any]) -> str:
+def _data(cfg: DictConfig) -> str:
     """What it learned from, and under which terms."""
-    loader = str(data["module"]["train"]["_target_"]).rpartition(".")[2]
+    loader = str(OmegaConf.select(cfg, "data.module.train._target_")).rpartition(".")[2]
+    data: Any = OmegaConf.to_container(cfg.data)
     return f"`{loader}` of {data.get('root', 'scenes drawn by segrl')} ({data.get('licence', 'no licence stated')})"
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 _REFERENCES = re.compile(
     r"\$\{(?:instructions_of:\$\{policy\.weights\}|[\w.\-\[\]]+|asset:[\w.\-]+|now:[\w%:.\- ]+)\}"
 )
+_NEW = re.compile(r"\$(?=[{\0]|\Z)")  # that could begin a reference once others, marked, are put in
 _HYDRAS = {"_target_", "_partial_"}
 
 
@@ -34,7 +35,7 @@ def strange(node: object, whole: bool, path: str = "") -> Iterator[tuple[str, ob
         for index, value in enumerate(node):
             yield from strange(value, whole, f"{path}[{index}]")
     elif isinstance(node, str):
-        if "${" in (_REFERENCES.sub("", node) if whole else node):
+        if _NEW.search(_REFERENCES.sub("\0", node) if whole else node):
             yield path, node
     elif not isinstance(node, bool | int | float | None):
         yield path, node

@@ -8,6 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from segrl.resuming import read
+
 _OWN = "SyntheticScenes"  # drawn by segrl: nobody's terms come with them
 _HUB = "https://huggingface.co/"
 _TEXTS = {"apache-2.0": r"Apache License\s+Version 2\.0", "mit": r"MIT License"}
@@ -21,6 +23,9 @@ def of(config: DictConfig) -> tuple[dict[str, Any], str]:
 
     Args:
         config: of the run, as it was saved.
+
+    Raises:
+        ValueError: if the configuration of a run that it started from is none, or more than data.
     """
     base, weights = base_of(config)
     front: dict[str, Any] = {} if base is None else {"base_model": base}
@@ -73,19 +78,19 @@ def learned_from(config: DictConfig) -> list[str]:
     seen: set[Path] = set()
     here: DictConfig | None = config
     while here is not None:
-        loader = str(here.data.module.train._target_).rpartition(".")[2]
+        loader = str(OmegaConf.select(here, "data.module.train._target_")).rpartition(".")[2]
         if loader != _OWN:
-            licence = OmegaConf.select(here, "data.licence")
             root = OmegaConf.to_container(here.data).get("root", loader)  # type: ignore[union-attr]  # unresolved
+            licence = OmegaConf.select(here, "data.licence")
             found.append(f"data of `{root}` ({licence or 'whose licence is not stated'})")
-        start = here.init_from
+        start = OmegaConf.select(here, "init_from")
         here = None
         if start is not None:
             saved = Path(str(start)).absolute().parent.parent / "config.yaml"
-            loaded = OmegaConf.load(saved) if saved.is_file() and saved not in seen else None
+            if saved.is_file() and saved not in seen:
+                here = read(saved, "init_from")
             seen.add(saved)
-            if isinstance(loaded, DictConfig):
-                here = loaded
-            else:
+            if here is None or OmegaConf.select(here, "data.module.train._target_") is None:
                 found.append(f"whatever `{Path(str(start)).name}` learned from, which is not known")
+                here = None
     return found

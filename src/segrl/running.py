@@ -120,6 +120,7 @@ class Run:
     begun_at: int  # update of the checkpoint that is gone on from
     trained: bool = False
     scored: bool = False
+    scored_step: int | None = None  # of the checkpoint that is scored, where it is not the last
     began: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -317,7 +318,8 @@ class Run:
         if chosen.name == "best.ckpt":
             saved = read_checkpoint(chosen, "callbacks.best")
             stage.load_state_dict(saved["state_dict"], strict=False)
-            say(f"scoring {chosen}, of update {saved['global_step']}")
+            self.scored_step = int(saved["global_step"])
+            say(f"scoring {chosen}, of update {self.scored_step}")
 
     def finish(self) -> float | None:
         """Score, compare, draw, keep; print the table and where everything is."""
@@ -349,8 +351,9 @@ class Run:
         if not self.trainer.is_global_zero or self.logger is None:
             return objective
         summary = {
-            "name": self.cfg.name, "seed": self.cfg.seed, "steps": self.step, "completions": self.stage.sampled,
-            "objective": objective, "metrics": metrics,
+            "name": self.cfg.name, "seed": self.cfg.seed, "steps": self.step,
+            "scored_step": self.step if self.scored_step is None else self.scored_step,
+            "completions": self.stage.sampled, "objective": objective, "metrics": metrics,
             "test": {d: {m: asdict(c) for m, c in rows.items()} for d, rows in table.items()},
             "seconds": round(time.monotonic() - self.began, 1),
         }  # fmt: skip

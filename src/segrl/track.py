@@ -12,26 +12,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from segrl.front_door import register_resolvers
+from segrl.resuming import read
 from segrl.tracking.mlflow_runs import bring_in, link
 from segrl.tracking.mlflow_store import Place
 
 
 def configuration(folder: Path) -> dict[str, Any]:
-    """Return a run's configuration, resolved; raises ValueError if the folder holds none."""
-    from yaml import YAMLError
-
+    """Return a run's configuration, which may be anybody's, resolved; raises ValueError if the folder holds none."""
     saved = folder / "config.yaml"
     if not saved.is_file():
         raise ValueError(f"RUN: it must be a run folder, with a config.yaml; {folder} is none")
     register_resolvers()
+    config = read(saved, "RUN")
     try:
-        config = OmegaConf.load(saved)
-        held = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        held = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
         raise ValueError(
             f"{saved}: it must be a run's configuration; {' '.join(str(error).split())[:160]}"
         ) from None

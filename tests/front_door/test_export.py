@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from segrl.data.synthetic import SyntheticScenes
 from segrl.prompts.instructions import NAME, read
@@ -87,6 +88,18 @@ def test_the_card_says_where_the_numbers_come_from(exported, cli, tmp_path):
     )
     assert inside[0] == 0, inside[2]
     assert (tmp_path / "inside" / "README.md").read_text() == (out / "README.md").read_text()
+    mine = OmegaConf.load(run / "config.yaml")
+    mine.reward.terms.iou.fn._target_ = "nobodys.module.area"  # a part of one's own, which is not looked at
+    OmegaConf.save(mine, run / "config.yaml")
+    (run / "metrics.json").write_text(
+        (run / "metrics.json").read_text().replace('"scored_step": 2', '"scored_step": 1')
+    )
+    code, _, err = cli(
+        f"ckpt={run}/checkpoints/last.ckpt", f"out={tmp_path}/mine", module="export", runs=None
+    )
+    assert code == 0, err
+    described = (tmp_path / "mine" / "README.md").read_text()
+    assert "nobodys.module.area" in described and "`last.ckpt`, has not been scored" in described
     card = (out / "README.md").read_text()
     for words in (
         " +experiment=demo logger=csv",

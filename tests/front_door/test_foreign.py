@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from segrl.export import _own
 from segrl.foreign import strange
 from segrl.front_door import _composed, register_resolvers
-from segrl.resuming import resumed, saved
+from segrl.resuming import read, resumed, saved
+from segrl.track import configuration
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,105 @@ def test_code_of_ones_own_is_named_on_the_command_line(tmp_path, config):
     )
 
 
+def test_an_evaluation_with_code_of_ones_own_goes_on_where_it_is_named(tmp_path):
+    register_resolvers()
+    cfg = _composed("evaluate", ["+suite=synthetic", "scores._target_=builtins.dict"])
+    OmegaConf.save(cfg, tmp_path / "config.yaml")
+    given = (tmp_path / "config.yaml", "resume", "evaluate")
+    with pytest.raises(ValueError, match=r"scores\._target_=builtins\.dict on the command line\)$"):
+        saved(*given)
+    assert saved(*given, ["scores._target_=builtins.dict"]).scores._target_ == "builtins.dict"
+    for other in ("scores._target_=builtins.list", "suite.draws=3"):
+        with pytest.raises(ValueError, match=f"the evaluation goes on with its own configuration; {other} "):
+            saved(*given, [other])
+
+
+def test_an_export_is_made_of_segrls_parts_and_describes_the_others(tmp_path, config):
+    own = run_of(tmp_path, config, "reward.terms.iou.fn._target_", "nobodys.module.area") / "config.yaml"
+    cfg = read(own, "ckpt")
+    cfg.rollout = {"_target_": "nobodys.Engine", "max_tokens": 7}
+    made = _own(cfg, own)
+    assert made.policy == cfg.policy and made.max_tokens == 7
+    cfg.policy._target_ = "nobodys.Policy"
+    with pytest.raises(
+        ValueError, match=r"^ckpt: .*policy\._target_: must be a part of segrl .* got nobodys\.Policy$"
+    ):
+        _own(cfg, own)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"grammar": {"instructions": "${reward.trap}"}}, {"policy": {"lora": "${reward.trap}"}}, {"policy": "${reward.trap}"},
+        {"grammar": "${reward.trap}"}, {"policy": {"mine": "${reward.trap}"}}, {"policy": {"temperature": "${reward}"}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_nothing_that_is_only_described_is_called_by_an_export(tmp_path, config, change):
+    folder = run_of(tmp_path, config, "reward.trap", TRAP)
+    cfg = read(folder / "config.yaml", "ckpt")
+    for part, value in change.items():
+        cfg[part] = OmegaConf.merge(cfg[part], value) if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match=r"^ckpt: .* must be a configuration of "):
+        _own(cfg, folder / "config.yaml")
+
+
+@pytest.mark.parametrize("change", ["stage.critic_lr=1", "++stage.critic_lr=1", "trainer.max_steps.more=1"])
+def test_what_cannot_be_changed_is_refused(tmp_path, config, change):
+    folder = run_of(tmp_path, config, "stage.critic_lr", 1e-5)
+    with pytest.raises(ValueError, match=r"^resume: .* cannot be changed$"):
+        again(folder, change)
+
+
+def test_a_value_that_nothing_reads_is_refused_and_one_that_changes_nothing_is_not(tmp_path):
+    """Supervised learning reads no reward."""
+    register_resolvers()
+    cfg = _composed("train", ["+experiment=nano_sft", "paths.run=runs/sft/1"])
+    folder = run_of(tmp_path, OmegaConf.to_yaml(cfg), "reward.terms.iou.fn._target_", "statistics.fmean")
+    held = "reward.terms.iou.fn._target_=statistics.fmean"
+    assert again(folder, held).name == cfg.name
+    with pytest.raises(ValueError, match=r"reward\.terms\.iou\.weight: must not be set for SFTStage"):
+        saved(folder / "config.yaml", "resume", "train", ["reward.terms.iou.weight=2.0", held])
+
+
+def test_values_are_read_as_hydra_reads_them(tmp_path, config):
+    folder = run_of(tmp_path, config)
+    assert again(folder, "paths.weights=a: b").paths.weights == "a: b"
+    assert again(folder, "paths.weights='2024_01'").paths.weights == "2024_01"
+    assert again(folder, "trainer.max_steps=400").trainer.max_steps == 400
+
+
+def test_a_run_whose_schedule_named_its_peak_goes_on(tmp_path, config):
+    rate = OmegaConf.create(config).stage.optimizer.lr
+    for value in ("${stage.optimizer.lr}", rate):
+        folder = tmp_path / f"{value}".strip("${}")
+        folder.mkdir()
+        run = run_of(folder, config, "stage.schedule.max_lr", value)
+        assert "max_lr" not in again(run).stage.schedule
+    with pytest.raises(
+        ValueError, match=r"stage\.schedule\.max_lr must be stage\.optimizer\.lr .* got 7\.0 "
+    ):
+        again(run_of(tmp_path, config, "stage.schedule.max_lr", 7.0))
+
+
+@pytest.mark.parametrize(
+    ("steps", "best", "anew"), [([], False, True), ([1, 2, 3], False, True), ([1, 2, 3, 4], False, False), ([1], True, False)]
+)  # fmt: skip
+def test_a_run_whose_checkpoint_is_gone_does_not_begin_anew(tmp_path, config, capsys, steps, best, anew):
+    """The third update may be the one that a kill kept from being saved."""
+    folder = run_of(tmp_path, config, "callbacks.checkpoint.every_n_steps", 3)
+    (folder / "checkpoints" / "last.ckpt").unlink()
+    (folder / "history.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in steps))
+    if best:
+        (folder / "checkpoints" / "best.ckpt").write_bytes(b"")
+    if anew:
+        assert again(folder, "callbacks.checkpoint.every_n_steps=2").ckpt_path is None
+        assert capsys.readouterr().out.endswith("begins anew, at its first update\n")
+    else:
+        with pytest.raises(ValueError, match=r"^resume: .*last\.ckpt is gone"):
+            again(folder, "callbacks.checkpoint.every_n_steps=100")
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -109,6 +210,15 @@ def test_an_evaluation_goes_on_with_plain_values_alone(tmp_path):
         saved(tmp_path / "config.yaml", "resume", "evaluate")
 
 
+def test_what_is_tracked_looks_nothing_up(tmp_path, config):
+    folder = run_of(tmp_path, config)
+    assert configuration(folder)["name"] == "demo"
+    for value in ("${oc.env:HOME}", "${oc.decode:1}"):
+        OmegaConf.save(OmegaConf.merge(OmegaConf.create(config), {"name": value}), folder / "config.yaml")
+        with pytest.raises(ValueError, match=r"^RUN: .* must hold plain values .* name is "):
+            configuration(folder)
+
+
 def test_an_architecture_names_parts_of_sam2_alone(tmp_path):
     from segrl.models.sam2_head import Sam2Head
 
@@ -133,3 +243,13 @@ def test_strange_is_all_that_is_called_or_looked_up():
         assert list(strange(node, whole=True)), node
     for node in ({"a": "${b}"}, {"b": {"_target_": "x"}}):
         assert list(strange(node, whole=False)), node
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [{"a": "$", "b": "${a}{oc.env:HOME}"}, {"a": "{oc.env:HOME}", "b": "$${a}"}, {"a": "x$", "b": "y"}],
+)
+def test_no_reference_is_put_together_from_others(parts):
+    """What is called reads a value once more when its references are in."""
+    assert list(strange(parts, whole=True))
+    assert not list(strange({"a": "for $5 {each}", "b": "${a}/$a"}, whole=True))

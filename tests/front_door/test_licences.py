@@ -65,3 +65,13 @@ def test_what_a_run_started_from_counts(qwen, tmp_path):
     assert front["license"] == "other" and "FCoT's" in sentence
     _, sentence = licences.of(config(qwen, init_from=str(tmp_path / "gone.ckpt")))
     assert "whatever `gone.ckpt` learned from, which is not known" in sentence
+
+
+def test_a_run_above_is_read_as_data(qwen, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    OmegaConf.save(config(qwen, "ChatTraces", data={"licence": "${oc.env:HOME}"}), tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match=r"^init_from: .* data\.licence is '\$\{oc\.env:HOME\}'$"):
+        licences.of(config(qwen, init_from=str(tmp_path / "checkpoints" / "last.ckpt")))
+    OmegaConf.save({"seed": 1}, tmp_path / "config.yaml")
+    _, sentence = licences.of(config(qwen, init_from=str(tmp_path / "checkpoints" / "last.ckpt")))
+    assert "whatever `last.ckpt` learned from, which is not known" in sentence

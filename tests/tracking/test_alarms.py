@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from segrl.export import _scored
 from segrl.stages.policy_gradient import PolicyGradientStage
 from segrl.tracking.alarms import Alarms
 
@@ -94,3 +95,13 @@ def test_the_best_checkpoint_is_the_one_that_is_scored(cli, tmp_path, monkeypatc
     assert code == 0, err
     best = torch.load(tmp_path / "run/checkpoints/best.ckpt", weights_only=True)
     assert best["global_step"] == 1 and "of update 1" in out
+    numbers = tmp_path / "run/metrics.json"
+    said = json.loads(numbers.read_text())
+    assert (said["steps"], said["scored_step"]) == (3, 1)
+    assert _scored(tmp_path / "run", tmp_path / "run/checkpoints/best.ckpt")
+    assert not _scored(tmp_path / "run", tmp_path / "run/checkpoints/last.ckpt")
+    numbers.write_text(json.dumps({**said, "scored_step": 3}))  # it was scored before a better one was kept
+    assert not _scored(tmp_path / "run", tmp_path / "run/checkpoints/best.ckpt")
+    del said["scored_step"]
+    numbers.write_text(json.dumps(said))
+    assert _scored(tmp_path / "run", tmp_path / "run/checkpoints/best.ckpt")

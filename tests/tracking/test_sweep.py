@@ -164,3 +164,8 @@ def test_the_best_is_kept_by_the_direction_of_its_metric(tmp_path, metric, kept)
     again.load_state_dict(watch.state_dict())
     trainer.validated(again, 0.35)
     assert trainer.saved == kept
+    trainer.monitor = "val/other/iou"  # the best of another metric is still to come
+    other = KeepBest(str(tmp_path / "best.ckpt"), trainer.monitor)
+    other.load_state_dict(watch.state_dict())
+    trainer.validated(other, 0.01)
+    assert trainer.saved == [*kept, 0.01]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from segrl.schema.around import METRICS
-from segrl.schema.kinds import Part, Seed, Share, Text, shown, slot
+from segrl.schema.kinds import Part, Seed, Share, Text, Tokens, shown, slot
 
 Name = Annotated[
     str, Field(pattern=r"^[\w.-]*\w[\w.-]*$", description="a name of letters, digits, _, . and -")
@@ -78,6 +78,15 @@ class Export(Part):
 
     ckpt: Text
     out: Text
+
+
+class Weights(Part):
+    """Of a run's configuration, what exported weights are made with, or name."""
+
+    policy: Annotated[Any, slot("policy")]
+    grammar: Annotated[Any, slot("grammar")]
+    head: Annotated[Any, slot("head")]
+    max_tokens: Tokens
 
 
 class PrepareCheck(Part):

@@ -33,6 +33,14 @@ class Fault(ValueError):
         self.key, self.said, self.unknown = key, said, unknown
 
 
+class ForeignPart(Fault):
+    """A file from elsewhere names a part, `target`, that is not segrl's."""
+
+    def __init__(self, key: str, target: str) -> None:
+        super().__init__(key, f"must be a part of segrl in a file from elsewhere; got {target}")
+        self.target = target
+
+
 class Typed(NamedTuple):
     """A key, and the field that its value must fit."""
 
@@ -212,10 +220,7 @@ class Walk:
                 )
             yield from self._fields(path, node, model)
         elif self.typed is not None and f"{path}._target_" not in self.typed:
-            yield Fault(
-                f"{path}._target_", f"must be a part of segrl in a file from elsewhere; got {target} (if it is your "
-                f"own code, write {path}._target_={target} on the command line)",
-            )  # fmt: skip
+            yield ForeignPart(f"{path}._target_", target)
         elif re.match(r"(segrl|torch|lightning)\.", target):
             names = list(PARTS[place])
             like = near(target, names, "")

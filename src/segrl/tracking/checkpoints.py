@@ -328,13 +328,14 @@ class KeepBest(lightning.Callback):
         self.path, self.monitor = path, monitor
         self.best = worst(monitor or "")
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"best": self.best}
+        return {"best": self.best, "monitor": self.monitor}
 
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """From a checkpoint."""
-        self.best = state_dict["best"]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From a checkpoint; the best of another metric says nothing of this one."""
+        if state_dict.get("monitor", self.monitor) == self.monitor:
+            self.best = state_dict["best"]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Gone on with in a new folder, the best is still to come."""
