@@ -95,7 +95,18 @@ PHASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("phase", PHASES)
+SOON = (
+    "in a step",
+    "in the last validation",
+    "while saving",
+    "scoring before",
+    "copying",
+)  # the others are slow tests
+
+
+@pytest.mark.parametrize(
+    "phase", [pytest.param(p, marks=() if p in SOON else pytest.mark.slow) for p in PHASES]
+)
 def test_what_is_said_is_on_the_disk_and_goes_on(cli, tmp_path, at, monkeypatch, whole, phase):
     struck, words, step = PHASES[phase]
     run = tmp_path / "run"
