@@ -18,7 +18,7 @@ def ran_out(*_, **__):
     ("owner", "method", "command", "key"),
     [
         (PolicyGradientStage, "forward", ("train", "+experiment=demo", "test_before=false", *SMALL), "stage.micro_batch_size"),
-        (Segmenter, "__call__", ("train", "+experiment=demo", *SMALL), "data.eval_batch_size"),
+        (Segmenter, "__call__", ("train", "+experiment=demo", *SMALL), "data.module.eval_batch_size"),
         (
             Segmenter, "__call__",
             ("evaluate", "+suite=synthetic", "testsets.synthetic.samples.length=2", "testsets.synthetic.published=2", "logger=csv"),

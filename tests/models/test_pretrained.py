@@ -143,7 +143,6 @@ def test_the_card_says_how_and_the_command_line_stands_above_it(cli, tmp_path, m
         ((), "bf16-mixed"),
         (("trainer=cpu",), "bf16-mixed"),
         (("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"), "bf16-mixed"),
-        (("trainer=deepspeed_zero2",), "bf16-mixed"),
         (("trainer.devices=1",), "bf16-mixed"),
         (("+experiment=demo",), "bf16-mixed"),
         (("trainer=ddp", "trainer.precision=32-true"), "32-true"),
