@@ -1,4 +1,4 @@
-"""What of a run departs from its experiment, and of its test sets from what their owners publish: a line each, said at the start."""
+"""Compare a run with its experiment (batch size) and its test sets with their published counts; one line per difference."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def job(cfg: DictConfig) -> float | None:
         cfg = _resumed(Path(cfg.resume))
     elif cfg.model is not None:
         _take_model(cfg, Path(cfg.model))
-    if cfg.testsets:  # then the data group's folders are nobody's business
+    if cfg.testsets:  # then the data group's folders are not needed
         cfg.sources = {key: owners for key, owners in cfg.sources.items() if not key.startswith("data.")}
     cfg.data.batch_size = 1  # nothing is trained: a training set of any size will do
     if OmegaConf.is_missing(cfg.data, "train"):  # a list to learn from is not asked for

@@ -104,7 +104,7 @@ def export_policy(
 
 
 def _own(cfg: DictConfig, path: Path) -> DictConfig:
-    """Return, without references, what is made of a run's configuration, which may be anybody's; the rest is only described.
+    """Return, without references, what is made of a run's configuration, which may come from anyone; the rest is only described.
 
     Raises:
         ValueError: if that names anything but segrl's parts and plain values, or the card's part of the rest is not there.

@@ -1,4 +1,4 @@
-"""A run's folder: it has one owner, its files are written whole, and what is damaged in it is named."""
+"""Create and lock a run's folder, write its files atomically, and name damaged ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _locks: dict[Path, int] = {}
 
 
 def create(wanted: Path, alone: bool) -> Path:
-    """Make the folder, or the first of wanted-2, wanted-3 ... that nobody has, and own it; return which it is.
+    """Make the folder, or the first of wanted-2, wanted-3 ... that does not exist, lock it, and return its path.
 
     Args:
         wanted: must not exist where other processes count on its name.

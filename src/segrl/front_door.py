@@ -264,7 +264,7 @@ def folders(arguments: list[str]) -> list[Path]:
 
 
 def _places(arguments: list[str]) -> list[str]:
-    """What `--config-dir` and `hydra.searchpath` name."""
+    """Return the configuration folders that `--config-dir` and `hydra.searchpath` name."""
     found = []
     for i, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
@@ -283,7 +283,7 @@ def _groups(arguments: list[str]) -> list[str]:
 
 
 def _sought(arguments: list[str]) -> list[str]:
-    """`hydra.searchpath`, with what `--config-dir` names."""
+    """Return the override of `hydra.searchpath` that also holds the folder of `--config-dir`."""
     places = _places(arguments)
     return [f"{_SEARCH}[{','.join(places)}]"] if places else []
 
@@ -305,7 +305,7 @@ def _without_values(config_name: str, *groups: str) -> DictConfig:
 
 
 def _jobs(arguments: list[str]) -> list[list[str]]:
-    """The overrides of each job: one, or those of a multirun; none where another sweeper chooses them."""
+    """Return the overrides of each job: one list for a single run, [] where another sweeper chooses them."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra._internal.utils import get_args_parser
     from hydra.core.override_parser.overrides_parser import OverridesParser

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from segrl.resuming import read
 
-_OWN = "SyntheticScenes"  # drawn by segrl: nobody's terms come with them
+_OWN = "SyntheticScenes"  # drawn by segrl: they have no terms of their own
 _HUB = "https://huggingface.co/"
 _TEXTS = {"apache-2.0": r"Apache License\s+Version 2\.0", "mit": r"MIT License"}
 

@@ -1,4 +1,4 @@
-"""What a user's mistake is told as: one line that names the key, what must stand there, and the way out."""
+"""Turn an error of the user's into one line: the key, what it must be, and the way out."""
 
 from __future__ import annotations
 

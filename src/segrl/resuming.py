@@ -1,4 +1,4 @@
-"""The configuration of a run that is gone on with, or used: it may be anybody's, and is read as data."""
+"""Read a run's config.yaml, to resume or export it, without calling anything that it names: it may come from anyone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from segrl.messages import Said
 
 
 def read(path: Path, key: str) -> DictConfig:
-    """Return the configuration in a file that may be anybody's, as it stands there; nothing of it is called or looked up.
+    """Return the configuration in a file that may come from anyone, unresolved; nothing that it names is called or looked up.
 
     Args:
         path: of `config.yaml`.

@@ -1,4 +1,4 @@
-"""What COCO's kin write, read with suspicion: refs in a pickle of plain data or in JSON, polygons and run lengths to masks."""
+"""Read annotations in COCO's format: refs (a pickle of plain data, or JSON), and polygons or run lengths to masks."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def read_refs(path: Path) -> list[dict[str, Any]]:
 
 
 def _fault(ref: dict[str, Any]) -> str | None:
-    """What of a ref is no value of its kind; None where all are."""
+    """Return what is wrong with a ref, naming its key; None if all its values have their types."""
     named = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
     for key, values in (("ref_id", [ref["ref_id"]]), ("image_id", [ref["image_id"]]), ("ann_id", named)):
         if not all(is_id(value) for value in values):

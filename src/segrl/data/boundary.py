@@ -12,13 +12,13 @@ from unicodedata import normalize
 from PIL import Image
 
 _SEGRL = Path(__file__).resolve().parents[1]
-_LONGEST = 200  # letters of a library's message that are told
+_LONGEST = 200  # letters of a library's message that are shown
 
 FAILURES = (
     ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
     SyntaxError, TypeError, ValueError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
-"""What decoders and parsers raise on bytes that nobody thought of; RuntimeError holds RecursionError."""
+"""Exceptions that image decoders and parsers raise on damaged input. RuntimeError includes RecursionError."""
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def reading(where: object, needed: str) -> Iterator[None]:
 
 
 def _raised_by_segrl(error: BaseException) -> bool:
-    """Whether segrl's own code raised it: then it is a sentence for the user."""
+    """Return whether segrl's own code raised the error: its message is then written for the user."""
     at = error.__traceback__
     while at is not None and at.tb_next is not None:
         at = at.tb_next

@@ -36,7 +36,7 @@ class Finding:
     """Of the image that is object; none where there is no mask."""
     ignored: bool = False
     places: bool | None = None
-    """Whether its thought names coordinates; None where it has no thought."""
+    """True if the sample's thought names coordinates; None if it has no thought."""
     fault: str | None = None
     """Why it cannot be read."""
 
@@ -96,7 +96,7 @@ class SplitReport:
     places: int
     """Those whose thought names coordinates."""
     unread: dict[str, int]
-    """What the folders also hold and nobody reads: by suffix, "hidden", "sub folders"."""
+    """Number of files that no loader reads, by suffix, and of "hidden" files and "sub folders"."""
 
     @property
     def wrong(self) -> bool:

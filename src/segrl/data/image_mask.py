@@ -74,11 +74,11 @@ class Pairing:
     without_image: set[str] = field(default_factory=set)
     faults: list[str] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
-    """What the folders also hold, by suffix or kind."""
+    """Number of files that are not read, by suffix, and of "hidden" files and "sub folders"."""
 
 
 def _left(unread: Counter[str]) -> str:
-    """What was not read, for the end of a refusal."""
+    """Return " (not read: ...)" with the numbers of such files, to end an error message; "" if there are none."""
     return f" (not read: {counted(unread)})" if unread else ""
 
 

@@ -1,4 +1,4 @@
-"""One image file to pixels: which formats are decoded, how a picture is turned, and what its modes mean. All of Pillow's surprises end here."""
+"""One image file to pixels: which formats are decoded, how a picture is turned, and what its modes mean."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from segrl.data.boundary import reading
 warnings.filterwarnings("ignore", module="PIL")  # Pillow's warnings name no file
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
-"""Of files that are read in folders."""
+"""Suffixes, in lower case, of the files that are taken for images in a folder."""
 NEEDED = "an image is needed; the file cannot be decoded"
 
 # Others call programs (EPS), or have layers and no single picture.
@@ -36,7 +36,7 @@ _METADATA = frozenset({b"tEXt", b"zTXt", b"iTXt", b"iCCP"})
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Of those, the ones that this Pillow was built with."""
+    """Return the names in `_FORMATS` that the installed Pillow can decode."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
@@ -60,7 +60,7 @@ def decoded(path: Path, content: bytes | None = None) -> Image.Image:
 
 
 def _without_metadata(content: bytes) -> bytes:
-    """A PNG without its texts and colour profile; what is no chunk is left for Pillow to refuse."""
+    """Return a PNG's bytes without its text and colour-profile chunks. A damaged chunk is kept, so that Pillow refuses it."""
     kept, at = [content[:8]], 8
     while at + 8 <= len(content):
         (length,) = struct.unpack_from(">I", content, at)
@@ -99,14 +99,14 @@ def loaded(where: object, image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """What a file says of its picture before a pixel is decoded."""
+    """Size, orientation and mode of an image file, read from its header."""
 
     size: tuple[int, int]
     """Width and height as stored."""
     turn: int
     """EXIF's orientation, 1 to 8."""
     mode: str
-    """Pillow's name of what a pixel is."""
+    """Pillow's mode: "L", "RGB", "CMYK" ..."""
 
     @property
     def shown(self) -> tuple[int, int]:

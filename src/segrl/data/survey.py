@@ -54,7 +54,7 @@ class Survey:
     faults: list[str] = field(default_factory=list)
     """One line each: a folder that is missing, a file that cannot be read, two files of one name."""
     unread: Counter[str] = field(default_factory=Counter)
-    """What the folders also hold and nobody reads: suffixes, "hidden", "sub folders", each with its number."""
+    """Number of files that no loader reads, by suffix, and of "hidden" files and "sub folders"."""
 
     def add(self, other: Survey) -> None:
         """Take over what another part of the split holds."""

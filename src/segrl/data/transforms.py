@@ -55,7 +55,7 @@ PLAIN = MaskRule()
 
 
 def _greys(image: Image.Image, fewest: int) -> np.ndarray | None:
-    """What a palette file shows, if it shows so many greys and no colour; None otherwise."""
+    """Return the grey values uint8 `[H, W]` of a palette image with at least `fewest` greys and no colour; None otherwise."""
     indices, colours = np.asarray(image), image.getpalette("RGB")
     palette = np.asarray(colours or (), np.uint8).reshape(-1, 3)
     used = np.flatnonzero(np.bincount(indices.ravel(), minlength=256))
@@ -98,7 +98,7 @@ def _values(path: Path, image: Image.Image) -> np.ndarray:
 
 
 def _printed(path: Path, image: Image.Image) -> np.ndarray:
-    """What a mask of four inks shows, uint8 `[H, W]`; ValueError naming one that shows colours."""
+    """Convert a CMYK mask to grey uint8 `[H, W]`. Raises ValueError, naming the file, if it has colours."""
     shown = np.asarray(image.convert("RGB"))
     if (shown.max(-1) - shown.min(-1) > _INKS).any():
         raise ValueError(f"{path}: a grey mask is needed; this one is CMYK and shows colours")

@@ -1,4 +1,4 @@
-"""Which way a metric gets better; what keeps or names a best one asks here."""
+"""Say for each metric whether a higher value is better: used by `callbacks.best` and by sweeps."""
 
 from __future__ import annotations
 

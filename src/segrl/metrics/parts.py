@@ -97,7 +97,7 @@ class Score:
 
     value: float
     interval: tuple[float, float] | None
-    """`None` where none was asked for."""
+    """Low and high; None if no interval was asked for (`draws=0`)."""
 
     def as_json(self) -> dict[str, float | tuple[float, float] | None]:
         """Return value and interval; a value that is not a number is `None`."""

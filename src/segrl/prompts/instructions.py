@@ -1,4 +1,4 @@
-"""What the policy is told: segrl's texts, and the files that take their place. One text for SFT, RL and evaluation."""
+"""Instruction texts of the grammars, and the YAML files that replace them. SFT, RL and evaluation use the same text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The keys of each command, and what two keys must hold together."""
+"""Define the keys of each command, and the rules that involve two keys."""
 
 from __future__ import annotations
 
