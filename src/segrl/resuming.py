@@ -138,9 +138,9 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
         raise ValueError(f"resume: must be a run folder, which holds config.yaml; {config} {what}")
     changes = [o.removeprefix("++") for o in overrides if not o.startswith("resume=")]
     for change in changes:
-        if re.match(r"stage\.(optimizer|schedule|critic_lr)\b", change):
+        if re.match(r"stage\.(optimizer|schedule|critic|critic_lr)\b", change):
             raise ValueError(
-                f"resume: optimizer, schedule and critic_lr go on as they were saved; {change} cannot be changed"
+                f"resume: optimizer, schedule and critic go on as they were saved; {change} cannot be changed"
             )
     before = saved(config, "resume", "train", changes)
     before.resume, before.paths.run = str(home), str(home)

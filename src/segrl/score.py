@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from segrl.folder import write
 from segrl.front_door import check, enter
 
 
@@ -53,9 +54,7 @@ def job(cfg: DictConfig) -> None:
             **{name: score.as_json()["value"] for name, score in table.items()}, "n": len(rows), "convention": family.convention,
             "intervals": {name: score.interval for name, score in table.items()},
         }  # fmt: skip
-        beside = out.with_suffix(".partial")
-        beside.write_text(json.dumps(report, indent=2) + "\n")
-        beside.replace(out)
+        write(out, json.dumps(report, indent=2) + "\n")
         print(f"written to {out}")
 
 

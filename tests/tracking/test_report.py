@@ -85,3 +85,12 @@ def test_lines_without_a_cluster_are_their_own_and_images_are_one_across_joined_
         line(4, 1, cluster="image 7", dataset="b"),
     ]
     assert per_sample.clusters(lines).tolist() == [0, 1, 2, 1]
+
+
+def test_the_name_of_a_test_set_is_no_pattern(tmp_path):
+    for one in ("a", "b"):  # the second part must not take the first one's place
+        with per_sample.new_part(tmp_path, "mine[1]", 0) as file:
+            file.write(
+                json.dumps(dict.fromkeys(per_sample._NEEDED) | {"dataset": "mine[1]", "id": one}) + "\n"
+            )
+    assert [line["id"] for line in per_sample.lines(tmp_path, "mine[1]")] == ["a", "b"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lightning
 
+from segrl.folder import write
 from segrl.stages.base import Stage
 from segrl.stages.policy_gradient import PolicyGradientStage
 from segrl.tracking.figures import Cell, sheet
@@ -67,9 +68,7 @@ class History(lightning.Callback):
             return
         kept = [line for line in read_history(self.path) if line["step"] <= trainer.global_step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(self.path)
+        write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
+from segrl.folder import write
 from segrl.metrics.functional.intervals import numbered
 from segrl.metrics.parts import Family, Parts, Score
 from segrl.types import Answer, Sample
@@ -69,7 +71,7 @@ def parts_of(line: dict[str, Any]) -> Parts:
 
 def lines(folder: Path, dataset: str) -> Iterator[dict[str, Any]]:
     """Of a dataset, whole lines only: a kill may have cut off the last one of a file, and what is damaged is scored again."""
-    for path in (folder / WHOLE, *sorted((folder / _PARTS).glob(f"*.{dataset}.jsonl"))):
+    for path in (folder / WHOLE, *sorted((folder / _PARTS).glob(f"*.{escape(dataset)}.jsonl"))):
         if not path.is_file():
             continue
         for text in path.read_bytes().splitlines(keepends=True):
@@ -84,17 +86,14 @@ def new_part(folder: Path, dataset: str, rank: int) -> TextIO:
     """A file of this process's own."""
     home = folder / _PARTS
     home.mkdir(parents=True, exist_ok=True)
-    attempt = len(list(home.glob(f"*-{rank}.{dataset}.jsonl")))
+    attempt = len(list(home.glob(f"*-{rank}.{escape(dataset)}.jsonl")))
     return (home / f"{attempt:03}-{rank}.{dataset}.jsonl").open("x")
 
 
 def join(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
     """One file in the datasets' order, in place of the processes' own."""
-    partial = (folder / WHOLE).with_suffix(".partial")
-    partial.write_text(
-        "".join(json.dumps(line, allow_nan=False) + "\n" for found in rows.values() for line in found)
-    )
-    partial.replace(folder / WHOLE)
+    lines = (json.dumps(line, allow_nan=False) + "\n" for found in rows.values() for line in found)
+    write(folder / WHOLE, "".join(lines))
     for path in (folder / _PARTS).glob("*"):
         path.unlink()
     if (folder / _PARTS).is_dir():

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from segrl.folder import write
 from segrl.metrics.functional.intervals import paired_bootstrap
 from segrl.metrics.saliency import NAMES
 from segrl.protocols import SampleSet
@@ -78,9 +79,8 @@ def save(found: Rows, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     first = next(iter(found.values()), [])[:_DRAWN]
     np.savez_compressed(path.with_suffix(".npz"), **{str(i): row.mask for i, row in enumerate(first)})  # type: ignore[arg-type]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row.line) + "\n" for dataset in found.values() for row in dataset))
-    partial.replace(path)  # the lines say that all is there
+    # Behind the masks: where the lines are, all is there
+    write(path, "".join(json.dumps(row.line) + "\n" for dataset in found.values() for row in dataset))
 
 
 def scores(found: Rows) -> Scores:
