@@ -108,6 +108,9 @@ def write(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # the file that the user asked for
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

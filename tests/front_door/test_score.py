@@ -112,7 +112,7 @@ def test_keep_takes_part_of_both_folders(score, folders):
         (["keep=zebra"], ["gt", "zebra"]),
         (["keep=8"], ["gt", "8"]),
         (["metrics=moe"], ["metrics", "moe"]),
-        (["out=/proc/s.json"], ["/proc/s.partial", "no such file"]),
+        (["out=/proc/s.json"], ["/proc/s.json", "no such file"]),
     ],
 )
 def test_one_line_names_the_key(refused, arguments, words):
