@@ -38,13 +38,14 @@ CASES = (
     "+experiment=sam_r1_refcocog trainer=deepspeed_zero2 data.batch_size=4 policy.gradient_checkpointing=true",
     "+experiment=vision_reasoner_multi trainer=deepspeed_zero2 data.batch_size=2 policy.gradient_checkpointing=true",
     "+experiment=sam_r1_refcocog trainer=deepspeed_zero3 data.batch_size=4 policy.gradient_checkpointing=true",
-    "+experiment=sam_r1_refcocog trainer=deepspeed_zero3 data.batch_size=4 policy.gradient_checkpointing=true stage.kl_weight=0",
+    "+experiment=vision_reasoner_multi trainer=deepspeed_zero3 data.batch_size=2 policy.gradient_checkpointing=true",
     "+experiment=sft_fcot policy.gradient_checkpointing=true",
     "+experiment=grpo_cod10k",
     "+experiment=seg_zero_refcocog policy.gradient_checkpointing=true",
     "+experiment=sft_fcot_lora",
     "+experiment=grpo_cod10k_lora",
     "+experiment=sam_r1_refcocog_lora",
+    "+experiment=sam_r1_refcocog_lora policy=qwen2_5_vl_7b",
 )
 EVALUATED = 16  # data.eval_batch_size
 CONTEXT = 1.0e9  # CUDA's own
@@ -257,8 +258,9 @@ def case(folder: Path, overrides: str) -> None:
             ledger, learner, prefixes[: cfg.stage.micro_batch_size], group, length, zero is not None
         )
     moments = ledger.now - weights
-    sampled = sampling(ledger, learner, prefixes[:sampled_at_once], group, length) + head[1] + copy
+    sampled = sampling(ledger, learner, prefixes[:sampled_at_once], group, length) + head[1]
     del optimizer
+    sampled += copy // 8 if zero == 3 else copy  # ZeRO-3 gathers it behind the rollout, when the policy's weights are shared out again
     learned += copy // 8 - weights + GATHERED if zero == 3 else copy
     stays = head[0] + CONTEXT + sum(p.pixels.nbytes for p in prefixes)
     if zero:  # of each rank its share of gradients, main weights and two moments

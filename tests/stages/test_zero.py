@@ -33,7 +33,7 @@ def installed():
 def run(folder, *arguments):
     command = [sys.executable, "-m", "segrl.train", *arguments, f"paths.run={folder}"]
     cpu = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent, env=cpu, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent, env=cpu, timeout=900)
     assert done.returncode == 0, (done.stderr + done.stdout)[-4000:]
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 

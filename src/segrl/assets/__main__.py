@@ -136,7 +136,7 @@ def main() -> None:
     steps = [f"trainer.max_steps={arguments.steps}"] if arguments.steps else []
     folder = blank(runs / "nano_blank")
     head = _train("nano_head", runs, *steps)
-    tower = _train("nano_tower", runs, f"policy.weights={folder}", "head.checkpoint=null", *steps)
+    tower = _train("nano_tower", runs, f"policy.weights={folder}", *steps)
     _wait(tower)
     _wait(head)
     start, trained = (

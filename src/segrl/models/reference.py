@@ -16,6 +16,11 @@ from segrl.types import Completions, Prefix
 class Reference(nn.Module):
     """The policy as it was when training began; never in a checkpoint."""
 
+    @property
+    @abstractmethod
+    def weights(self) -> nn.Module:
+        """The module that `logprobs` reads."""
+
     @abstractmethod
     def logprobs(self, prefixes: Sequence[Prefix], completions: Completions) -> Tensor:
         """As the policy's, float32 `[N, T]`, without gradient."""
@@ -34,6 +39,11 @@ class FrozenCopy(Reference):
     def __init__(self, policy: HFPolicy) -> None:
         super().__init__()
         self.policy = copy.deepcopy(policy).requires_grad_(False).eval()
+
+    @property
+    def weights(self) -> nn.Module:
+        """The copy."""
+        return self.policy
 
     def made_for(self, passes: torch.dtype) -> None:
         """What every pass would cast is cast once: the numbers are the same, and take half the memory."""
@@ -65,6 +75,11 @@ class AdapterOff(Reference):
                 "reference: adapter_off needs policy.lora; this policy has no adapter to turn off (reference=frozen_copy?)"
             )
         self.shared = (policy,)  # in a tuple: the stage owns its weights
+
+    @property
+    def weights(self) -> nn.Module:
+        """The policy that learns."""
+        return self.shared[0]
 
     @torch.no_grad()
     def logprobs(self, prefixes: Sequence[Prefix], completions: Completions) -> Tensor:

@@ -126,10 +126,14 @@ class Stage(lightning.LightningModule):
         """Of all that learns."""
         self.clip(p for p in self.parameters() if p.requires_grad)
 
-    def whole_weights(self) -> AbstractContextManager[None]:
-        """Inside, every rank has all weights, however they are shared out in training."""
+    def whole_weights(self, *modules: nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which every rank has the whole weights of these modules, however training shards them."""
         strategy = self.trainer.strategy
-        return strategy.whole_weights() if isinstance(strategy, ZeRO) else nullcontext()
+        return strategy.whole_weights(*modules) if isinstance(strategy, ZeRO) else nullcontext()
+
+    def checkpointed(self) -> list[nn.Module]:
+        """Return the modules whose weights a checkpoint may hold."""
+        return [module for name, module in self.named_children() if f"{name}." not in self.frozen]
 
     def backward_part(self, loss: Tensor, last: bool) -> None:
         """Add to the gradients of an update; ranks exchange them once, in its last part."""
@@ -185,7 +189,7 @@ class Stage(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what is frozen: it is rebuilt from its own files."""
-        with self.whole_weights():
+        with self.whole_weights(*self.checkpointed()):
             checkpoint["state_dict"] = {k: v.to("cpu", copy=True) for k, v in self._learned().items()}
         checkpoint["stage"] = type(self).__name__
         checkpoint["init_from"], checkpoint["total_updates"] = self.started_from, self.total_updates
@@ -246,7 +250,7 @@ class SegStage(Stage):
 
     def evaluate_batch(self, batch: Batch) -> list[Record]:
         """Segment a batch and score it at the size of its masks."""
-        with self.whole_weights():
+        with self.whole_weights(self.policy, self.head):
             answers = self.segmenter(batch)
         return [
             Record(sample=s, answer=a, scores=score(s.counted(a.mask), s.mask, a.parsed.fault is not None))

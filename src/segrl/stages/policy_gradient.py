@@ -134,21 +134,21 @@ class PolicyGradientStage(SegStage):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One rollout and its updates."""
         self.last_rollout = None  # its pixels leave before others come
-        with self.whole_weights():
+        with self.whole_weights(self.head, *self.checkpointed()):
             state = self.read_once(batch)
             batch, completions, answers, scores = rollout = self.rollout(batch, state=state)
             old_logprobs, values = self.as_sampled(batch, completions)
-            experience = Experience(
-                prefixes=batch.prefixes,
-                completions=completions,
-                counts=self.counts(completions, scores),
-                advantages=torch.zeros_like(completions.mask, dtype=torch.float32),
-                old_logprobs=old_logprobs,
-                reference_logprobs=self.reference_logprobs(batch, completions),
-                values=values,
-                state=state,
-            )
-            experience = self.credit(experience, rollout)
+        experience = Experience(
+            prefixes=batch.prefixes,
+            completions=completions,
+            counts=self.counts(completions, scores),
+            advantages=torch.zeros_like(completions.mask, dtype=torch.float32),
+            old_logprobs=old_logprobs,
+            reference_logprobs=self.reference_logprobs(batch, completions),
+            values=values,
+            state=state,
+        )
+        experience = self.credit(experience, rollout)
         self.last_rollout = rollout
         stats = [self.update(minibatch) for minibatch in self.minibatches(experience)]
         self.remember(
@@ -231,10 +231,14 @@ class PolicyGradientStage(SegStage):
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch, completions: Completions) -> Tensor | None:
-        """Only where there is a reference."""
+        """Return the reference's log-probabilities `[N, T]`, or None without one.
+
+        Its weights are gathered after the policy's are given back: two whole copies at once are memory for nothing.
+        """
         if self.reference is None:
             return None
-        return self.in_parts(self.reference.logprobs, batch, completions)
+        with self.whole_weights(self.reference.weights):
+            return self.in_parts(self.reference.logprobs, batch, completions)
 
     def in_parts(
         self, read: Callable[[list[Prefix], Completions], Tensor], batch: Batch, completions: Completions

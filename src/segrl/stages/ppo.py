@@ -125,9 +125,10 @@ class PPOStage(PolicyGradientStage):
         closes = torch.zeros_like(mask)
         if self.shaping is not None:
             assert isinstance(self.grammar, Unfolding), "the front door asks for a grammar that says steps"
-            shaped, closes = self.shaping(
-                self.grammar, self.head, self.policy.encoder, batch, completions, answers
-            )
+            with self.whole_weights(self.head):
+                shaped, closes = self.shaping(
+                    self.grammar, self.head, self.policy.encoder, batch, completions, answers
+                )
             rewards = rewards + shaped.to(rewards)
             closes = closes.to(mask.device)
         values = experience.values

@@ -111,16 +111,19 @@ class ZeRO(DDPStrategy):
         return norm
 
     @contextmanager
-    def whole_weights(self) -> Generator[None, None, None]:
-        """Inside, every rank has all weights, and may read them as often as it likes: ranks sample different lengths."""
+    def whole_weights(self, *modules: nn.Module) -> Generator[None, None, None]:
+        """Gather the weights of these modules on every rank; inside, a rank may read them as often as it likes.
+
+        Ranks sample different lengths, so a gather per layer and pass would wait for calls that never come.
+        """
         if self.zero_stage < 3 or self.engine is None:
             yield
             return
         import deepspeed
 
-        assert self.lightning_module is not None, "the engine was made of it"
         offload = self.engine.optimizer.parameter_offload
-        with deepspeed.zero.GatheredParameters(list(self.lightning_module.parameters())):
+        gathered = dict.fromkeys(p for module in modules for p in module.parameters())  # each once, in order
+        with deepspeed.zero.GatheredParameters(list(gathered)):
             offload.destroy()  # its hooks would release weights again, and expect every rank to call the same modules
             offload.forward_hooks.clear()
             offload.backward_hooks.clear()
