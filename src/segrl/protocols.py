@@ -106,7 +106,13 @@ class Policy(Protocol):
 
 
 class RolloutEngine(Protocol):
-    """Samples completions."""
+    """Samples completions.
+
+    Attributes:
+        prefixes_at_once: prefixes whose completions advance together; None takes all.
+    """
+
+    prefixes_at_once: int | None
 
     def sample(
         self, policy: Policy, prefixes: Sequence[Prefix], group_size: int, seeds: Sequence[int],

@@ -67,6 +67,7 @@ def refused(cli, tmp_path, *arguments):
         ("stage=dapo stage.live_samples=4", ["stage.live_samples", "2", "got 4"]),
         ("trainer.accelerator=gpu", ["trainer"]),
         ("policy.lora={rank:2,alpha:2,dropout:0.1}", ["policy.lora.dropout", "0.1"]),
+        ("stage.surrogate.high=0.3", ["stage.surrogate.high", "one update per rollout", "stage.updates_per_rollout=2"]),
         ("stage.updates_per_rollout=3", ["data.batch_size", "stage.updates_per_rollout", "2"]),
         ("reward=seg_zero grammar=seg_r1_points", ["reward.terms.reasoning", "thought", "SegR1Points"]),
         ("stage=ppo_dense reference=frozen_copy grammar=seg_r1_points trainer.max_steps=2", ["stage.shaping", "steps", "SegR1Points"]),

@@ -27,8 +27,8 @@ class SharedPrefixEngine:
         max_tokens: a completion is cut off after this many.
         graphs: whether a step is recorded as a CUDA graph on a GPU. Where that fails, "auto" goes on without and True raises
             ValueError.
-        prefixes_at_once: those whose completions advance together; fewer take less memory and more time, None takes all, and so does a
-            `state` in which they have been read.
+        prefixes_at_once: prefixes whose completions advance together; fewer take less memory and more time. None takes all, and
+            so does a `state` in which they have been read.
     """
 
     def __init__(

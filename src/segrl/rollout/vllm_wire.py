@@ -42,7 +42,9 @@ class Said(NamedTuple):
 
 
 class Engine(ABC):
-    """Samples by vLLM, wherever it runs."""
+    """Samples by vLLM, wherever it runs, and leaves the order of completions to it."""
+
+    prefixes_at_once = None
 
     def sample(
         self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, seeds: Sequence[int],

@@ -9,6 +9,8 @@ from segrl.schema.walk import Fault, lookup, references
 
 _TRAINING = {"stage", "reward", "reference", "callbacks", "test_before"}
 _FABRIC = {"accelerator", "devices", "num_nodes", "precision"}  # keys of the trainer that an evaluation reads
+_BOUNDS = {"stage.surrogate.low", "stage.surrogate.high"}
+_UPDATES = ("updates_per_rollout", "epochs_per_rollout")
 _BUILT = {"policy", "reference", "head", "grammar", "reward", "rollout"}
 _OVERWRITTEN = {"data.batch_size"}  # an evaluation puts a value of its own there
 
@@ -30,6 +32,8 @@ def unread(raw: dict[str, Any], keys: Collection[str]) -> Iterator[Fault]:
 def _in_training(raw: dict[str, Any], key: str) -> str | None:
     """Return why a key must not be set in a training; None where it may."""
     root = key.partition(".")[0]
+    if key in _BOUNDS and all(raw["stage"].get(name) == 1 for name in _UPDATES):
+        return f"must not be set with one update per rollout, where the ratio that it bounds is 1 (stage.{_UPDATES[0]}=2)"
     if root not in _BUILT or raw.get(root) is None:  # reference=none leaves nothing unread
         return None
     if root in {ref.split(".")[0] for ref in references(raw)}:

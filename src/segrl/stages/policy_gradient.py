@@ -165,11 +165,13 @@ class PolicyGradientStage(SegStage):
             )
 
     def read_once(self, batch: Batch) -> PrefixState | None:
-        """The prefixes, their graph included, where sampling and learning share one reading of them.
+        """Read the prefixes once for sampling and learning, graph included; return None where each reads them itself.
 
-        That is where a batch is learned in one pass and one update: the graph would be there in that pass anyway.
+        One reading serves both where a batch is sampled as a whole and learned in one pass and one update: the graph
+        would be there in that pass anyway.
         """
-        alone = self.updates_per_batch == 1 and self.micro_batch_size >= len(batch)
+        at_once = min(self.micro_batch_size, self.engine.prefixes_at_once or len(batch))
+        alone = self.updates_per_batch == 1 and at_once >= len(batch)
         if not alone or self.policy.gradient_checkpointing or isinstance(self.trainer.strategy, ZeRO):
             return None
         return self.policy.prefill(batch.prefixes)
