@@ -378,7 +378,8 @@ def check(cfg: DictConfig, command: str = "train", files: bool = True) -> None:
 def check_keys(cfg: DictConfig, command: str = "train") -> None:
     """Raise Refused for keys that there are not, values that do not fit or do not go together."""
     from segrl.schema.commands import COMMANDS, together
-    from segrl.schema.walk import Fault, faults, plain
+    from segrl.schema.interpolations import Fault
+    from segrl.schema.walk import faults, plain
 
     if found := faults(cfg, COMMANDS[command]):
         raise Refused(found)

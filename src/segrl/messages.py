@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from segrl.schema.walk import Fault
+from segrl.schema.interpolations import Fault
 
 _HERE = Path(__file__).resolve().parent
 

@@ -25,6 +25,7 @@ NEEDED = {
     "data=jsonl": ["data.train=x", "data.test=x"],
     "data=traces": ["data.root=x", "data.traces=x"],
 }
+WRITTEN = {"trainer.max_steps": 1200, "stage.kl_weight": 0}  # 1200: a multiple of all updates
 ALL = [
     (experiment, f"{group}={path.stem}")
     for experiment in experiments()
@@ -46,10 +47,10 @@ def held(experiment, choice):
         assert f"experiment={experiment}" in line, line
         for _ in range(4):  # one refusal may hide the next
             keys = re.findall(r"write ([\w.]+)=\.\.\. beside it", line)
-            more = [
-                f"{key}={1200 if key == 'trainer.max_steps' else 'null'}" for key in keys
-            ]  # a multiple of all
-            arguments += [*way, *more]
+            if not way and not keys:
+                assert "must" in line, line
+                break
+            arguments += [*way, *(f"{key}={WRITTEN.get(key, 'null')}" for key in keys)]
             again = refusal("train", arguments, only_keys=True)
             if again is None:
                 return line

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from segrl.schema.walk import Fault, lookup, references
+from segrl.schema.interpolations import Fault, lookup, references
 
 _TRAINING = {"stage", "reward", "reference", "callbacks", "test_before"}
 _FABRIC = {"accelerator", "devices", "num_nodes", "precision"}  # keys of the trainer that an evaluation reads

@@ -15,22 +15,14 @@ from typing import Any, NamedTuple, cast
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, InterpolationToMissingValueError
 
+from segrl.schema.interpolations import REFERENCE, Fault, circle, lookup, references
 from segrl.schema.kinds import Open, Part, Text, described, fault, needed, shown, slot_of
 from segrl.schema.table import PARTIAL, PARTS, SHAPES, known
 
-_WHOLE = re.compile(r"\$\{([\w.\-\[\]]+)\}")
 _TRAINERS = {
     "gradient_clip_val": "stage.max_grad_norm clips", "gradient_clip_algorithm": "stage.max_grad_norm clips",
     "accumulate_grad_batches": "stage.micro_batch_size accumulates",
 }  # fmt: skip
-
-
-class Fault(ValueError):
-    """What is wrong with one key: `key` and `said`, in one line."""
-
-    def __init__(self, key: str, said: str, unknown: bool = False) -> None:
-        super().__init__(f"{key}: {said}")
-        self.key, self.said, self.unknown = key, said, unknown
 
 
 class ForeignPart(Fault):
@@ -60,25 +52,6 @@ class _Written(Part):
     piece: Text | int | float
 
 
-def lookup(node: Any, key: str) -> Any:  # noqa: ANN401 - any value of a configuration
-    """Return the value under a dotted key of plain containers; raises KeyError where there is none."""
-    for part in re.findall(r"[^.\[\]]+", key):
-        try:
-            node = node[int(part)] if isinstance(node, list) else node[part]
-        except (TypeError, IndexError, ValueError):
-            raise KeyError(key) from None
-    return node
-
-
-def references(node: object) -> set[str]:
-    """Return all keys that the strings of a node refer to."""
-    if isinstance(node, dict):
-        return set().union(*map(references, node.values())) if node else set()
-    if isinstance(node, list):
-        return set().union(*map(references, node)) if node else set()
-    return set(_WHOLE.findall(node)) if isinstance(node, str) else set()
-
-
 class Walk:
     """One walk over an unresolved configuration.
 
@@ -102,7 +75,7 @@ class Walk:
 
     def _source(self, path: str, value: Any) -> tuple[str, Any]:  # noqa: ANN401
         """Return where a value stands that is written as `${key}`, and the value; raises Fault where it does not."""
-        while isinstance(value, str) and (match := _WHOLE.fullmatch(value)):
+        while isinstance(value, str) and (match := REFERENCE.fullmatch(value)):
             try:
                 path, value = match[1], lookup(self.raw, match[1])
             except KeyError:
@@ -278,6 +251,8 @@ def faults(cfg: DictConfig, command: type[Part], typed: Collection[str] | None =
         typed: of a file from elsewhere, the keys that the user has written himself; None trusts all.
     """
     raw = plain(cfg)
+    if (looped := circle(raw)) is not None:
+        return [looped]
     walk, found = Walk(raw, command, typed), dict[str, Fault]()
     for one in walk:
         if isinstance(one, Fault):

@@ -126,9 +126,9 @@ class Stage(lightning.LightningModule):
         """Of all that learns."""
         self.clip(p for p in self.parameters() if p.requires_grad)
 
-    def whole_weights(self, *modules: nn.Module) -> AbstractContextManager[None]:
-        """Return a context in which every rank has the whole weights of these modules, however training shards them."""
-        strategy = self.trainer.strategy
+    def whole_weights(self, *parts: object) -> AbstractContextManager[None]:
+        """Return a context in which every rank has the whole weights of these parts, however training shards them."""
+        strategy, modules = self.trainer.strategy, [part for part in parts if isinstance(part, nn.Module)]
         return strategy.whole_weights(*modules) if isinstance(strategy, ZeRO) else nullcontext()
 
     def checkpointed(self) -> list[nn.Module]:
