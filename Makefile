@@ -31,7 +31,7 @@ demo: setup ## GRPO on the embedded default, then the table before / after (abou
 	@$(PYTHON) -m segrl.train +experiment=demo paths.runs=$(RUNS) $(ARGS)
 
 seg-r1: setup ## SFT, pre-RL, GRPO, SOD in a row, relatives beside them, one table (SCALE=nano, about an hour; SCALE=paper: 8 GPUs of 80 GB)
-	@$(PYTHON) -m segrl.recipe recipes/seg_r1_$(SCALE).yaml --runs $(RUNS)/seg_r1_$(SCALE) --at-once $(if $(filter nano,$(SCALE)),2,1) $(ARGS)
+	@$(PYTHON) -m segrl.chain chains/seg_r1_$(SCALE).yaml --runs $(RUNS)/seg_r1_$(SCALE) --at-once $(if $(filter nano,$(SCALE)),2,1) $(ARGS)
 
 test: setup ## unit, contract, config, stage and house tests (under 10 minutes on 2 cores; JOBS=2 at once)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(JOBS) --dist worksteal
@@ -62,7 +62,7 @@ test-vllm: setup ## rollout=vllm, rollout=vllm_server and exports in vLLM's CPU 
 	@PATH="$(CURDIR)/.uv/bin:$$PATH" .venv-vllm/bin/python -m pytest -q -m "vllm$(if $(SLOW),, and not slow)" tests/rollout
 
 bad-input: setup ## every key with values that are refused, and what is said of each (9,000 lines)
-	@PYTHONPATH=src $(PYTHON) tests/front_door/bad_input.py
+	@PYTHONPATH=src $(PYTHON) tests/runs/bad_input.py
 
 lint: setup ## ruff and mypy (strict in the pure rooms)
 	@$(PYTHON) -m ruff check src tests && $(PYTHON) -m ruff format --check src tests && $(PYTHON) -m mypy
@@ -99,7 +99,7 @@ docker: ## build the CUDA image from uv.lock
 	docker build -f docker/Dockerfile -t segrl .
 
 assets: setup ## train the nano weights anew (under an hour on 2 cores)
-	@$(PYTHON) -m segrl.assets --runs $(RUNS)/assets
+	@$(PYTHON) -m segrl.nano.make --runs $(RUNS)/assets
 
 clean: ## remove what can be made again (not the runs)
 	rm -rf .venv .venv-oldest .venv-newest .venv-zero .venv-vllm .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -102,7 +102,7 @@ def speeds(device: str) -> Speeds:
     """Of this machine, the best of several: a large product, and a large copy (which reads and writes)."""
     import torch
 
-    from segrl.models.products import rows_by_rows  # on a CPU the fastest library at hand
+    from segrl.models.kernels.onednn_linear import rows_by_rows  # on a CPU the fastest library at hand
 
     gpu = device == "cuda"
     side, dtype = (8192, torch.bfloat16) if gpu else (1024, torch.float32)

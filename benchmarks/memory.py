@@ -202,7 +202,7 @@ def reference(folder: Path, size: dict[str, Any], settings: dict[str, Any]) -> i
 
 def composed(overrides: str) -> tuple[Any, dict[str, Any], int | None]:
     """The configuration of a command line, the shape of its policy, and its level of ZeRO; exits with 2 for what is not counted here."""
-    from segrl.front_door import refusal
+    from segrl.runs.command import refusal
 
     command = [sys.executable, "-m", "segrl.train", *overrides.split(), "--cfg", "job", "--resolve"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

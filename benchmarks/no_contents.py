@@ -109,7 +109,13 @@ def policy(folder: Path, shape: Any, settings: dict[str, Any]) -> Any:
 @contextmanager
 def as_on_a_gpu(kernel: bool = True) -> Iterator[None]:
     """Bfloat16 passes without a cache of casts, as Lightning has them; layouts as on a GPU, and its kernel, which nothing here computes."""
-    from segrl.models import decoder, products, shared_prefix, suffixes, token_logprobs, tower, vision_attention
+    from segrl.models.kernels import decoder
+    from segrl.models.kernels import onednn_linear
+    from segrl.models.kernels import prefix_pass
+    from segrl.models.kernels import suffix_attention
+    from segrl.models.kernels import token_logprobs
+    from segrl.models.kernels import vision_tower
+    from segrl.models.kernels import window_attention
 
     def plain(self: Any, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias, self.packed = weight, bias, None

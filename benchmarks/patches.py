@@ -16,10 +16,10 @@ import tiny_vlm
 import torch
 from torch import nn
 
-from segrl.front_door import asset
+from segrl.runs.configuration import asset
 from segrl.models.hf_vlm import HFPolicy
-from segrl.models.products import Patches
-from segrl.models.tower import image_features
+from segrl.models.kernels.onednn_linear import Patches
+from segrl.models.kernels.vision_tower import image_features
 
 BARS = {"nano tower, float32": 1.4, "patch embedding, bfloat16": 100.0}
 

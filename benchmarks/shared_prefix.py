@@ -13,7 +13,7 @@ import time
 import torch
 
 from segrl.data.synthetic import SyntheticScenes
-from segrl.front_door import asset
+from segrl.runs.configuration import asset
 from segrl.models.hf_vlm import HFPolicy
 from segrl.prompts.tags import SegR1Tags
 from segrl.rollout.shared_prefix import SharedPrefixEngine

@@ -44,17 +44,17 @@ def realdata() -> Path:
 @pytest.fixture(scope="session")
 def nano_weights(tmp_path_factory):
     """By family, an untrained nano checkpoint on the disk, in the format of the real ones."""
-    from segrl.models import nano
+    from segrl.nano import architecture
 
     made: dict[str, Path] = {}
 
     def weights(family: str) -> Path:
         if family not in made:
             torch.manual_seed(0)
-            texts = nano.vocabulary_texts(
+            texts = architecture.vocabulary_texts(
                 ["Segment the object."] * 4, ["<think> </think> <bbox>[1,2,3,4]</bbox>"] * 4
             )
-            made[family] = nano.write(tmp_path_factory.mktemp(family), getattr(nano, family)(texts))
+            made[family] = architecture.write(tmp_path_factory.mktemp(family), getattr(nano, family)(texts))
         return made[family]
 
     return weights
@@ -79,8 +79,8 @@ def nano_policy(nano_weights):
 @pytest.fixture
 def nano_head():
     """The trained nano SAM 2 that ships with the package."""
-    from segrl.front_door import asset
     from segrl.models.sam2_head import Sam2Head
+    from segrl.runs.configuration import asset
 
     return Sam2Head(asset("sam2_nano.yaml"), asset("sam2_nano.safetensors"), 256, 8, None)
 

@@ -21,7 +21,7 @@ def agree(findings: Findings, device: torch.device) -> None:
     The yardstick is the CPU's own bfloat16, as measured by this part with `--rehearse`: log-probabilities off by at most 0.04, the
     gradient by 1.2% of its norm. Float32 on a GPU should be within 1e-4.
     """
-    from segrl.front_door import asset
+    from segrl.runs.configuration import asset
     from segrl.models.hf_vlm import HFPolicy
 
     torch.manual_seed(0)

@@ -108,7 +108,7 @@ def kernels(findings: Findings, device: torch.device, rehearse: bool) -> None:
 
 def tower(bench: Bench) -> None:
     """Time the patch embedding (a convolution over patches that touch nothing else, or one product) and the tower's attention."""
-    from segrl.models.vision_attention import window_attention
+    from segrl.models.kernels.window_attention import window_attention
 
     s = bench.shapes
     pixels, weight = bench.random(s.patches, 1176), bench.random(s.tower, 3, 2, 14, 14, learn=True)
@@ -180,7 +180,7 @@ def new_lengths(bench: Bench) -> None:
 
 def completions(bench: Bench) -> None:
     """Time the attention of completions behind their prefixes: in one call of the kernel, and padded."""
-    from segrl.models import suffixes
+    from segrl.models.kernels import suffix_attention
 
     s = bench.shapes
     _, key, value = _prefix(bench, s.prefix)
@@ -189,9 +189,9 @@ def completions(bench: Bench) -> None:
     count = s.rows * s.length
     given = [bench.random(1, heads, count, s.width, learn=True) for heads in (s.heads, s.shared, s.shared)]
     work = 4e-9 * count * (s.prefix + s.length / 2) * s.heads * s.width
-    layouts: list[tuple[str, Any]] = [("padded", suffixes.SideBySide)]
-    if suffixes.has_kernel(bench.device, torch.bfloat16):
-        layouts.insert(0, ("kernel", partial(suffixes.Segments, dtype=torch.bfloat16)))
+    layouts: list[tuple[str, Any]] = [("padded", suffix_attention.SideBySide)]
+    if suffix_attention.has_kernel(bench.device, torch.bfloat16):
+        layouts.insert(0, ("kernel", partial(suffix_attention.Segments, dtype=torch.bfloat16)))
     for name, layout in layouts:
         made = layout(seen, real)
         attend = partial(made.attend, *given, (key, value), s.width**-0.5)
@@ -243,7 +243,7 @@ def adapters(bench: Bench) -> None:
 
 def head(bench: Bench) -> None:
     """Time the head and the norm of a pass that learns."""
-    from segrl.models.token_logprobs import token_logprobs
+    from segrl.models.kernels.token_logprobs import token_logprobs
 
     s = bench.shapes
     count = s.rows * (s.length + 1)

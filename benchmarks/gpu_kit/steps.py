@@ -17,7 +17,7 @@ import torch
 
 from gpu_kit.clock import Clock, say_kernels, wait
 from gpu_kit.findings import Findings
-from segrl.models.recorded import Recorder
+from segrl.models.kernels.cuda_graph import Recorder
 from segrl.rollout.shared_prefix import SharedPrefixEngine
 from segrl.stages.grpo import GRPOStage
 

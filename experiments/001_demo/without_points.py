@@ -8,7 +8,7 @@ import numpy as np
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from segrl.front_door import register_resolvers
+from segrl.runs.configuration import register_resolvers
 from segrl.types import MaskPrompt
 
 register_resolvers()

@@ -10,7 +10,7 @@ COMMANDS = {
     "export": "write a trained policy as a Hugging Face folder: python -m segrl.export ckpt=FILE out=FOLDER",
     "prepare": "check a dataset, or write traces from masks: python -m segrl.prepare check data=NAME",
     "track": "bring run folders into MLflow that it lacks: python -m segrl.track RUN ...",
-    "recipe": "runs that start from each other: python -m segrl.recipe FILE --runs FOLDER",
+    "chain": "runs that start from each other: python -m segrl.chain FILE --runs FOLDER",
     "serve": "start vLLM for a run that samples elsewhere: python -m segrl.serve +experiment=NAME rollout=vllm_server",
 }
 

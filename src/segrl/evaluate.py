@@ -6,9 +6,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from segrl.front_door import check, enter, take_in_instructions
-from segrl.resuming import saved
-from segrl.stopping import Stopped, held
+from segrl.host.signals import Stopped, held
+from segrl.runs.command import enter
+from segrl.runs.configuration import check, take_in_instructions
+from segrl.runs.resuming import saved
 
 
 def job(cfg: DictConfig) -> float | None:
@@ -26,7 +27,7 @@ def job(cfg: DictConfig) -> float | None:
         cfg.data.train = None
     check(cfg, "evaluate")
     take_in_instructions(cfg)
-    from segrl.evaluating import Evaluation
+    from segrl.runs.evaluation import Evaluation
 
     evaluation = Evaluation.build(cfg)
     try:
@@ -57,7 +58,7 @@ def _take_model(cfg: DictConfig, folder: Path) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from segrl.models.pretrained import PARTS, located, read
+    from segrl.models.policy_card import PARTS, located, read
 
     if not (folder / "config.json").is_file():
         raise ValueError(f"model: a Hugging Face folder is needed; {folder} has no config.json")

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from segrl.folder import write
-from segrl.front_door import check, enter
+from segrl.host.files import write_whole
+from segrl.runs.command import enter
+from segrl.runs.configuration import check
 
 
 def job(cfg: DictConfig) -> None:
@@ -30,7 +31,7 @@ def job(cfg: DictConfig) -> None:
     from segrl.data.image_mask import pair_maps
     from segrl.data.transforms import read_map, read_mask
     from segrl.metrics.parts import scores
-    from segrl.tracking.per_sample import tables_text
+    from segrl.runs.records import tables_text
 
     metrics = [cfg.metrics] if isinstance(cfg.metrics, str) else cfg.metrics
     family = instantiate(cfg.scores, **({} if metrics is None else {"metrics": metrics}))
@@ -54,7 +55,7 @@ def job(cfg: DictConfig) -> None:
             **{name: score.as_json()["value"] for name, score in table.items()}, "n": len(rows), "convention": family.convention,
             "intervals": {name: score.interval for name, score in table.items()},
         }  # fmt: skip
-        write(out, json.dumps(report, indent=2) + "\n")
+        write_whole(out, json.dumps(report, indent=2) + "\n")
         print(f"written to {out}")
 
 

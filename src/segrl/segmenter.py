@@ -12,7 +12,7 @@ from PIL import Image
 from segrl.data.boundary import reading
 from segrl.data.pictures import in_rgb, loaded, orientation, turned
 from segrl.data.transforms import read_image
-from segrl.models import pretrained
+from segrl.models import policy_card
 from segrl.protocols import Grammar, MaskHead, Policy, RolloutEngine
 from segrl.types import Answer, Batch, Completions, Sample
 
@@ -44,18 +44,18 @@ class Segmenter:
         Raises:
             ValueError: if the folder has no `segrl.json`, or it is damaged or names anything but segrl's own parts.
         """
-        card = pretrained.read(Path(folder))
+        card = policy_card.read(Path(folder))
         if not card:
             raise ValueError(
-                f"{folder}: a folder that python -m segrl.export wrote is needed; it has no {pretrained.NAME}"
+                f"{folder}: a folder that python -m segrl.export wrote is needed; it has no {policy_card.NAME}"
             )
         card["policy"]["weights"] = str(folder)
         policy, grammar, head, engine = (
-            pretrained.build(part, card[part], Path(weights))
+            policy_card.build(part, card[part], Path(weights))
             for part in ("policy", "grammar", "head", "rollout")
         )
         segmenter = cls(policy.eval().to(device), grammar, engine, head.eval().to(device))
-        segmenter.passes = pretrained.PASSES[card["precision"]["passes"]]
+        segmenter.passes = policy_card.PASSES[card["precision"]["passes"]]
         return segmenter
 
     @torch.inference_mode()

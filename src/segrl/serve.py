@@ -15,7 +15,8 @@ import sys
 
 from omegaconf import DictConfig, OmegaConf
 
-from segrl.front_door import check, enter
+from segrl.runs.command import enter
+from segrl.runs.configuration import check
 
 _HYDRAS = {
     "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--shell-completion", "--config-path",

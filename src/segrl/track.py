@@ -15,8 +15,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from segrl.front_door import register_resolvers
-from segrl.resuming import read
+from segrl.runs.configuration import register_resolvers
+from segrl.runs.resuming import read
 from segrl.tracking.mlflow_runs import bring_in, link
 from segrl.tracking.mlflow_store import Place
 

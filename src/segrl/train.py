@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from segrl.front_door import check, enter, experiments, take_in_instructions
-from segrl.resuming import resumed
-from segrl.stopping import Stopped, held
+from segrl.host.signals import Stopped, held
+from segrl.runs.command import enter
+from segrl.runs.configuration import check, experiments, take_in_instructions
+from segrl.runs.resuming import resumed
 
 if TYPE_CHECKING:
-    from segrl.running import Run
+    from segrl.runs.training import Run
 
 
 def job(cfg: DictConfig) -> float | None:
@@ -23,7 +24,7 @@ def job(cfg: DictConfig) -> float | None:
         cfg = resumed(cfg, list(HydraConfig.get().overrides.task))
     check(cfg)
     take_in_instructions(cfg)
-    from segrl.running import Run
+    from segrl.runs.training import Run
 
     run: Run = Run.build(cfg)
     try:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from segrl.data.check import Report, check
 from segrl.data.image_mask import ImageMaskFolders
-from segrl.data.listed import Listed
+from segrl.data.jsonl import Listed
 from segrl.data.survey import Survey
 
 PAIR = {"images": "i", "masks": "m"}

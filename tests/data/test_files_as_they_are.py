@@ -13,7 +13,7 @@ from PIL import Image, ImageMode, PngImagePlugin
 
 from segrl.data import pictures
 from segrl.data.image_mask import ImageMaskFolders, pair, pair_maps
-from segrl.data.listed import Listed
+from segrl.data.jsonl import Listed
 from segrl.data.transforms import MaskRule, read_image, read_map, read_mask, read_pair
 
 OBJECT = np.zeros((12, 16), bool)

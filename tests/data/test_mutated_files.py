@@ -18,7 +18,7 @@ from PIL import Image
 from segrl.data.chat_traces import ChatTraces
 from segrl.data.check import look
 from segrl.data.image_mask import ImageMaskFolders
-from segrl.data.listed import Listed
+from segrl.data.jsonl import Listed
 from segrl.data.reasoning import ReasonSeg
 from segrl.data.referring import ReferringExpressions
 from segrl.data.survey import Survey

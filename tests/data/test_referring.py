@@ -12,11 +12,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from segrl.data.annotations import read_refs, read_segmentation
+from segrl.data.annotator import Annotator, Judged, written
 from segrl.data.chat_traces import AsWritten, ChatTraces
 from segrl.data.check import check, look
 from segrl.data.image_mask import ImageMaskFolders
 from segrl.data.referring import ReferringExpressions, belongs
-from segrl.data.traces import Annotator, Judged, written
 from segrl.prompts.frames import absolute_pixels
 from segrl.prompts.tags import SegR1Tags
 from segrl.types import Sample

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from segrl.front_door import conf_folder, register_resolvers
+from segrl.runs.configuration import conf_folder, register_resolvers
 
 HASH = "1#Accessories#1#Bag#24_8c3_o"
 # the images' folder, the masks', stems, extension of images

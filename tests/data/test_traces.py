@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from segrl.data.annotator import Annotator
 from segrl.data.synthetic import SyntheticScenes
-from segrl.data.traces import Annotator
-from segrl.metrics.functional.shape import components, inner_point, tight_box
+from segrl.geometry import components, inner_point, tight_box
 from segrl.prompts.frames import permille
 from segrl.prompts.tags import SegR1Tags
 from segrl.types import MaskPrompt

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from segrl.data.synthetic import SyntheticScenes
-from segrl.front_door import asset
-from segrl.models import suffixes, vision_attention
 from segrl.models.hf_vlm import HFPolicy
+from segrl.models.kernels import suffix_attention, window_attention
 from segrl.models.reference import AdapterOff, FrozenCopy
 from segrl.prompts.tags import SegR1Points, SegR1Tags
 from segrl.rollout.shared_prefix import SharedPrefixEngine
+from segrl.runs.configuration import asset
 from segrl.segmenter import Segmenter
 from segrl.types import Batch, Completions, MaskPrompt
 
@@ -96,10 +96,12 @@ def lora_of(rank):
 def test_the_kernels_are_believed_here(gpu):
     """Where one fell back, the other tests would hold the plain path against itself."""
     if gpu.type == "cpu":
-        assert not suffixes.has_kernel(gpu, torch.bfloat16)
+        assert not suffix_attention.has_kernel(gpu, torch.bfloat16)
         return
-    assert suffixes.has_kernel(gpu, torch.bfloat16) and not suffixes.has_kernel(gpu, torch.float32)
-    assert vision_attention._kernel_repeats(gpu, torch.bfloat16)
+    assert suffix_attention.has_kernel(gpu, torch.bfloat16) and not suffix_attention.has_kernel(
+        gpu, torch.float32
+    )
+    assert window_attention._kernel_repeats(gpu, torch.bfloat16)
 
 
 @HALF

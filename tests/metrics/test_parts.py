@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from segrl.metrics.functional.intervals import paired_bootstrap
+from segrl.metrics.functional.bootstrap import paired_bootstrap
 from segrl.metrics.parts import SetMeans, scores
 from segrl.metrics.referring import Referring
 from segrl.metrics.saliency import METRICS, Saliency

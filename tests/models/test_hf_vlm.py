@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from segrl.data.synthetic import SyntheticScenes
-from segrl.models.shared_prefix import pad_right
+from segrl.models.kernels.prefix_pass import pad_right
 from segrl.objectives.clipped import importance_ratio
 from segrl.prompts.tags import SegR1Points, SegR1Tags
 from segrl.rollout.shared_prefix import SharedPrefixEngine

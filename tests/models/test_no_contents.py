@@ -18,11 +18,12 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from segrl.models import pinned, sam2_head, token_logprobs, tower, vision_attention
-from segrl.models.decoder import Decoder, Product
+from segrl.models import sam2_head
 from segrl.models.hf_vlm import HFPolicy
-from segrl.models.shared_prefix import read_prefixes, read_suffixes
-from segrl.models.suffixes import Segments, shares_keys
+from segrl.models.kernels import pinned, token_logprobs, vision_tower
+from segrl.models.kernels.decoder import Decoder, Product
+from segrl.models.kernels.prefix_pass import read_prefixes, read_suffixes
+from segrl.models.kernels.suffix_attention import Segments, shares_keys
 from segrl.rollout.shared_prefix import SharedPrefixEngine
 
 GROUP, LENGTH = 3, 20
@@ -284,8 +285,8 @@ def test_completions_are_learned_from_in_one_call_of_the_kernel_per_layer(policy
         calls.append(1)
         return varlen_attn(query, key, value, query_ends, key_ends, most_queries, most_keys, **settings)
 
-    monkeypatch.setattr("segrl.models.suffixes.varlen_attn", kernel)
-    monkeypatch.setattr("segrl.models.shared_prefix.laid_out", lambda *_: layout)
+    monkeypatch.setattr("segrl.models.kernels.suffix_attention.varlen_attn", kernel)
+    monkeypatch.setattr("segrl.models.kernels.prefix_pass.laid_out", lambda *_: layout)
     vlm = copy.deepcopy(policy.model.model)
     with FakeTensorMode(), half_precision_on_a_gpu():
         for module in vlm.modules():
@@ -304,7 +305,7 @@ def test_completions_are_learned_from_in_one_call_of_the_kernel_per_layer(policy
 def test_prefixes_are_read_without_waiting_for_the_device(policy, prefixes, monkeypatch):
     """On a pretended GPU; the tower's layout is made on the host, from grids that never leave it."""
     grid = torch.cat([prefix.grid for prefix in prefixes])
-    layout = tower.tower_layout(policy.model.model.visual, grid, torch.device("cpu"))
+    layout = vision_tower.tower_layout(policy.model.model.visual, grid, torch.device("cpu"))
     monkeypatch.setattr(pinned, "_can_pin", lambda: False)
     for module in (vision_attention, tower):
         monkeypatch.setattr(module, "kernel_serves", lambda *_: True)

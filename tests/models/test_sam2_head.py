@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from segrl.data.synthetic import SyntheticScenes
+from segrl.geometry import inner_point, tight_box
 from segrl.metrics.functional.overlap import iou
-from segrl.metrics.functional.shape import inner_point, tight_box
 from segrl.models.sam2_head import Sam2Head, split_by_box
 from segrl.types import MaskPrompt
 
@@ -105,7 +105,7 @@ def test_no_more_images_are_encoded_at_once_than_have_room(head, monkeypatch):
 
 def test_several_boxes_are_united_and_points_stay_with_their_box(head):
     two = SyntheticScenes("test", 40, 1, 128, (0.8, 1.0), (2, 2))
-    from segrl.metrics.functional.shape import components
+    from segrl.geometry import components
 
     scene, parts = next((two[i], c) for i in range(40) if len(c := components(two[i].mask, 0.01, 2)) == 2)
     boxes = [tight_box(part) for part in parts]
@@ -153,7 +153,7 @@ def test_weights_of_another_architecture_are_refused_by_their_key(tmp_path):
 def test_official_format_loads_with_tensors_only(tmp_path, head):
     import torch
 
-    from segrl.front_door import asset
+    from segrl.runs.configuration import asset
 
     torch.save({"model": head.model.state_dict()}, tmp_path / "official.pt")
     again = Sam2Head(asset("sam2_nano.yaml"), str(tmp_path / "official.pt"), 8, 8, None)

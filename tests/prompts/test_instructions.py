@@ -11,10 +11,16 @@ import yaml
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from segrl.front_door import asset, conf_folder, instructions_of, register_resolvers, take_in_instructions
 from segrl.prompts import instructions
 from segrl.prompts.answer_json import SamR1Json, SegZeroJson
 from segrl.prompts.tags import SegR1Points, SegR1Tags
+from segrl.runs.configuration import (
+    asset,
+    conf_folder,
+    instructions_of,
+    register_resolvers,
+    take_in_instructions,
+)
 
 NANO = str(Path(asset("policy_nano")) / instructions.NAME)
 # sha256 of the nano policy's chat, as JSON: its digits hang on every byte.

@@ -11,11 +11,11 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from segrl.front_door import conf_folder, register_resolvers
-from segrl.metrics.functional.shape import inner_point, tight_box
+from segrl.geometry import inner_point, tight_box
 from segrl.prompts.frames import permille
 from segrl.protocols import Grammar
 from segrl.rewards.geometry import two_points
+from segrl.runs.configuration import conf_folder, register_resolvers
 from segrl.types import Answer, MaskPrompt, Parsed, Sample
 
 SIDE, FRAME, LONG = 100, permille(1, 1), 100

@@ -6,12 +6,12 @@ from functools import partial
 import numpy as np
 import pytest
 
-from segrl.front_door import conf_folder
-from segrl.metrics.functional.shape import inner_point, tight_box
+from segrl.geometry import inner_point, tight_box
 from segrl.rewards import geometry
 from segrl.rewards.mask import Quantile, binary, iou, tiered, tiered_potential
 from segrl.rewards.mixture import RewardMixture
 from segrl.rewards.text import objects_formed, overlong, parses, reasoned, unrepeated, well_formed
+from segrl.runs.configuration import conf_folder
 from segrl.types import Answer, MaskPrompt, Parsed, ParseFault, Sample
 
 SIDE = 100

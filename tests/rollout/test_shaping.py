@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from segrl.data.synthetic import SyntheticScenes
+from segrl.geometry import inner_point, tight_box
 from segrl.metrics.functional.overlap import iou
-from segrl.metrics.functional.shape import inner_point, tight_box
 from segrl.prompts.answer_json import SamR1Json
 from segrl.prompts.tags import SegR1Tags
 from segrl.rewards.mask import tiered_potential

@@ -8,11 +8,11 @@ import pytest
 import torch
 from engines import GRPO, asks, follows, mismatches, run
 
-from segrl.front_door import asset
 from segrl.prompts.tags import SegR1Tags
 from segrl.rollout import vllm_wire as wire
 from segrl.rollout.shared_prefix import SharedPrefixEngine
 from segrl.rollout.vllm import VLLMEngine
+from segrl.runs.configuration import asset
 
 LENGTH = 80
 PLAIN = """

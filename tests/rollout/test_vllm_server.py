@@ -16,15 +16,15 @@ from engines import GRPO, QUIET, asks, draws, follows, mismatches, move, run, sa
 from omegaconf import OmegaConf
 
 from segrl import serve
-from segrl.front_door import asset
 from segrl.rollout import vllm_server
 from segrl.rollout.shared_prefix import SharedPrefixEngine
 from segrl.rollout.vllm_server import VLLMServer
+from segrl.runs.configuration import asset
 
 LENGTH = 80
 KILLED = """
 import os, sys
-from segrl.front_door import asset
+from segrl.runs.configuration import asset
 from segrl.models.hf_vlm import HFPolicy
 from segrl.rollout.vllm_server import VLLMServer
 from segrl.rollout.vllm_weights import PolicyWeights

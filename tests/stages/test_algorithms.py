@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from segrl.front_door import conf_folder
+from segrl.runs.configuration import conf_folder
 from segrl.stages.policy_gradient import PolicyGradientStage
 from segrl.stages.ppo import PPOStage
 
@@ -65,8 +65,8 @@ def test_the_warm_up_moves_the_critic_alone(cli, tmp_path):
     assert not torch.equal(
         warm["critic.head.outer.weight"], torch.zeros_like(warm["critic.head.outer.weight"])
     )
-    from segrl.front_door import asset
     from segrl.models.hf_vlm import HFPolicy
+    from segrl.runs.configuration import asset
 
     start = HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", None, True, False).state_dict()
     assert all(torch.equal(warm[f"policy.{name}"], value) for name, value in start.items())

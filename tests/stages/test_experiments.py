@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from segrl.data.synthetic import SyntheticScenes
-from segrl.front_door import conf_folder
-from segrl.metrics.functional.shape import tight_box
+from segrl.geometry import tight_box
+from segrl.runs.configuration import conf_folder
 
 EXPERIMENTS = {p.stem for p in (conf_folder() / "experiment").glob("*.yaml")}
 SMALL = (
@@ -343,8 +343,8 @@ def test_what_saves_memory_does_not_change_the_update(cli, tmp_path, stage):
         assert code == 0, err
         (path,) = (tmp_path / "runs" / name).rglob("last.ckpt")
         states[name] = torch.load(path, weights_only=True)["state_dict"]
-    from segrl.front_door import asset
     from segrl.models.hf_vlm import HFPolicy
+    from segrl.runs.configuration import asset
 
     start = HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", None, True, False).state_dict()
     one = states["one_pass"]

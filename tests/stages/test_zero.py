@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from segrl.front_door import asset
+from segrl.runs.configuration import asset
 
 pytestmark = pytest.mark.zero
 RUN = (

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from segrl.export import _scored
+from segrl.runs.export import _scored
 from segrl.stages.policy_gradient import PolicyGradientStage
 from segrl.tracking.alarms import Alarms
 

@@ -7,15 +7,15 @@ from typing import cast
 import lightning
 from torch.utils.data import DataLoader, Dataset
 
-from segrl import stopping
-from segrl.data.batching import Collate, Share, Shuffled
+from segrl.data.collate import Collate, Share, Shuffled
+from segrl.host import signals
 from segrl.protocols import SampleSet
 from segrl.types import Sample
 
 
 def begin_worker(worker: int) -> None:
     """Make a loader process one that neither outlives its run nor ends before it."""
-    stopping.leave_to_parent()
+    signals.leave_to_parent()
 
 
 class SegDataModule(lightning.LightningDataModule):

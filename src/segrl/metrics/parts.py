@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from segrl.metrics.functional.intervals import bootstrap_weights
+from segrl.metrics.functional.bootstrap import bootstrap_weights
 
 Parts = dict[str, np.ndarray]
 """What one sample contributes: by name float64 `[k]`, k = 1 or, of a curve over thresholds, 256."""

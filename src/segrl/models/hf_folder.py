@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from segrl.models import digests
+from segrl.host import digests
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 """transformers' names of the architectures that can be a policy."""

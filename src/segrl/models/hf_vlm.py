@@ -14,16 +14,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from segrl.models import vision_attention
-from segrl.models.decoder import Decoder, Product, linear_weight
 from segrl.models.hf_folder import family_of, whole_model
-from segrl.models.norm import fuse_norms
-from segrl.models.products import take_products
-from segrl.models.recorded import Recorder
-from segrl.models.shared_prefix import grouped_attention, read_prefixes, read_suffixes
-from segrl.models.suffixes import pass_dtype
-from segrl.models.token_logprobs import float32_products, may_round, token_logprobs
-from segrl.models.tower import image_features, rotary_positions
+from segrl.models.kernels import window_attention
+from segrl.models.kernels.cuda_graph import Recorder
+from segrl.models.kernels.decoder import Decoder, Product, linear_weight
+from segrl.models.kernels.onednn_linear import take_products
+from segrl.models.kernels.prefix_pass import grouped_attention, read_prefixes, read_suffixes
+from segrl.models.kernels.rms_norm import fuse_norms
+from segrl.models.kernels.suffix_attention import pass_dtype
+from segrl.models.kernels.token_logprobs import float32_products, may_round, token_logprobs
+from segrl.models.kernels.vision_tower import image_features, rotary_positions
 from segrl.prompts.frames import absolute_pixels, permille
 from segrl.protocols import Message
 from segrl.types import Completions, Frame, Prefix, PrefixState
@@ -152,8 +152,8 @@ class HFPolicy(nn.Module):
         self.model.train()  # it comes in evaluation mode, in which no layer is checkpointed
         fuse_norms(self.model)
         take_products(self.model)
-        AttentionInterface.register(vision_attention.NAME, vision_attention.window_attention)
-        self.model.model.visual.config._attn_implementation = vision_attention.NAME
+        AttentionInterface.register(window_attention.NAME, window_attention.window_attention)
+        self.model.model.visual.config._attn_implementation = window_attention.NAME
         AttentionInterface.register("segrl_grouped", grouped_attention)
         AttentionMaskInterface.register("segrl_grouped", sdpa_mask)
         self.model.model.language_model.config._attn_implementation = "segrl_grouped"

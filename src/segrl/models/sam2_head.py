@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segrl.foreign import strange
-from segrl.models import digests
-from segrl.models.embeddings import Embeddings, fingerprint
-from segrl.models.first_use import FAILURES, give_up
-from segrl.models.pinned import sent
+from segrl.host import digests
+from segrl.host.foreign import strange
+from segrl.models.embedding_cache import Embeddings, fingerprint
+from segrl.models.kernels.first_use import FAILURES, give_up
+from segrl.models.kernels.pinned import sent
 from segrl.types import MaskPrompt
 
 # What `build_sam2(apply_postprocessing=True)` adds: fall back to the best of three masks if the one is not stable.

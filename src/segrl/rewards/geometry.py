@@ -11,7 +11,7 @@ from itertools import permutations
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from segrl.metrics.functional.shape import inner_point, tight_box
+from segrl.geometry import inner_point, tight_box
 from segrl.types import Answer, MaskPrompt, Sample
 
 

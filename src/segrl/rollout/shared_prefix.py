@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segrl.models.hf_vlm import HFPolicy
-from segrl.models.recorded import Recorder
+from segrl.models.kernels.cuda_graph import Recorder
 from segrl.types import Completions, Prefix, PrefixState
 
 _STRIDE = 128  # tokens for which a recorded step is good; what lies ahead of them is read in vain

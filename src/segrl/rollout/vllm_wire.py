@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from segrl.models.hf_vlm import HFPolicy
-from segrl.models.shared_prefix import pad_right
+from segrl.models.kernels.prefix_pass import pad_right
 from segrl.types import Completions, Prefix, PrefixState
 
 # On a CPU vLLM cannot draw by seeds behind a prefix that it reads in pieces.

@@ -14,7 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
-from segrl.data.batching import Collate, Trace
+from segrl.data.collate import Collate, Trace
 from segrl.data.datamodule import SegDataModule
 from segrl.metrics.parts import SetMeans
 from segrl.metrics.saliency import NAMES, score

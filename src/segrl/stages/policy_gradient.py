@@ -14,7 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from segrl.models.hf_vlm import HFPolicy
-from segrl.models.pretrained import PASSES
+from segrl.models.policy_card import PASSES
 from segrl.models.reference import AdapterOff, Reference
 from segrl.objectives.masked import weighted_sum
 from segrl.objectives.mismatch import truncated_importance

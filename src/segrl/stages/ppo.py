@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from segrl.metrics.functional.shape import tight_box
+from segrl.geometry import tight_box
 from segrl.models.hf_vlm import HFPolicy
 from segrl.models.value_head import Critic
 from segrl.objectives.gae import gae

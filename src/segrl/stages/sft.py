@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
-from segrl.data.batching import Trace
+from segrl.data.collate import Trace
 from segrl.models.hf_vlm import HFPolicy
-from segrl.models.shared_prefix import pad_right
+from segrl.models.kernels.prefix_pass import pad_right
 from segrl.objectives.masked import per_token
 from segrl.objectives.sft import sft
 from segrl.protocols import Grammar, MaskHead, RolloutEngine

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import lightning
 
-from segrl.folder import write
+from segrl.host.files import write_whole
 from segrl.stages.base import Stage
 from segrl.stages.policy_gradient import PolicyGradientStage
 from segrl.tracking.figures import Cell, sheet
@@ -68,7 +68,7 @@ class History(lightning.Callback):
             return
         kept = [line for line in read_history(self.path) if line["step"] <= trainer.global_step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object

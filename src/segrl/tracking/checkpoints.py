@@ -15,9 +15,8 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from segrl import stopping
+from segrl.host import digests, signals
 from segrl.metrics.direction import better, worst
-from segrl.models import digests
 
 _MARK = b"segrl sha256 "  # and 64 digits, as the comment of torch's zip file
 _COMMENT, _END = (
@@ -234,7 +233,7 @@ class Stop(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Leave, if there is nothing to save yet."""
-        stopping.take()
+        signals.take()
         if (signum := self._agreed(trainer)) is not None:
             self._leave(trainer, signum)
 
@@ -280,11 +279,11 @@ class Stop(lightning.Callback):
 
     def on_test_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Answer signals ourselves."""
-        stopping.take()
+        signals.take()
 
     def on_test_batch_end(self, *_: object) -> None:
         """Leave, where the signal came while nothing could be raised."""
-        stopping.check()
+        signals.check()
 
     @staticmethod
     def _everywhere(trainer: lightning.Trainer, batch_idx: int, dataloader_idx: int) -> bool:
@@ -296,7 +295,7 @@ class Stop(lightning.Callback):
     @staticmethod
     def _agreed(trainer: lightning.Trainer) -> int | None:
         """The signal that any rank got, on all of them."""
-        signum = stopping.asked() or 0
+        signum = signals.asked() or 0
         if trainer.world_size > 1:
             told = torch.tensor(signum, device=trainer.strategy.root_device)
             signum = int(trainer.strategy.reduce(told, reduce_op="max"))
@@ -313,7 +312,7 @@ class Stop(lightning.Callback):
     @staticmethod
     def _leave(trainer: lightning.Trainer, signum: int) -> NoReturn:
         trainer.loggers = []  # Lightning would call the run failed
-        raise stopping.Stopped(signum, agreed=True)
+        raise signals.Stopped(signum, agreed=True)
 
 
 class KeepBest(lightning.Callback):

@@ -20,7 +20,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from segrl import stopping
+from segrl.host import signals
 from segrl.metrics.direction import higher_is_better
 from segrl.tracking.provenance import JOB_OVERRIDES
 
@@ -86,7 +86,7 @@ class SweepParent(Callback):
         """Say which job starts, and name its run by what differs."""
         if not self._sweeps:
             return
-        self.skips = stopping.asked() is not None
+        self.skips = signals.asked() is not None
         if self.skips:
             return
         from segrl.tracking.mlflow_runs import name_job
@@ -132,7 +132,7 @@ class SweepParent(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ANN401
         """Print the jobs and close the parent run; exit with 1 where one failed, unless the front door says how it was stopped."""
-        stopped = stopping.asked() is not None
+        stopped = signals.asked() is not None
         self._end(config, "KILLED" if stopped else "FINISHED")
         if self.failed and not stopped:
             sys.exit(1)

@@ -1,1 +1,0 @@
-"""Trained nano weights, and `python -m segrl.assets`, which makes them anew."""

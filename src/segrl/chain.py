@@ -1,0 +1,45 @@
+"""`python -m segrl.chain chains/seg_r1_nano.yaml [key=value ...]`: runs that start from each other's checkpoints, and one table of them.
+
+A run that is finished is not done again, and one that was killed goes on: the command can be repeated until the table comes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from segrl.host import signals
+from segrl.runs.chain import read, rows, run_all, table, with_overrides
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("chain", type=Path, help="YAML of the runs")
+    parser.add_argument("--runs", type=Path, required=True, help="folder of their run folders")
+    parser.add_argument(
+        "--at-once", type=int, default=1, help="runs at once, where they do not wait for each other"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", help="key=value or group=option, of every run that is yet to begin"
+    )
+    arguments = parser.parse_intermixed_args()
+    with signals.watched():
+        try:
+            chain = with_overrides(read(arguments.chain), arguments.overrides)
+            run_all(chain, arguments.runs, arguments.at_once)
+            found = rows(chain, arguments.runs)
+        except ValueError as error:
+            print(f"segrl: {error}", file=sys.stderr)
+            sys.exit(2)
+        except signals.Stopped as stop:
+            print(f"stopped by {stop.name}: the same command goes on where each run was saved", flush=True)
+            signals.leave(stop)
+    text = f"{chain.title}; {chain.metric} on held-out samples\n\n{table(chain, found)}\n"
+    (arguments.runs / "table.md").write_text(text)
+    print(f"\n{text}\ntable in {arguments.runs / 'table.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Masks to chat traces: the answer an annotator would have written, for a cold start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from segrl.data.pictures import decoded, orientation, turned
+from segrl.data.transforms import read_image
+from segrl.geometry import components, inner_point, tight_box
+from segrl.metrics.functional.overlap import iou
+from segrl.prompts.frames import absolute_pixels
+from segrl.protocols import Grammar, MaskHead, SampleSet
+from segrl.types import MaskPrompt, Parsed, Sample
+
+_ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+_SIZES = ((0.04, "tiny"), (0.10, "small"), (0.20, "medium"), (1.01, "large"))
+
+
+class Annotator:
+    """Writes the trace of a mask: template thought, a box and an inner point per part.
+
+    Human boxes are loose. `looseness` draws each side outwards by up to that share of the box's extent, so a
+    policy that only imitates stays loose, and a reward that sees masks has something to teach.
+
+    Args:
+        looseness: in [0, 1); 0 draws tight boxes.
+        grid: coordinates are rounded to 1/grid of the image's side.
+        most_parts: largest parts described.
+    """
+
+    def __init__(self, looseness: float, grid: int, most_parts: int) -> None:
+        self.looseness, self.grid, self.most_parts = looseness, grid, most_parts
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Parsed:
+        """The trace of a sample; raises ValueError naming it if its mask is empty."""
+        if not sample.mask.any():
+            raise ValueError(f"{sample.id}: an object is needed to write a trace of; its mask is empty")
+        return self.annotate(sample.mask, rng)
+
+    def annotate(self, mask: np.ndarray, rng: np.random.Generator) -> Parsed:
+        """The trace of bool `[H, W]`; `rng` moves the box's sides. Raises ValueError on an empty mask."""
+        parts = components(mask, least=0.005, most=self.most_parts)
+        if not parts:
+            raise ValueError("an object is needed to write a trace of; the mask is empty")
+        boxes = [self._loosen(tight_box(part), rng) for part in parts]
+        points = [self._inside(part) for part in parts]
+        return Parsed(
+            thought=self._thought(parts, points), prompt=MaskPrompt.of(boxes, points, [1] * len(points))
+        )
+
+    def _snap(self, values: np.ndarray) -> np.ndarray:
+        """To the grid."""
+        return np.rint(values * self.grid) / self.grid
+
+    def _inside(self, part: np.ndarray) -> np.ndarray:
+        """The innermost point, on the grid unless the part is so thin that this would leave it."""
+        exact = inner_point(part)
+        snapped = self._snap(exact)
+        column, row = np.minimum(snapped * part.shape[::-1], np.array(part.shape[::-1]) - 1).astype(int)
+        return snapped if part[row, column] else exact
+
+    def _loosen(self, box: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Each side outwards, then to the grid, never closed."""
+        extent = np.tile(box[2:] - box[:2], 2)
+        outwards = np.array([-1, -1, 1, 1]) * extent * rng.uniform(0, self.looseness, 4)
+        moved = self._snap(np.clip(box + outwards, 0, 1))
+        moved[2:] = np.maximum(moved[2:], moved[:2] + 1 / self.grid)
+        moved[:2] = np.minimum(moved[:2], 1 - 1 / self.grid)
+        return np.clip(moved, 0, 1)
+
+    def _thought(self, parts: list[np.ndarray], points: list[np.ndarray]) -> str:
+        """`A small object, top left.` for each part."""
+        sentences = []
+        for part, (x, y) in zip(parts, points, strict=True):
+            size = next(name for bound, name in _SIZES if part.mean() < bound)
+            row, column = _ROWS[min(int(y * 3), 2)], _COLUMNS[min(int(x * 3), 2)]
+            sentences.append(f"A {size} object, {row} {column}.")
+        return " ".join(sentences)
+
+
+@dataclass(slots=True, kw_only=True)
+class Judged:
+    """How far the writing of traces has come, and what was left out."""
+
+    lines: list[dict[str, str]] = field(default_factory=list)
+    empty: int = 0
+    """Samples without an object."""
+    unsolved: int = 0
+    """Traces from whose prompt the mask head does not draw the mask again."""
+
+    @property
+    def seen(self) -> int:
+        """Samples that were judged."""
+        return len(self.lines) + self.empty + self.unsolved
+
+    def add(self, one: dict[str, str] | str) -> None:
+        """Count a trace, or why there is none."""
+        if isinstance(one, dict):
+            self.lines.append(one)
+        elif one == "empty":
+            self.empty += 1
+        else:
+            self.unsolved += 1
+
+
+def written(
+    samples: SampleSet, head: MaskHead, grammar: Grammar, annotate: Annotator, least_iou: float, judged: Judged
+) -> Iterator[dict[str, str] | str]:  # fmt: skip
+    """Yield for every sample behind those that `judged` counts its trace, with its image's path, or why it is left out.
+
+    Raises:
+        ValueError: for samples that were not read from files, or a file that is unfit.
+    """
+    asked = grammar.messages(None)[-1]["content"]
+    assert isinstance(asked, list)
+    problem = next(part["text"] for part in asked if part["type"] == "text")
+    for index in range(judged.seen, len(samples)):
+        sample = samples[index]
+        if sample.path is None:
+            raise ValueError(
+                "data: samples that were read from files are needed to write traces of; these were drawn"
+            )
+        if not sample.mask.any():
+            yield "empty"
+            continue
+        image, mask = as_read_back(sample)
+        frame = absolute_pixels(*mask.shape)
+        text = grammar.render(annotate.annotate(mask, np.random.default_rng(index)), frame)
+        said = grammar.parse(text, frame)
+        ((drawn,),) = head.segment([image], [[said.prompt]])
+        if iou(drawn, mask) < least_iou:
+            yield "unsolved"
+            continue
+        solution = text.partition("</think>")[2].strip() or text
+        yield {"image": str(sample.path), "problem": problem, "thinking": said.thought, "solution": solution}
+
+
+def as_read_back(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    """Return image and mask of a sample as its file alone is read: upright, as the camera meant it.
+
+    A mask that was drawn on the photograph as it is stored is turned with it, so that its trace is in the frame of whoever
+    reads the trace.
+    """
+    assert sample.path is not None
+    upright = read_image(sample.path, upright=True)
+    if np.array_equal(upright, sample.image):
+        return sample.image, sample.mask
+    turn = orientation(decoded(sample.path))
+    mask = np.asarray(turned(Image.fromarray(sample.mask.astype(np.uint8)), turn)) > 0
+    return upright, mask

@@ -1,0 +1,140 @@
+"""The card beside a policy's weights: with which grammar, mask head and limits it was trained, so that it is used so.
+
+A card is data from anywhere. It may name segrl's own adapters and give them plain values; it cannot name other code, nor a
+file outside the package, the folder of weights, and its own folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from segrl.host import digests
+from segrl.host.foreign import strange
+from segrl.prompts import instructions
+
+NAME = "segrl.json"
+PARTS = {
+    "policy": r"segrl\.models\.hf_vlm\.\w+",
+    "grammar": r"segrl\.prompts\.\w+\.\w+",
+    "head": r"segrl\.models\.sam2_head\.\w+",
+    "rollout": r"segrl\.rollout\.\w+\.\w+",
+}
+_ARCHITECTURE = re.compile(r"asset:[\w.]+|configs/sam2(?:\.1)?/[\w.+]+\.yaml")
+_CHECKPOINT = re.compile(r"(?:asset|weights):[\w.-]+")
+_DTYPE = re.compile("float32|bfloat16|float16")
+
+PASSES = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""Lightning's names of precisions, and what passes are cast to."""
+
+Card = dict[str, dict[str, Any]]
+"""By part, the class under `_target_` and the values of its constructor; under `precision`, that of the `passes`."""
+
+
+def write(folder: Path, card: Card) -> None:
+    """Write the card beside the weights, and the digests of all that is there."""
+    (folder / NAME).write_text(json.dumps(card, indent=2) + "\n")
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    digests.write(folder, [name for name in files if name not in ("README.md", digests.NAME)])
+
+
+def read(folder: Path) -> Card:
+    """Return the card of a folder, empty where it has none.
+
+    Raises:
+        ValueError: naming a card that is damaged or asks for something else, or a file that changed since it was written.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        return {}
+    try:
+        card = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: JSON is needed; {error}") from None
+    checked(card, path)
+    for part in PARTS:
+        _adapter(part, card[part])
+    beside = folder / instructions.NAME
+    if "instructions" not in card["grammar"] and beside.is_file():
+        card["grammar"]["instructions"] = instructions.read(beside)
+    digests.check(folder, "model")
+    return dict(card)
+
+
+def build(part: str, values: dict[str, Any], weights: Path) -> Any:  # noqa: ANN401 - one of the adapters
+    """Make what a part of a card describes; raises ValueError where its constructor does not take the values.
+
+    Args:
+        part: of `PARTS`.
+        values: of that part.
+        weights: folder of the mask heads' checkpoints.
+    """
+    made = _adapter(part, values)
+    arguments = {key: located(value, weights) for key, value in values.items() if key != "_target_"}
+    try:
+        return made(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{NAME}: {part}: {error}") from None
+
+
+def _adapter(part: str, values: dict[str, Any]) -> type:
+    """The class that a part names; ValueError where its module has none of that name, or took it from elsewhere."""
+    module, _, name = str(values["_target_"]).rpartition(".")
+    try:
+        made = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError:
+        made = None
+    if not isinstance(made, type) or made.__module__ != module:
+        raise ValueError(f"{NAME}: {part}._target_: a class of segrl is needed; got {values['_target_']}")
+    return made
+
+
+def located(value: Any, weights: Path | str) -> Any:  # noqa: ANN401 - plain values pass through
+    """`asset:NAME` and `weights:NAME` as paths, anything else as it is."""
+    if isinstance(value, str) and value.startswith("asset:"):
+        return str(resources.files("segrl") / "assets" / value.removeprefix("asset:"))
+    if isinstance(value, str) and value.startswith("weights:"):
+        return f"{weights}/{value.removeprefix('weights:')}"
+    return value
+
+
+def checked(card: object, path: Path) -> Card:
+    """The card, if it asks for nothing but segrl's own parts; ValueError naming the file that it stands in."""
+    wanted = [*PARTS, "precision"]
+    if not isinstance(card, dict) or set(card) != set(wanted):
+        raise ValueError(
+            f"{path}: {', '.join(wanted)} are needed; got {sorted(card) if isinstance(card, dict) else card}"
+        )
+    if not isinstance(card["precision"], dict) or card["precision"].get("passes") not in PASSES:
+        raise ValueError(
+            f"{path}: precision.passes: one of {', '.join(PASSES)} is needed; got {card['precision']!r:.80}"
+        )
+    for part, pattern in PARTS.items():
+        values = card[part]
+        if not isinstance(values, dict) or not re.fullmatch(pattern, str(values.get("_target_"))):
+            raise ValueError(f"{path}: {part}._target_: {pattern} is needed; got {values!r:.80}")
+        plain = {key: value for key, value in values.items() if key != "_target_"}
+        for key, value in strange(plain, whole=False):
+            raise ValueError(f"{path}: {part}.{key}: must be a plain value; got {value!r:.80}")
+    for part, key, allowed in (
+        ("head", "architecture", _ARCHITECTURE), ("head", "checkpoint", _CHECKPOINT),
+        ("policy", "dtype", _DTYPE),
+    ):  # fmt: skip
+        value = str(card[part].get(key))
+        if not allowed.fullmatch(value):
+            raise ValueError(f"{path}: {part}.{key}: {allowed.pattern} is needed; got {value:.80}")
+    if (given := card["grammar"].get("instructions")) is not None:  # texts, never a file of this machine
+        instructions.checked(given, f"{path}: grammar.instructions")
+    if (
+        card["head"].get("embeddings_folder") is not None
+    ):  # a card of somebody else's would have us write where it likes
+        raise ValueError(
+            f"{path}: head.embeddings_folder: null is needed; got {card['head']['embeddings_folder']!r:.80}"
+        )
+    return card

@@ -1,0 +1,1 @@
+"""All that only makes the shipped nano weights."""

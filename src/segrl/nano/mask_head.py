@@ -1,0 +1,153 @@
+"""Trains a mask head from nothing, on scenes whose masks are known: how the nano SAM 2 came to be.
+
+The loss is SAM's: focal-free cross-entropy and Dice on the single mask, the same on the best of the three others,
+and the squared error of the predicted IoUs (SAM 2, arXiv 2408.00714, appendix D.2, without video).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from segrl.geometry import components, tight_box
+from segrl.metrics.functional.overlap import iou
+from segrl.models.sam2_head import Sam2Head
+from segrl.stages.base import MakeOptimizer, MakeSchedule, Stage
+from segrl.types import Batch, MaskPrompt
+
+# (has a box, foreground points, background points): every shape that a grammar can ask for is met in training.
+_SHAPES = (
+    (True, 0, 0), (True, 0, 0), (True, 1, 0), (True, 1, 0), (True, 2, 0), (True, 1, 1),
+    (False, 1, 0), (False, 2, 1), (False, 3, 2),
+)  # fmt: skip
+
+_FITS = 0.4  # IoU of a box with an object's own box from which on it names that object
+
+
+def _pick(rng: np.random.Generator, mask: np.ndarray, count: int) -> np.ndarray:
+    """`count` unit points on true pixels, float32 `[count, 2]`."""
+    rows, columns = np.nonzero(mask)
+    chosen = rng.integers(0, len(rows), count)
+    return np.stack(
+        [(columns[chosen] + 0.5) / mask.shape[1], (rows[chosen] + 0.5) / mask.shape[0]], 1
+    ).astype(np.float32)
+
+
+def _prompt(
+    rng: np.random.Generator, mask: np.ndarray, shape: tuple[bool, int, int], jitter: float
+) -> MaskPrompt:
+    """A prompt of one shape for bool `[H, W]`, its box moved by up to `jitter` of its extent."""
+    has_box, inside, outside = shape
+    box = tight_box(mask)
+    moved = box + np.tile(box[2:] - box[:2], 2) * rng.uniform(-jitter, jitter, 4)
+    points = np.concatenate([_pick(rng, mask, inside), _pick(rng, ~mask, outside)])
+    return MaskPrompt.of([np.clip(moved, 0, 1)] if has_box else [], points, [1] * inside + [0] * outside)
+
+
+def _held(box: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """The pixels of bool `[H, W]` whose centres lie in a unit box."""
+    y, x = ((np.arange(side) + 0.5) / side for side in size)
+    return np.outer((y >= box[1]) & (y <= box[3]), (x >= box[0]) & (x <= box[2]))
+
+
+def _astray(
+    rng: np.random.Generator, mask: np.ndarray, parts: list[np.ndarray], shape: tuple[bool, int, int]
+) -> tuple[MaskPrompt, np.ndarray]:
+    """A box drawn anywhere, and what it names: the part that it fits, or else all that it holds.
+
+    A head that looks for an object wherever a box is large rewards a policy for boxing the whole image.
+    """
+    _, inside, outside = shape
+    corner = rng.uniform(0, 0.8, 2)
+    box = np.concatenate([corner * rng.integers(0, 2, 2), corner + rng.uniform(0.15, 1.0, 2)])
+    held = _held(np.clip(box, 0, 1).astype(np.float32), mask.shape)
+    fits = [iou(_held(tight_box(part), mask.shape), held) for part in parts]
+    best = int(np.argmax(fits))
+    answer = parts[best] if fits[best] >= _FITS else held
+    points = np.concatenate([_pick(rng, answer & held, inside), _pick(rng, ~mask, outside)])
+    prompt = MaskPrompt.of([np.clip(box, 0, 1)], points, [1] * inside + [0] * outside)
+    return prompt, answer
+
+
+def mask_loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """Cross-entropy plus Dice of logits `[M, C, h, w]` against shares `[M, 1, h, w]`, per mask `[M, C]`."""
+    target = truth.expand_as(logits)
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((2, 3))
+    found = logits.sigmoid()
+    dice = 1 - (2 * (found * target).sum((2, 3)) + 1) / (found.sum((2, 3)) + target.sum((2, 3)) + 1)
+    return entropy * 4 + dice
+
+
+class MaskHeadStage(Stage):
+    """Prompts of random shape around known masks.
+
+    Args:
+        head: learns here, and only here.
+        jitter: boxes are moved by up to this share of their extent.
+        astray: share of boxes that are drawn anywhere instead; see `_astray`.
+        optimizer, schedule, max_grad_norm, seed: see `Stage`.
+    """
+
+    def __init__(
+        self, head: Sam2Head, jitter: float, astray: float,
+        optimizer: MakeOptimizer, schedule: MakeSchedule | None, max_grad_norm: float, seed: int,
+    ) -> None:  # fmt: skip
+        super().__init__(optimizer, schedule, max_grad_norm, seed)
+        self.head, self.jitter, self.astray = head.requires_grad_(True), jitter, astray
+        self.head.embeddings.kept, self.head.embeddings.folder = (
+            0,
+            None,
+        )  # what learns makes others every time
+        self.found: list[float] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One update: one prompt per image, all of one shape."""
+        rng = np.random.default_rng(self.noise_seed(self.global_rank))
+        shape = _SHAPES[int(rng.integers(len(_SHAPES)))]
+        questions = [self._question(rng, sample.mask, shape) for sample in batch.samples]
+        prompts, truths = [prompt for prompt, _ in questions], [truth for _, truth in questions]
+        features = self.head.embed(self.head.preprocess([s.image for s in batch.samples]))
+        logits, predicted = self.head.decode_all(features, prompts)
+        target = torch.as_tensor(np.stack(truths), device=self.device).float()[:, None]
+        losses = mask_loss(logits, F.interpolate(target, logits.shape[2:], mode="area"))
+        sharp = F.interpolate(logits.detach(), target.shape[2:], mode="bilinear", align_corners=False) > 0
+        union = (sharp | (target > 0.5)).sum((2, 3))
+        overlap = torch.where(union > 0, (sharp & (target > 0.5)).sum((2, 3)) / union.clamp_min(1), 1.0)
+        quality = F.mse_loss(predicted, overlap)
+        loss = losses[:, 0].mean() + losses[:, 1:].min(1).values.mean() + quality
+        self.remember(
+            {
+                "head/loss": loss.detach(),
+                "head/iou": overlap[:, 0].mean(),
+                "head/quality_loss": quality.detach(),
+            }
+        )
+        return loss
+
+    def _question(
+        self, rng: np.random.Generator, mask: np.ndarray, shape: tuple[bool, int, int]
+    ) -> tuple[MaskPrompt, np.ndarray]:
+        """A prompt of one shape and the mask that answers it."""
+        parts = components(mask, least=0.005, most=3)
+        if shape[0] and rng.random() < self.astray:
+            return _astray(rng, mask, parts, shape)
+        part = parts[int(rng.integers(len(parts)))]
+        return _prompt(rng, part, shape, self.jitter), part
+
+    def on_validation_epoch_start(self) -> None:
+        """Fresh list."""
+        self.found = []
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """IoU from the ground-truth boxes."""
+        prompts = [
+            [MaskPrompt.of([tight_box(p) for p in components(s.mask, 0.005, 8)])] for s in batch.samples
+        ]
+        masks = self.head.segment([s.image for s in batch.samples], prompts)
+        self.found += [iou(mask, s.mask) for (mask,), s in zip(masks, batch.samples, strict=True)]
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean."""
+        self.log("val/true_box/iou", float(np.mean(self.found)))

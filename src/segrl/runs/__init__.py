@@ -1,0 +1,1 @@
+"""What the commands share: configuration, refusals, a run's folder, training, evaluation, report."""

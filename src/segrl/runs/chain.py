@@ -1,0 +1,202 @@
+"""Runs that start from each other's checkpoints: read their list, run them in order, and make one table of them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from segrl.host import signals
+from segrl.host.files import own, release
+from segrl.runs.folder import read_json, scored_checkpoint
+
+_OWN = ("experiment", "seed", "name", "paths.run", "init_from", "resume", "ckpt_path")
+_COLUMNS = ("run", "start", "seed", "completions", "before", "after", "gain", "95 % interval of the gain")
+
+
+class Job(BaseModel):
+    """One run of a chain."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    experiment: str
+    start: str | None = None
+    """Name of the run whose checkpoint it starts from; none starts from the policy as it is."""
+    overrides: list[str] = []
+    reinforced: bool = False
+    """Whether the chain's `reinforced` overrides are its, too."""
+    seeds: list[int] = [1]
+
+
+class Chain(BaseModel):
+    """Runs in an order in which each stands behind its start."""
+
+    model_config = ConfigDict(extra="forbid")
+    title: str
+    metric: str
+    """Of the first test set, in the table: `sm`, `iou`, `mae`, `fault_rate`."""
+    overrides: list[str] = []
+    """Of every run."""
+    reinforced: list[str] = []
+    """Of the runs that are marked so; a run's own come behind these."""
+    jobs: list[Job]
+
+
+def read(path: Path) -> Chain:
+    """Raises ValueError naming the first key that is wrong, or a start that no run before has."""
+    import yaml
+
+    from segrl.metrics.saliency import NAMES
+
+    if not path.is_file():
+        raise ValueError(f"chain: a YAML file is needed; there is no {path}")
+    try:
+        chain = Chain.model_validate(yaml.safe_load(path.read_bytes()))
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{path}: must be YAML; it cannot be read ({' '.join(str(error).split())})"
+        ) from None
+    except ValidationError as error:
+        found = error.errors()[0]
+        raise ValueError(f"{path}: {'.'.join(map(str, found['loc']))}: {found['msg'].lower()}") from None
+    if chain.metric not in NAMES:
+        raise ValueError(f"{path}: metric: must be one of {', '.join(NAMES)}; got {chain.metric}")
+    known: list[str] = []
+    for job in chain.jobs:
+        if job.start is not None and job.start not in known:
+            raise ValueError(
+                f"{path}: {job.name}.start: one of {', '.join(known)} is needed; got {job.start}"
+            )
+        known.append(job.name)
+    return chain
+
+
+def with_overrides(chain: Chain, overrides: list[str]) -> Chain:
+    """Return the chain with overrides of the command line behind those of each run, so that they win.
+
+    Raises:
+        ValueError: naming one that is no `key=value`, or whose key the chain sets for each run.
+    """
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not override.startswith("~") and not (key and equals):
+            raise ValueError(f"chain: overrides must be key=value or group=option; got {override}")
+        if key.lstrip("+~") in _OWN:
+            raise ValueError(
+                f"chain: {key.lstrip('+~')} is set by the chain for each of its runs, and must not be given; got {override}"
+            )
+    jobs = [job.model_copy(update={"overrides": [*job.overrides, *overrides]}) for job in chain.jobs]
+    return chain.model_copy(update={"jobs": jobs})
+
+
+def folder_of(runs: Path, job: Job, seed: int) -> Path:
+    """Of one run."""
+    return runs / (job.name if len(job.seeds) == 1 else f"{job.name}-seed{seed}")
+
+
+def command(chain: Chain, job: Job, seed: int, runs: Path) -> list[str] | None:
+    """Return what starts the run, or goes on with it; None where it is finished.
+
+    Raises:
+        ValueError: if another process is about to begin it.
+    """
+    folder = folder_of(runs, job, seed)
+    module = [sys.executable, "-m", "segrl.train"]
+    if (folder / "metrics.json").is_file():
+        return None
+    if (folder / "config.yaml").is_file():  # begun: it goes on from its checkpoint, or from its first update
+        return [*module, f"resume={folder}"]
+    if folder.is_dir():  # killed before it wrote anything
+        own(folder, "chain")
+        release()
+        shutil.rmtree(folder)
+    start = next((other for other in chain.jobs if other.name == job.start), None)
+    begin = [f"init_from={scored_checkpoint(folder_of(runs, start, start.seeds[0]))}"] if start else []
+    fixed = [f"seed={seed}", f"name={job.name}", f"paths.run={folder}", *begin]
+    shared = [*chain.overrides, *(chain.reinforced if job.reinforced else [])]
+    return [*module, f"+experiment={job.experiment}", *shared, *job.overrides, *fixed]
+
+
+def ready(chain: Chain, runs: Path, job: Job) -> bool:
+    """Whether the run that it starts from is finished."""
+    start = next((other for other in chain.jobs if other.name == job.start), None)
+    return start is None or (folder_of(runs, start, start.seeds[0]) / "metrics.json").is_file()
+
+
+def run_all(chain: Chain, runs: Path, at_once: int) -> None:
+    """Every run, up to so many at once (then on one thread each); raises ValueError naming the first that fails."""
+    waiting = [(job, seed) for job in chain.jobs for seed in job.seeds]
+    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
+    environment = signals.environment() | ({"OMP_NUM_THREADS": "1"} if at_once > 1 else {})
+    try:
+        _keep_running(chain, runs, at_once, waiting, running, environment)
+    except signals.Stopped:
+        with signals.held():  # each saves, and says so
+            for process in running.values():
+                process.terminate()
+            for process in running.values():
+                process.wait()
+        raise
+
+
+def _keep_running(
+    chain: Chain, runs: Path, at_once: int, waiting: list[tuple[Job, int]],
+    running: dict[tuple[str, int], subprocess.Popen[bytes]], environment: dict[str, str],
+) -> None:  # fmt: skip
+    """Start what waits as others end, until nothing is left; `running` holds what goes on."""
+    while waiting or running:
+        for key, process in list(running.items()):
+            if process.poll() is None:
+                continue
+            del running[key]
+            if process.returncode:
+                for other in running.values():
+                    other.terminate()
+                raise ValueError(
+                    f"chain: the run {key[0]}, seed {key[1]}, must end well; it ended with {process.returncode}"
+                )
+        for job, seed in list(waiting):
+            if len(running) >= at_once or not ready(chain, runs, job):
+                break
+            waiting.remove((job, seed))
+            line = command(chain, job, seed, runs)
+            if line is not None:
+                print("+", " ".join(line[1:]), flush=True)
+                running[job.name, seed] = subprocess.Popen(line, env=environment)
+        if waiting and not running and not ready(chain, runs, waiting[0][0]):
+            raise ValueError(
+                f"chain: {waiting[0][0].name} waits for {waiting[0][0].start}, which left no metrics.json"
+            )
+        time.sleep(0.5)
+
+
+def rows(chain: Chain, runs: Path) -> list[tuple[str, ...]]:
+    """Return a row per run: its scores on the first test set, before and after; ValueError for a damaged file."""
+    found: list[tuple[str, ...]] = []
+    for job in chain.jobs:
+        for seed in job.seeds:
+            path = folder_of(runs, job, seed) / "metrics.json"
+            metrics = read_json(path, "chain", "test", "completions")
+            try:
+                score = next(iter(metrics["test"].values()))[chain.metric]
+                low, high = score["interval"]
+                found.append((
+                    job.name, job.start or "-", str(seed), f"{metrics['completions']:,}", f"{score['before']:.3f}",
+                    f"{score['after']:.3f}", f"{score['gain']:+.3f}", f"[{low:+.3f}, {high:+.3f}]",
+                ))  # fmt: skip
+            except (KeyError, TypeError, AttributeError, StopIteration, ValueError) as error:
+                said = " ".join(str(error).split()) or type(error).__name__
+                raise ValueError(
+                    f"chain: {path} must hold {chain.metric} of a test set before and after; it does not ({said})"
+                ) from None
+    return found
+
+
+def table(chain: Chain, found: list[tuple[str, ...]]) -> str:
+    """Markdown."""
+    lines = [_COLUMNS, tuple("---" for _ in _COLUMNS), *found]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

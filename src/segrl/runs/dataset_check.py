@@ -1,0 +1,84 @@
+"""Hold datasets on the disk against what their owners publish, as `segrl.prepare check` does."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+from segrl.host.files import write_whole
+from segrl.runs.configuration import check as check_all
+
+if TYPE_CHECKING:
+    from segrl.data.survey import Survey
+
+
+def _surveyed(node: DictConfig) -> Survey:
+    """What the dataset of a node is made of, without building it: a loader refuses what is to be told here."""
+    from hydra.utils import get_class, instantiate
+
+    from segrl.data.survey import OnDisk
+
+    loader = get_class(node._target_)
+    if not issubclass(loader, OnDisk):
+        raise ValueError(f"data: a dataset of files is needed to check; {loader.__name__} has none")
+    survey: Survey = instantiate(node, _target_=f"{node._target_}.survey")
+    return survey
+
+
+def _splits(cfg: DictConfig) -> dict[str, tuple[DictConfig, int | None]]:
+    """By name, the node of every split that is asked for, and how many samples its owners publish.
+
+    Raises:
+        ValueError: if none is asked for, or a root is not there.
+    """
+    splits: dict[str, tuple[DictConfig, int | None]] = {}
+    data = OmegaConf.select(cfg, "data")
+    if data is not None:
+        if missing := OmegaConf.missing_keys(cfg):  # and all that refers to it, which lies deeper
+            raise ValueError(
+                f"{min(sorted(missing), key=lambda key: key.count('.'))}: a value is needed; none is set"
+            )
+        for key, owners in cfg.sources.items():
+            if (path := OmegaConf.select(cfg, key)) is not None and not Path(path).exists():
+                raise ValueError(f"{key}: there is no {path}; its owners publish it at {owners}")
+        nodes = {"train": data.module.train, **(data.module.val or {}), **(data.module.test or {})}
+        splits |= {name: (node, OmegaConf.select(data, f"published.{name}")) for name, node in nodes.items()}
+    for name, one in cfg.testsets.items():
+        if not Path(one.root).exists():
+            raise ValueError(
+                f"testsets.{name}.root: there is no {one.root}; its owners publish it at {one.source}"
+            )
+        splits[name] = (one.samples, one.published)
+    if not splits:
+        raise ValueError(
+            "data: a dataset to check is needed: data=NAME, testset=NAME or testset=[NAME,...]; none is set"
+        )
+    return splits
+
+
+def check(cfg: DictConfig) -> None:
+    """Print what is wrong and what is worth knowing about a dataset on the disk; exit with 1 if numbers of it would not be its own."""
+    check_all(cfg, "prepare_check")
+    from segrl.data.check import check as walk
+
+    splits = _splits(cfg)
+    out = None if cfg.out is None else Path(cfg.out)
+    if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
+        raise ValueError(f"out: a .json file in a folder that exists is needed; got {out}")
+    surveys = {name: _surveyed(node) for name, (node, _) in splits.items()}
+    published = {name: count for name, (_, count) in splits.items()}
+    report = walk(
+        surveys, published, lambda line: print(f"  {line}", file=sys.stderr, flush=True), cfg.threads
+    )
+    if (licence := OmegaConf.select(cfg, "data.licence")) is not None:
+        report.licences["data"] = licence
+    report.licences |= {name: one.licence for name, one in cfg.testsets.items()}
+    print("\n".join(report.lines()))
+    if out is not None:
+        write_whole(out, json.dumps(report.as_json(), indent=2) + "\n")
+    if report.wrong:
+        sys.exit(1)

@@ -1,0 +1,366 @@
+"""One evaluation, from a checked configuration to its table: every sample once, whatever happens on the way."""
+
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from lightning.fabric import Fabric
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from segrl.data.collate import Collate
+from segrl.data.datamodule import begin_worker
+from segrl.host import signals
+from segrl.host.files import write_whole
+from segrl.metrics.parts import Family, scores
+from segrl.prompts import instructions
+from segrl.protocols import Grammar, SampleSet
+from segrl.runs import folder as folders
+from segrl.runs import records
+from segrl.runs.departures import of_counts, published
+from segrl.runs.report import tell
+from segrl.runs.training import memory_said, quiet, run_folder, say
+from segrl.segmenter import Segmenter
+from segrl.tracking.checkpoints import learned_policy
+from segrl.tracking.figures import Cell, sheet
+from segrl.tracking.mlflow_runs import keep
+from segrl.tracking.provenance import provenance
+from segrl.types import Answer, Sample
+
+_STAMPS = "weights.json"
+_SECONDS = 5.0  # between two lines of progress
+
+
+@dataclass(slots=True, kw_only=True)
+class Evaluation:
+    """Everything of one evaluation, built; nothing is on the disk before all of it could be built."""
+
+    cfg: DictConfig
+    folder: Path
+    segmenter: Segmenter
+    family: Family
+    sets: dict[str, SampleSet]
+    fabric: Fabric
+    logger: Any = None
+    began: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def build(cls, cfg: DictConfig) -> Evaluation:
+        """Instantiate policy, mask head and test sets. Raises ValueError on what does not fit."""
+        quiet()
+        torch.manual_seed(cfg.seed)
+        folder = run_folder(cfg)
+        cfg.paths.run = str(folder)
+        family: Family = instantiate(cfg.scores)
+        sets = _test_sets(cfg, family)
+        grammar = instantiate(cfg.grammar)
+        _check_objective(cfg, family, list(sets))
+        if cfg.resume and (folder / _STAMPS).is_file():
+            before, now = folders.read_json(folder / _STAMPS, "resume"), _stamps(cfg, grammar)
+            if changed := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
+                raise ValueError(
+                    f"resume: weights and instructions as {folder} was begun with are needed; {changed[0]} changed since"
+                )
+        policy = instantiate(cfg.policy)
+        if cfg.init_from is not None:
+            learned = learned_policy(Path(cfg.init_from), "init_from")
+            try:
+                policy.take_over(learned)
+            except ValueError as error:
+                raise ValueError(
+                    f"init_from: a policy of this architecture is needed; {cfg.init_from} has another ({error})"
+                ) from None
+        segmenter = Segmenter(policy.eval(), grammar, instantiate(cfg.rollout), instantiate(cfg.head))
+        trainer = cfg.trainer
+        try:
+            fabric = Fabric(
+                accelerator=trainer.accelerator, devices=trainer.devices, num_nodes=trainer.get("num_nodes", 1),
+                precision=trainer.precision, strategy="auto" if trainer.devices == 1 else "ddp",
+            )  # fmt: skip
+        except (RuntimeError, ValueError) as error:  # a device or a precision that is not there
+            raise ValueError(f"trainer: {error}") from None
+        return cls(cfg=cfg, folder=folder, segmenter=segmenter, family=family, sets=sets, fabric=fabric)
+
+    def run(self) -> float | None:
+        """Segment what is left, score everything, print the table; the value that a sweep compares comes back."""
+        self.fabric.launch()
+        for module in (self.segmenter.policy, self.segmenter.head):
+            cast("torch.nn.Module", module).to(self.fabric.device)
+        if self.fabric.is_global_zero:
+            self._open()
+        # Processes that were started from outside have each composed a name of their own.
+        self.folder = Path(self.fabric.broadcast(str(self.folder)))
+        self.fabric.barrier()
+        for name, samples in self.sets.items():
+            self._segment(name, samples)
+        self.fabric.barrier()
+        if not self.fabric.is_global_zero:
+            return None
+        metrics = self._conclude()
+        kept = (
+            "metrics.json",
+            "table.txt",
+            "per_sample.jsonl",
+            "config.yaml",
+            "provenance.json",
+            "overlays",
+            "masks",
+        )
+        keep(self.logger, [self.folder / name for name in kept], metrics)
+        if self.logger is not None:
+            self.logger.finalize("success")
+        say(f"results in {self.folder}")
+        wanted = self.cfg.objective_metric
+        if wanted is not None and wanted not in metrics:
+            raise ValueError(
+                f"objective_metric: must be a score that these samples settle; {wanted} is no number for them"
+            )
+        return None if wanted is None else metrics[wanted]
+
+    def _open(self) -> None:
+        """Create the folder and its logger, on the first rank."""
+        cfg = self.cfg
+        with signals.held():
+            logger, text, made = self._logger()  # refuses before anything is made
+            if cfg.resume is None:
+                self.folder = folders.create(self.folder, alone=True)
+                if str(self.folder) != cfg.paths.run:  # another process has taken the name meanwhile
+                    cfg.paths.run = str(self.folder)
+                    logger, text, made = self._logger()
+            write_whole(self.folder / "config.yaml", text)
+            stamps = _stamps(cfg, self.segmenter.grammar)
+            write_whole(self.folder / _STAMPS, json.dumps(stamps, indent=2) + "\n")
+            if not (self.folder / "provenance.json").is_file():  # one that goes on is of its first command
+                write_whole(self.folder / "provenance.json", json.dumps(made, indent=2) + "\n")
+            self.logger = logger
+        signals.check()
+        say(f"{cfg.suite.name}: {sum(map(len, self.sets.values()))} samples; results in {self.folder}")
+        if not cfg.testsets:  # a suite's would have been refused
+            for line in of_counts(cfg, self.sets):
+                say(f"  {line}")
+
+    def _logger(self) -> tuple[Logger, str, dict[str, str]]:
+        """Return the logger of the folder that the configuration names, the configuration, and where the evaluation comes from."""
+        text = OmegaConf.to_yaml(self.cfg)
+        made = provenance(text)
+        logger: Logger = instantiate(self.cfg.logger)(Path(self.cfg.paths.run), made)
+        return logger, text, made
+
+    def stopped(self, stop: signals.Stopped) -> None:
+        """Say how many answers are on the disk, where they are counted, and how to go on."""
+        stop.told = True
+        if not (self.folder / "config.yaml").is_file():
+            say(f"stopped by {stop.name} before anything was written")
+            return
+        kept = sum(len({row["id"] for row in records.lines(self.folder, name)}) for name in self.sets)
+        say(
+            f"stopped; {kept} of {sum(map(len, self.sets.values()))} samples are answered and kept; go on with: "
+            f"python -m segrl.evaluate resume={self.folder}"
+        )
+        if self.logger is not None:
+            self.logger.finalize("KILLED")
+
+    @torch.inference_mode()
+    def _segment(self, name: str, samples: SampleSet) -> None:
+        """This rank's share of what nobody has segmented yet; a line on the disk per sample."""
+        done, ids = {row["id"] for row in records.lines(self.folder, name)}, samples.ids
+        self.fabric.barrier()  # all ranks have seen the same lines before one writes another
+        left = [i for i, one in enumerate(ids) if one not in done][
+            self.fabric.global_rank :: self.fabric.world_size
+        ]
+        if done:
+            say(f"  {name}: {len(done)} of {len(ids)} were there")
+        settings = self.cfg.suite
+        loader = DataLoader(
+            cast("Dataset[Sample]", samples), sampler=left, batch_size=settings.batch_size, num_workers=self.cfg.data.workers,
+            collate_fn=Collate(self.segmenter.policy.encoder, self.segmenter.grammar), worker_init_fn=begin_worker,
+        )  # fmt: skip
+        told, count = time.monotonic(), 0
+        with records.new_part(self.folder, name, self.fabric.global_rank) as file:
+            for batch in loader:
+                start = time.monotonic()
+                seeds = (
+                    None
+                    if settings.greedy
+                    else [zlib.crc32(f"{self.cfg.seed}/{s.id}".encode()) for s in batch.samples]
+                )
+                with memory_said("suite.batch_size"), self.fabric.autocast():
+                    answers = self.segmenter(batch.to(self.fabric.device), seeds)
+                seconds = (time.monotonic() - start) / len(batch)
+                for sample, answer in zip(batch.samples, answers, strict=True):
+                    self._draw(name, sample, answer)  # before the line, which says that all is done
+                    file.write(json.dumps(self._line(name, sample, answer, seconds), allow_nan=False) + "\n")
+                file.flush()
+                signals.check()  # where a library has swallowed what the signal raised
+                count += len(batch)
+                if time.monotonic() - told > _SECONDS:
+                    told = time.monotonic()
+                    say(f"  {name} {count}/{len(left)}  {seconds:.2f} s an image")
+
+    def _line(self, name: str, sample: Sample, answer: Answer, seconds: float) -> dict[str, Any]:
+        faulty = answer.parsed.fault is not None
+        parts = self.family.parts(answer.mask.astype(np.uint8) * 255, sample.mask, sample.ignore, faulty)
+        return records.row(name, sample, answer, parts, self.family, seconds)
+
+    def _draw(self, name: str, sample: Sample, answer: Answer) -> None:
+        """The mask, and the overlay, where they are asked for."""
+        settings, file = self.cfg.suite, f"{sample.id}.png"
+        if settings.masks:
+            path = self.folder / "masks" / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(answer.mask.astype(np.uint8) * 255).save(path)
+        if settings.overlays:
+            cell = Cell(
+                image=sample.image,
+                truth=sample.mask,
+                mask=answer.mask,
+                prompt=answer.parsed.prompt,
+                caption=answer.text,
+            )
+            sheet([[cell]], self.folder / "overlays" / name / file)
+
+    def _conclude(self) -> dict[str, float]:
+        """Join the lines, score, print and write. Raises ValueError naming samples that were not scored."""
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for name, samples in self.sets.items():
+            found = {row["id"]: row for row in records.lines(self.folder, name)}
+            if missing := [one for one in samples.ids if one not in found]:
+                raise ValueError(
+                    f"{name}: {len(missing)} samples were not scored, {missing[0]} first (resume={self.folder})"
+                )
+            rows[name] = [found[one] for one in samples.ids]
+        joined = {
+            name: [line for one in members for line in rows[one]]
+            for name, members in self.cfg.suite.unions.items()
+        }
+        clusters = {name: records.clusters(found) for name, found in {**rows, **joined}.items()}
+        tables = {
+            name: scores(
+                self.family,
+                [records.parts_of(line) for line in found],
+                self.cfg.suite.draws,
+                self.cfg.seed,
+                clusters[name],
+            )
+            for name, found in {**rows, **joined}.items()
+        }
+        images = {name: int(numbers.max()) + 1 for name, numbers in clusters.items()}
+        counts = {name: len(found) for name, found in {**rows, **joined}.items()}
+        faults = {
+            name: float(np.mean([line["fault"] is not None for line in found]))
+            for name, found in {**rows, **joined}.items()
+        }
+        tell(
+            f"{records.tables_text(tables, counts, faults, images)}\n"
+            + "\n".join(f"{key}: {value}" for key, value in self._identity().items()),
+            self.folder / "table.txt",
+        )
+        report = {
+            **self._identity(), "seconds": round(time.monotonic() - self.began, 1),
+            "datasets": {
+                name: {
+                    "n": counts[name], "images": images[name], "published": published(self.cfg, name), "fault_rate": faults[name],
+                    "scores": {key: score.as_json() for key, score in table.items()},
+                }
+                for name, table in tables.items()
+            },
+        }  # fmt: skip
+        records.join(self.folder, rows)
+        write_whole(self.folder / "metrics.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
+        values = {
+            f"test/{name}/{key}": score.value
+            for name, table in tables.items()
+            for key, score in table.items()
+        }
+        values |= {f"test/{name}/fault_rate": rate for name, rate in faults.items()}
+        return {name: value for name, value in values.items() if not np.isnan(value)}
+
+    def _identity(self) -> dict[str, Any]:
+        """What was scored, and how: all that tells one table from another."""
+        cfg = self.cfg
+        return {
+            "suite": cfg.suite.name, "weights": Path(cfg.policy.weights).name,
+            "checkpoint": None if cfg.init_from is None else str(cfg.init_from),
+            "grammar": str(cfg.grammar._target_).rpartition(".")[2],
+            "instructions": instructions.digest(self.segmenter.grammar), "head": Path(str(cfg.head.checkpoint)).name,
+            "image_side": cfg.policy.image_side, "precision": str(cfg.trainer.precision), "head_precision": cfg.head.get("precision", "float32"),
+            "answers": "greedy" if cfg.suite.greedy else f"sampled, seed {cfg.seed}", "convention": self.family.convention,
+        }  # fmt: skip
+
+
+def _stamps(cfg: DictConfig, grammar: Grammar) -> dict[str, list[str | int]]:
+    """Name, size and time of the files that decide what is answered, and a digest of what is asked.
+
+    An evaluation goes on only with the same.
+    """
+    weights = Path(cfg.policy.weights)
+    files = [
+        *sorted(weights.glob("*.safetensors")),
+        *(Path(str(p)) for p in (cfg.init_from, cfg.head.checkpoint) if p),
+    ]
+    stamps: dict[str, list[str | int]] = {"instructions": [instructions.digest(grammar)]}
+    for path in files:
+        if path.is_file():
+            stamps[str(path)] = [path.stat().st_size, path.stat().st_mtime_ns]
+    return stamps
+
+
+def _test_sets(cfg: DictConfig, family: Family) -> dict[str, SampleSet]:
+    """Those of the suite, or of the data where the suite names none; ValueError where one is not what its owners publish."""
+    nodes = {name: one.samples for name, one in cfg.testsets.items()} or cfg.data.module.test
+    if not nodes:
+        raise ValueError(
+            "suite: test sets are needed: +suite=NAME, +testset=NAME, or a data group that has some"
+        )
+    for name, one in cfg.testsets.items():
+        if one.root is not None and not Path(one.root).exists():
+            raise ValueError(
+                f"testsets.{name}.root: there is no {one.root}; its owners publish it at {one.source}"
+            )
+        if one.get("ignored", False) and not family.knows_ignored:
+            raise ValueError(
+                f"scores: a family that knows ignored regions, as {name} has, is needed: scores=referring"
+            )
+    sets: dict[str, SampleSet] = {name: instantiate(node) for name, node in nodes.items()}
+    for name, samples in sets.items():
+        _check_ids(name, samples.ids, next((key for key in ("masks", "overlays") if cfg.suite[key]), None))
+        owners = published(cfg, name)
+        if cfg.testsets and owners is not None and owners != len(samples):
+            raise ValueError(
+                f"testsets.{name}: {owners} samples are published, {len(samples)} are here (python -m segrl.prepare check "
+                f"looks into a download; testsets.{name}.published=null scores what is here)"
+            )
+    return sets
+
+
+def _check_objective(cfg: DictConfig, family: Family, sets: Sequence[str]) -> None:
+    """Raise ValueError if what a sweep compares is no score of this evaluation."""
+    wanted = cfg.objective_metric
+    names = [
+        f"test/{one}/{name}" for one in (*sets, *cfg.suite.unions) for name in (*family.names, "fault_rate")
+    ]
+    if wanted is not None and wanted not in names:
+        raise ValueError(f"objective_metric: must be null or one of {', '.join(names)}; got {wanted}")
+
+
+def _check_ids(name: str, ids: Sequence[str], files: str | None) -> None:
+    """Raise ValueError if an id is there twice, or names no file inside the folder that `suite.FILES` asks for."""
+    seen: set[str] = set()
+    for one in ids:
+        if one in seen:
+            raise ValueError(f"{name}: an id of its own is needed for every sample; {one} is there twice")
+        seen.add(one)
+        place = PurePosixPath(f"{one}.png")
+        if files and (place.is_absolute() or ".." in place.parts or "\0" in one):
+            raise ValueError(f"suite.{files}: must be false where an id can name no file; {name} has {one!r}")

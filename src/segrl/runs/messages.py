@@ -1,0 +1,280 @@
+"""Turn an error of the user's into one line: the key, what it must be, and the way out."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from segrl.runs.schema.interpolations import Fault
+
+_HERE = Path(__file__).resolve().parent
+
+
+class Missing(ValueError):
+    """Files and folders that are not there, each with its key and the way to get it."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__(lines[0] if len(lines) == 1 else f"{len(lines)} things are missing")
+        self.lines = lines
+
+
+class Refused(ValueError):
+    """All that is wrong with the keys of a configuration."""
+
+    def __init__(self, faults: list[Fault]) -> None:
+        super().__init__(str(faults[0]))
+        self.faults = faults
+
+
+class Said:
+    """What the command line says, for the words of a refusal.
+
+    Args:
+        arguments: of the command line.
+        folders: with groups of options, segrl's own first.
+    """
+
+    def __init__(self, arguments: list[str], folders: list[Path]) -> None:
+        self.arguments, self.folders = arguments, folders
+
+    @property
+    def keys(self) -> set[str]:
+        """Keys that are set by value."""
+        return {
+            argument.lstrip("+~").split("=")[0] for argument in self.arguments if not argument.startswith("-")
+        }
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """Group to chosen option."""
+        pairs = [argument.lstrip("+").split("=", 1) for argument in self.arguments if "=" in argument]
+        return {key: value for key, value in pairs if any((folder / key).is_dir() for folder in self.folders)}
+
+    def options(self, group: str) -> list[str]:
+        """Return all options of a group."""
+        return sorted({path.stem for folder in self.folders for path in (folder / group).glob("[!_]*.yaml")})
+
+    def set_by_experiment(self, key: str) -> str | None:
+        """Return the key, or the nearest above it, that the chosen experiment sets; None where it sets none."""
+        name = self.choices.get("experiment")
+        if name is None:
+            return None
+        config = self._experiment(name)
+        parts = key.split(".")
+        for length in range(len(parts), 1, -1):
+            above = ".".join(parts[:length])
+            if above in config:
+                return above
+        return key if key in config else None
+
+    def _experiment(self, name: str) -> set[str]:
+        """Return all dotted keys that an experiment, and those that it stands on, set."""
+        for folder in self.folders:
+            path = folder / "experiment" / f"{name}.yaml"
+            if path.is_file():
+                loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+                assert isinstance(loaded, dict)
+                own = set(_flat({key: value for key, value in loaded.items() if key != "defaults"}, ""))
+                for base in loaded.get("defaults", []):
+                    if isinstance(base, str) and base != "_self_":
+                        own |= self._experiment(base)
+                return own
+        return set()
+
+
+def explain(error: BaseException, said: Said, keys: Callable[[], list[str]]) -> list[str] | None:
+    """Return the lines for a mistake of the user's, None where the error is not known to be one.
+
+    Args:
+        error: that came up.
+        said: the command line.
+        keys: gives all dotted keys of the configuration without the user's values.
+    """
+    from hydra.errors import HydraException, InstantiationException
+
+    cause = error
+    while isinstance(cause, HydraException) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, Missing):
+        many = [f"{len(cause.lines)} things are missing; a line for each with the way to get it"]
+        return cause.lines if len(cause.lines) == 1 else [*many, *(f"  {line}" for line in cause.lines)]
+    if isinstance(cause, Refused):
+        return [_refused(cause.faults, said)]
+    if type(cause).__name__ == "MisconfigurationException":  # Lightning's word for a trainer that cannot be
+        return [f"trainer: {' '.join(str(cause).split())}"]
+    told = _unbound(str(error), cause) if isinstance(error, InstantiationException) else None
+    if told is not None:
+        return told
+    if isinstance(cause, HydraException | OmegaConfBaseException):
+        return [_composition(str(cause), said, keys)]
+    if isinstance(cause, ValueError) and _raised_in(cause) == "hydra":
+        return [_composition(str(cause), said, keys)]
+    if isinstance(cause, OSError):
+        if cause.errno == errno.ENOSPC:
+            key, what = ("out", "what was asked for") if "out" in keys() else ("paths.runs", "the run")
+            return [
+                f"{key}: no space is left to write {cause.filename or what}; what was saved before is intact"
+            ]
+        return None if cause.filename is None else [f"{cause.filename}: {str(cause.strerror).lower()}"]
+    if isinstance(cause, ValueError) and _raised_in(cause) == "segrl":
+        return [" ".join(str(cause).split())]
+    if isinstance(cause, ValueError) and str(cause).startswith("Caught ValueError in DataLoader worker"):
+        return [" ".join(str(cause).strip().splitlines()[-1].removeprefix("ValueError: ").split())]
+    return None
+
+
+def _raised_in(error: BaseException) -> str:
+    """Return the package that raised an error: a library's ValueError is a bug, and keeps its traceback."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    if at is None:
+        return ""
+    if (
+        Path(at.tb_frame.f_code.co_filename).resolve().is_relative_to(_HERE)
+    ):  # a command's own module is called __main__
+        return "segrl"
+    return str(at.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def _refused(faults: list[Fault], said: Said) -> str:
+    """The first fault; where an experiment meets a group that was replaced, which two do not go together."""
+    first = next((one for one in faults if one.key in said.keys), faults[0])
+    sets, name = said.set_by_experiment(first.key), said.choices.get("experiment")
+    replaced = [
+        f"{group}={option}"
+        for group, option in said.choices.items()
+        if group not in ("experiment", "suite", "testset")
+    ]
+    if first.key in said.keys or not replaced:
+        return f"{first}{_beside(name, replaced)}" if first.key in said.choices else str(first)
+    if sets is None:
+        return f"{first}{_beside(name, replaced)}"
+    guilty = [one for one in replaced if one.split("=")[0] == sets.split(".")[0]] or replaced
+    ways = [
+        found
+        for one in faults
+        if (found := said.set_by_experiment(one.key)) is not None and one.key not in said.keys
+    ]
+    those = " ".join(guilty)
+    if first.unknown or first.key != sets:
+        out = " ".join(f"'~{way}'" for way in dict.fromkeys(ways))
+        return f"{first}: experiment={name} sets {sets} and does not go with {those} alone; write {out} beside it"
+    return f"{first} (experiment={name} sets it and does not go with {those} alone; write {first.key}=... beside it)"
+
+
+def _beside(experiment: str | None, replaced: list[str]) -> str:
+    """The options that a fault comes from, where no value of the user's or of an experiment's does."""
+    return f" ({' '.join([f'experiment={experiment}'] * bool(experiment) + replaced)})"
+
+
+def _unbound(message: str, cause: BaseException) -> list[str] | None:
+    """A constructor that could not be called; None where what it raised is a bug."""
+    where = re.search(r"full_key: (\S+)", message)
+    node = where.group(1) if where else "the configuration"
+    if (
+        not isinstance(cause, TypeError | ImportError | AttributeError)
+        and "Error locating target" not in message
+    ):
+        return None
+    if what := re.search(r"unexpected keyword argument '(\w+)'", str(cause)):
+        return [f"{node}.{what.group(1)}: its constructor takes no such key"]
+    first = (
+        " ".join(message.splitlines()[0].split())
+        .removesuffix(":")
+        .replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception.", "")
+    )
+    reason = " ".join(str(cause).split())
+    return [
+        f"{node}: {first}"
+        + (
+            f" ({reason[:300]})"
+            if reason and reason not in first and not reason.startswith(first[:40])
+            else ""
+        )
+    ]
+
+
+def _composition(message: str, said: Said, keys: Callable[[], list[str]]) -> str:
+    """Hydra's and OmegaConf's own errors, with the nearest real key."""
+    if missing := re.search(r"Missing mandatory value: (\S+)", message):
+        return f"{missing.group(1)}: must be given; it is not set"
+    if unknown := (
+        re.search(r"Could not override '([^']+)'", message)
+        or re.search(r"Could not delete from config\. '([^']+)'", message)
+        or re.search(r"Key '(\S+)' is not in struct", message)
+    ):
+        key = unknown.group(1)
+        if full := re.search(r"full_key: (\S+)", message):
+            key = full.group(1)
+        return _no_key(key, said, keys())
+    if twice := re.search(r"Multiple values for (\S+)\. To override", message):
+        return f"{twice.group(1)}: it is in the defaults: write {twice.group(1)}=NAME, without +"
+    if option := re.search(r"(?:Could not find|In '[^']+': Could not find) '([^']+)'", message):
+        group, _, name = option.group(1).rpartition("/")
+        options = said.options(group)
+        near = _nearest(name, options)
+        return f"{group}={name}: there is no such option{near} (there are: {', '.join(options)})"
+    if "group override must be a string" in message:
+        group = next((key for key, value in said.choices.items() if value in ("null", "")), "a group")
+        there = ", ".join(said.options(group))
+        return (
+            f"{group}: must name an option, one of {there}; got null (~{group}.KEY takes a part of it away)"
+        )
+    if mismatch := re.search(r"(?s)(.*)full_key: (\S+)", message):
+        return f"{mismatch.group(2)}: {' '.join(mismatch.group(1).split()).rstrip(':')}"
+    return " ".join(message.split()).rstrip(":")
+
+
+def _no_key(key: str, said: Said, keys: list[str]) -> str:
+    """A key that there is not, and what may have been meant."""
+    if key in ("experiment", "suite", "testset"):
+        return f"{key}: it is added to the defaults: write +{key}=NAME"
+    for argument in said.arguments:
+        above, _, value = argument.partition("=")
+        if value.startswith("{") and key.startswith(f"{above}."):
+            return (
+                f"{key}: there is no such key in {above} as it stands, and a node is laid over what stands there; "
+                f"to replace it write '~{above}' '+{argument}'"
+            )
+    return f"{key}: there is no such key{_nearest_key(key, keys)}"
+
+
+def _nearest_key(key: str, keys: list[str]) -> str:
+    """`; did you mean ...?`: of all keys the one whose last part is nearest, then whose whole is."""
+
+    def _likeness(other: str) -> float:
+        last, whole = (
+            difflib.SequenceMatcher(None, a, b).ratio()
+            for a, b in ((key.rpartition(".")[2], other.rpartition(".")[2]), (key, other))
+        )
+        return last + 0.5 * whole if last >= 0.6 else whole * 0.8
+
+    best = max(keys, key=_likeness, default="")
+    return f"; did you mean {best}?" if best and _likeness(best) >= 0.55 else ""
+
+
+def _nearest(word: str, words: list[str]) -> str:
+    """`; did you mean ...?`, if anything is near."""
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def dotted(config: DictConfig) -> list[str]:
+    """Return all dotted keys of a configuration."""
+    return list(_flat(OmegaConf.to_container(config, resolve=False), ""))
+
+
+def _flat(node: Any, prefix: str) -> Iterator[str]:  # noqa: ANN401 - any value of a configuration
+    """Dotted keys of a nested mapping."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield f"{prefix}{key}"
+            yield from _flat(value, f"{prefix}{key}.")

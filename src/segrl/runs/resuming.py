@@ -1,0 +1,190 @@
+"""Read a run's config.yaml, to resume or export it, without calling anything that it names: it may come from anyone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from segrl.runs.configuration import asset, refuse_unread
+from segrl.runs.messages import Said
+
+# Parts under the names that older runs wrote.
+_MOVED = {
+    "segrl.stages.tower.TowerStage": "segrl.nano.tower.TowerStage",
+    "segrl.stages.mask_head.MaskHeadStage": "segrl.nano.mask_head.MaskHeadStage",
+    "segrl.data.listed.Listed": "segrl.data.jsonl.Listed",
+    "segrl.data.traces.Annotator": "segrl.data.annotator.Annotator",
+}
+
+
+def read(path: Path, key: str) -> DictConfig:
+    """Return the configuration in a file that may come from anyone, unresolved; nothing that it names is called or looked up.
+
+    Args:
+        path: of `config.yaml`.
+        key: that led here, for the refusal.
+
+    Raises:
+        ValueError: if the file is no configuration, or holds more than plain values and references to its own keys.
+    """
+    import yaml
+
+    from segrl.host.foreign import strange
+
+    try:
+        loaded = OmegaConf.load(path)
+        raw = OmegaConf.to_container(loaded, resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ValueError(
+            f"{key}: {path} must be a configuration; it cannot be read ({' '.join(str(error).split())[:200]})"
+        ) from None
+    if not isinstance(loaded, DictConfig) or not raw:
+        raise ValueError(f"{key}: {path} must be a configuration; it holds none")
+    for where, value in strange(raw, whole=True):
+        raise ValueError(
+            f"{key}: {path} must hold plain values and references to its own keys; {where} is {value!r:.80}"
+        )
+    return OmegaConf.create(_renamed(raw))
+
+
+def _renamed(node: object) -> Any:  # noqa: ANN401 - a node of the kind that came
+    """Return plain containers with today's names of parts that have moved since the file was written."""
+    if isinstance(node, dict):
+        return {key: _renamed(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_renamed(value) for value in node]
+    return _MOVED.get(node, node) if isinstance(node, str) else node
+
+
+def saved(path: Path, key: str, command: str, overrides: list[str] | None = None) -> DictConfig:
+    """Return the configuration of a run or an evaluation that is gone on with, with values of it changed.
+
+    Args:
+        path: of `config.yaml`, which may be anybody's.
+        key: that led here, for the refusal.
+        command: that the configuration is for.
+        overrides: `a.b=c`, of the user's own command line; those of an evaluation may only say what stands there.
+
+    Raises:
+        ValueError: if the file is no configuration, or names anything but segrl's parts, plain values, and what
+            the user names himself.
+    """
+    from segrl.runs.schema.commands import COMMANDS
+    from segrl.runs.schema.walk import ForeignPart, faults
+
+    loaded = read(path, key)
+    if not set(COMMANDS[command].model_fields) & set(loaded):
+        raise ValueError(f"{key}: {path} must be a configuration; it holds none")
+    _without_peak(loaded, path, key)
+    typed, changed = _lay_over(loaded, key, overrides or [])
+    if changed and command == "evaluate":
+        raise ValueError(
+            f"{key}: the evaluation goes on with its own configuration; {changed[0]} cannot be changed"
+        )
+    own = "(if it is your own{}, write {}={} on the command line)"
+    if found := faults(loaded, COMMANDS[command], typed):
+        first = found[0]
+        out = f" {own.format(' code', first.key, first.target)}" if isinstance(first, ForeignPart) else ""
+        raise ValueError(f"{key}: {path} must be a configuration of segrl: {first}{out}")
+    refuse_unread(loaded, Said(changed, []))
+    head = str(OmegaConf.select(loaded, "head.architecture"))
+    if "head.architecture" not in typed and "head" in loaded and not _shipped(head):
+        raise ValueError(
+            f"{key}: {path}: head.architecture must ship with segrl or sam2; got {head} "
+            f"{own.format('', 'head.architecture', head)}"
+        )
+    return loaded
+
+
+def _without_peak(cfg: DictConfig, path: Path, key: str) -> None:
+    """Take away the one rate that a one-cycle schedule once had for all groups, where it is the optimizer's own."""
+    schedule = OmegaConf.select(cfg, "stage.schedule")
+    if not isinstance(schedule, DictConfig) or schedule.get("_target_") != "segrl.stages.schedule.one_cycle":
+        return
+    rate = OmegaConf.select(cfg, "stage.optimizer.lr")
+    if "max_lr" in schedule and schedule.max_lr != rate:
+        raise ValueError(
+            f"{key}: {path}: stage.schedule.max_lr must be stage.optimizer.lr ({rate}), where every group peaks at its own "
+            f"rate; got {schedule.max_lr} (take it away there: what was saved goes on at its rates)"
+        )
+    schedule.pop("max_lr", None)
+
+
+def _lay_over(cfg: DictConfig, key: str, overrides: list[str]) -> tuple[set[str], list[str]]:
+    """Set keys of a configuration that are there; return their names, and the overrides that changed something."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    typed, changed = set(), []
+    for override in overrides:
+        said = OverridesParser.create().parse_override(override)
+        name = said.key_or_group
+        parent, _, last = name.rpartition(".")
+        node = OmegaConf.select(cfg, parent) if parent else None
+        if said.is_add() or said.is_delete() or not isinstance(node, DictConfig) or last not in node:
+            raise ValueError(
+                f"{key}: the run goes on with its own configuration; {override} cannot be changed"
+            )
+        typed.add(name)
+        if node[last] != said.value():
+            changed.append(override)
+            OmegaConf.update(cfg, name, said.value())
+    return typed, changed
+
+
+def _shipped(architecture: str) -> bool:
+    """Whether an architecture's YAML is segrl's or sam2's: any other would say which code is called."""
+    return (
+        Path(architecture).parent == Path(asset(""))
+        or re.fullmatch(r"configs/sam2(\.1)?/[\w.+]+\.yaml", architecture) is not None
+    )
+
+
+def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+    """Return the configuration of the run folder `cfg.resume`, with plain values of it changed.
+
+    Raises:
+        ValueError: if the folder holds no run, or an override is not a value of that run.
+    """
+    home = Path(cfg.resume)
+    config, checkpoint = home / "config.yaml", home / "checkpoints" / "last.ckpt"
+    if not config.is_file():
+        what = "is a folder" if config.is_dir() else "is not there"
+        raise ValueError(f"resume: must be a run folder, which holds config.yaml; {config} {what}")
+    changes = [o.removeprefix("++") for o in overrides if not o.startswith("resume=")]
+    for change in changes:
+        if re.match(r"stage\.(optimizer|schedule|critic|critic_lr)\b", change):
+            raise ValueError(
+                f"resume: optimizer, schedule and critic go on as they were saved; {change} cannot be changed"
+            )
+    before = saved(config, "resume", "train", changes)
+    before.resume, before.paths.run = str(home), str(home)
+    if checkpoint.exists():
+        before.ckpt_path = str(checkpoint)
+    else:
+        _begin_anew(home, read(config, "resume"))
+    return before
+
+
+def _begin_anew(home: Path, cfg: DictConfig) -> None:
+    """Say that a run without a checkpoint begins at its first update; raise ValueError if it has had one."""
+    from segrl.runs.training import say
+    from segrl.tracking.callbacks import read_history
+
+    last, every = (
+        home / "checkpoints" / "last.ckpt",
+        OmegaConf.select(cfg, "callbacks.checkpoint.every_n_steps"),
+    )
+    if (home / "metrics.json").exists():
+        raise ValueError(f"resume: must have the checkpoint of a finished run; {last} is gone")
+    steps = [line["step"] for line in read_history(home / "history.jsonl")]
+    before = int(max(steps[:-1], default=0))  # whatever was due then was saved before the next line
+    if (home / "checkpoints" / "best.ckpt").exists() or (isinstance(every, int) and before >= every):
+        raise ValueError(
+            f"resume: must have the checkpoint of a run that has learned; {last} is gone (to begin anew, take "
+            f"history.jsonl and checkpoints away there)"
+        )
+    say(f"{home} holds no checkpoint: the run begins anew, at its first update")

@@ -1,0 +1,119 @@
+"""Write chat traces of masks, as `segrl.prepare traces` does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from omegaconf import DictConfig, OmegaConf
+
+from segrl.host import signals
+from segrl.host.files import write_whole
+from segrl.runs.configuration import check as check_all
+from segrl.runs.configuration import check_keys
+
+if TYPE_CHECKING:
+    from segrl.data.annotator import Judged
+
+
+def traces(cfg: DictConfig) -> None:
+    """Write one JSON line per sample whose mask the mask head finds again from the trace's own prompt."""
+    check_keys(cfg, "prepare_traces")
+    out = _checked_out(cfg)
+    check_all(cfg, "prepare_traces")
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.utils import instantiate
+
+    from segrl.data.annotator import Judged, written
+
+    head_name = f"head={HydraConfig.get().runtime.choices['head']}"
+    samples, head = instantiate(cfg.data.module.train), instantiate(cfg.head)
+    partial, judged = out.with_name(f"{out.name}.partial"), Judged()
+    with signals.held(), _going_on(partial, _command(cfg, samples.ids), judged) as file:
+        if judged.seen:
+            print(f"  {judged.seen}/{len(samples)} were judged before", flush=True)
+        grammar, annotator = instantiate(cfg.grammar), instantiate(cfg.annotator)
+        for one in written(samples, head, grammar, annotator, cfg.least_iou, judged):
+            if isinstance(one, dict):
+                one |= {"image": os.path.relpath(one["image"], out.parent)}
+            file.write(json.dumps(one) + "\n")
+            file.flush()
+            judged.add(one)
+            if judged.seen % 100 == 0:
+                print(f"  {judged.seen}/{len(samples)}, {len(judged.lines)} kept", flush=True)
+            if (signum := signals.asked()) is not None:
+                stop = signals.Stopped(signum)
+                said = f"{judged.seen} of {len(samples)} samples are judged and kept in {partial}"
+                print(f"stopped by {stop.name}; {said}; the same command goes on", flush=True)
+                stop.told = True
+                raise stop
+        left_out = f"{judged.unsolved} below IoU {cfg.least_iou} as {head_name} draws them, {judged.empty} without an object"
+        if not judged.lines:
+            raise ValueError(
+                f"least_iou: a mask head that finds masks again is needed; of {len(samples)} it found none ({left_out})"
+            )
+        write_whole(out, "".join(json.dumps(line) + "\n" for line in judged.lines))
+        partial.unlink()
+        print(f"{len(judged.lines)} traces in {out}; left out: {left_out}")
+    signals.check()
+
+
+def _command(cfg: DictConfig, ids: Sequence[str]) -> str:
+    """The first line of a partial file: what was asked for, and of which samples."""
+    parts = {
+        part: OmegaConf.to_container(cfg[part], resolve=True)
+        for part in ("data", "head", "grammar", "annotator")
+    }
+    said = json.dumps([parts, cfg.least_iou, str(cfg.out), list(ids)])
+    return f"traces {hashlib.sha256(said.encode()).hexdigest()}"
+
+
+@contextmanager
+def _going_on(partial: Path, command: str, judged: Judged) -> Iterator[TextIO]:
+    """Count in `judged` what a partial file holds, and open it to append; what is refused leaves none.
+
+    Raises:
+        ValueError: if it is of another command, or damaged.
+    """
+    whole = partial.read_bytes() if partial.is_file() else b""
+    whole = whole[: whole.rfind(b"\n") + 1]  # what a kill cut off is judged again
+    first, *rows = whole.decode(errors="replace").splitlines() or [command]
+    try:
+        for row in rows:
+            judged.add(json.loads(row))
+    except ValueError:
+        first = ""
+    if first != command:
+        raise ValueError(
+            f"out: {partial} must be of the same command to go on with; it is of another, or was changed "
+            "(give the same command, or delete it to begin anew)"
+        )
+    made = [folder for folder in partial.parents if not folder.exists()]
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    if whole:
+        os.truncate(partial, len(whole))
+    else:
+        partial.write_text(f"{command}\n")
+    try:
+        with partial.open("a") as text:
+            yield text
+    except ValueError:
+        partial.unlink(missing_ok=True)
+        for folder in made:
+            folder.rmdir()
+        raise
+
+
+def _checked_out(cfg: DictConfig) -> Path:
+    """The file to write; ValueError naming the key of what cannot be."""
+    out = Path(str(cfg.out))
+    if out.suffix != ".jsonl" or out.is_dir():
+        raise ValueError(f"out: a .jsonl file is needed; got {out}")
+    if out.exists() and not cfg.overwrite:
+        raise ValueError(f"out: a new .jsonl file is needed; {out} exists (overwrite=true writes it anew)")
+    return out

@@ -1,0 +1,370 @@
+"""One training run, from a checked configuration to its report."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import torch.distributed.nn
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from segrl.data.datamodule import SegDataModule
+from segrl.data.survey import OnDisk
+from segrl.host import signals
+from segrl.host.files import own, write_whole
+from segrl.runs import checks, report
+from segrl.runs import folder as folders
+from segrl.runs.configuration import asset
+from segrl.runs.departures import of_batch, of_counts
+from segrl.runs.folder import scored_checkpoint
+from segrl.stages.base import SegStage, Stage
+from segrl.stages.policy_gradient import PolicyGradientStage
+from segrl.tracking.callbacks import cut_history, read_history
+from segrl.tracking.checkpoints import AtomicCheckpointIO, Stop, read_checkpoint, saved_step
+from segrl.tracking.figures import curves
+from segrl.tracking.mlflow_runs import ARTIFACTS, keep, where
+from segrl.tracking.provenance import provenance
+
+_FOLDER = "SEGRL_RUN_FOLDER"  # processes that Lightning starts find the first one's folder here
+_CURVES = ("reward/total", "reward/iou", "reward/structure", "rollout/fault_rate", "sft/loss", "head/iou")
+
+
+def quiet() -> None:
+    """Progress is ours to print."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # weights are checked by `whole_model`
+    warnings.filterwarnings("ignore", module="lightning|torch|mlflow|transformers")
+
+
+@atexit.register
+def _leave_group() -> None:
+    """Close the ranks' group while Python still runs: a thread of gloo's that lets go of a tensor later aborts the process.
+
+    Lightning does so for NCCL alone. The threads end with the last reference to the group: DDP's wrapper has one, and
+    `torch.distributed.nn` keeps one for good where it is imported beside a group, so it is imported here before there is any.
+    """
+    if torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def memory_said(key: str) -> Iterator[None]:
+    """Inside, a GPU whose memory runs out is a ValueError that names what takes less of it, `key` first."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{key}: what is done at once must fit the GPU's memory, which ran out ({str(error).splitlines()[0][:160]}); "
+            "lower it, or see docs/speed.md, Memory, for the keys that take less"
+        ) from error
+
+
+def say(line: str) -> None:
+    """On stdout, once for all ranks."""
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        print(line, flush=True)
+
+
+def run_folder(cfg: DictConfig) -> Path:
+    """Return the folder that the run will have, or goes on in; the first rank locks one that is there.
+
+    Raises:
+        ValueError: if it is used by another process, is none, or holds something else under the name of a file of a run.
+    """
+    if cfg.resume is not None:
+        folder = Path(cfg.resume)
+        folders.check_kinds(folder, "resume")
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            own(folder, "resume")
+        return folder
+    folder = Path(cfg.paths.run)
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        return Path(os.environ.get(_FOLDER, folder))
+    if folder.exists() and signals.ranks() > 1:
+        return folders.create(folder, alone=False)  # says that it is taken
+    return folders.free_name(folder)
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """Everything of one run, built; nothing is on the disk before all of it could be built."""
+
+    cfg: DictConfig
+    folder: Path
+    stage: Stage
+    data: SegDataModule
+    trainer: lightning.Trainer
+    logger: Logger | None
+    before: str | None  # the configuration of a run that is gone on with
+    scored_before: bool  # its start, and the scores can be read
+    begun_at: int  # update of the checkpoint that is gone on from
+    trained: bool = False
+    scored: bool = False
+    scored_step: int | None = None  # of the checkpoint that is scored, where it is not the last
+    began: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def build(cls, cfg: DictConfig) -> Run:
+        """Instantiate data, stage, trainer; then create the run folder. Raises ValueError on what does not fit."""
+        quiet()
+        torch.manual_seed(cfg.seed)
+        folder = run_folder(cfg)
+        cfg.paths.run = str(folder)
+        checks.words(cfg)
+        checks.checkpoints(cfg)
+        data: SegDataModule = instantiate(cfg.data.module)
+        stage: Stage = instantiate(cfg.stage)
+        data.connect(stage.collate, stage.eval_collate, stage.updates_per_batch)
+        checks.metrics(cfg, data)
+        scored = report.readable(folder / "evaluation" / "before.jsonl")
+        if scored is not None:
+            report.check_same_samples(scored, {name: s.ids for name, s in data.test.items()})
+        if cfg.init_from is not None:
+            cls._start_from(stage, Path(cfg.init_from))
+        loaded = None
+        if cfg.ckpt_path is not None:
+            loaded = read_checkpoint(Path(cfg.ckpt_path), "resume" if cfg.resume else "ckpt_path")
+            stage.on_load_checkpoint(loaded)
+        stage.started_from = cfg.init_from
+        saved = folder / "config.yaml"
+        return cls(
+            cfg=cfg, folder=folder, stage=stage, data=data, trainer=cls._trainer(cfg), logger=None,
+            before=saved.read_text() if saved.is_file() else None, scored_before=scored is not None,
+            begun_at=0 if loaded is None else loaded["global_step"],
+        )  # fmt: skip
+
+    @staticmethod
+    def _trainer(cfg: DictConfig) -> lightning.Trainer:
+        """Of the run, in its folder."""
+        trainer: lightning.Trainer = instantiate(
+            cfg.trainer, logger=False, callbacks=[*(instantiate(c) for c in cfg.callbacks.values()), Stop()],
+            plugins=[AtomicCheckpointIO()], default_root_dir=str(cfg.paths.run),
+        )  # fmt: skip
+        return trainer
+
+    def open(self) -> None:
+        """Create the run folder and its logger, on the first rank; all that could be wrong has been built by now."""
+        if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+            return
+        cfg = self.cfg
+        with signals.held():
+            logger, text, made = self._logger()  # refuses before anything is made
+            if cfg.resume is None:
+                self.folder = folders.create(Path(cfg.paths.run), signals.ranks() == 1)
+                os.environ[_FOLDER] = str(self.folder)
+                if str(self.folder) != cfg.paths.run:  # another process has taken the name meanwhile
+                    cfg.paths.run = str(self.folder)
+                    self.trainer = self._trainer(cfg)
+                    logger, text, made = self._logger()
+            write_whole(self.folder / "config.yaml", text)
+            if not (self.folder / "provenance.json").is_file():
+                write_whole(self.folder / "provenance.json", json.dumps(made, indent=2) + "\n")
+            # MLflow's parameters are written once; a resumed run has its changes in config.yaml
+            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+            self.logger = self.trainer.logger = logger
+        signals.check()
+
+    def _logger(self) -> tuple[Logger, str, dict[str, str]]:
+        """Return the logger of the folder that the configuration names, the configuration, and where the run comes from."""
+        text = OmegaConf.to_yaml(
+            self.cfg
+        )  # unresolved, so that an override of a resumed run reaches all that refers to it
+        made = provenance(text)
+        logger: Logger = instantiate(self.cfg.logger)(Path(self.cfg.paths.run), made)
+        return logger, text, made
+
+    @staticmethod
+    def _start_from(stage: Stage, checkpoint: Path) -> None:
+        """Take over the policy of an earlier stage."""
+        if not isinstance(stage, SegStage):
+            raise ValueError(
+                "init_from: a stage that trains a policy to segment is needed; this one does not"
+            )
+        weights = read_checkpoint(checkpoint, "init_from")["state_dict"]
+        try:
+            stage.start_from(
+                {k.removeprefix("policy."): v for k, v in weights.items() if k.startswith("policy.")}
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"init_from: a policy of this architecture is needed; {checkpoint} has another ({error})"
+            ) from None
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self.trainer.global_step
+
+    def announce(self) -> None:
+        """Say what runs where."""
+        learned = sum(p.numel() for p in self.stage.parameters() if p.requires_grad)
+        say(f"{self.cfg.name}: {learned / 1e6:.1f} M parameters learn; results in {self.folder}")
+        for line in (*of_batch(self.cfg, self.trainer.world_size), *of_counts(self.cfg, self.data.test)):
+            say(f"  {line}")
+        if self.cfg.resume and (cut := cut_history(self.folder / "history.jsonl", self.begun_at)):
+            say(f"  {cut}")
+        if (
+            isinstance(self.stage, PolicyGradientStage)
+            and self.cfg.reference
+            and self.stage.reference is None
+        ):
+            say("  reference: it is not used, for stage.kl_weight and stage.kl_reward are 0")
+
+    @property
+    def _seg_stage(self) -> SegStage | None:
+        """The stage, if it can be scored on test sets."""
+        return self.stage if isinstance(self.stage, SegStage) and self.data.test else None
+
+    @property
+    def _only_scenes(self) -> bool:
+        """Whether the policy is the one that ships, which has seen drawn scenes alone, and a test set is of photographs."""
+        photographs = any(isinstance(samples, OnDisk) for samples in self.data.test.values())
+        return photographs and str(self.cfg.policy.weights) == asset("policy_nano")
+
+    def _test(self, stage: SegStage, name: str) -> report.Scores:
+        """Score the test sets, one line per sample into the run folder; on every rank the scores of all."""
+        say(f"scoring the test sets ({name}) ...")
+        with memory_said("data.module.eval_batch_size"):
+            self.trainer.test(stage, self.data, verbose=False)
+        rows = report.rows(stage.records)
+        if self.trainer.world_size > 1:
+            shares: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(shares, rows)
+            rows = report.interleaved(shares)
+        if self.trainer.is_global_zero:
+            report.save(rows, self.folder / "evaluation" / f"{name}.jsonl")
+        return report.scores(rows)
+
+    def test_before(self) -> None:
+        """Score the start, unless a run that is gone on with already has."""
+        if self._seg_stage is not None and self.cfg.test_before and not self.scored_before:
+            self._test(self._seg_stage, "before")
+
+    def fit(self) -> None:
+        """Train. Raises `Stopped` if the process was asked to stop, after saving."""
+        try:
+            with memory_said("stage.micro_batch_size"), signals.held():
+                self.trainer.fit(self.stage, self.data, ckpt_path=self.cfg.ckpt_path, weights_only=True)
+        except ValueError:
+            if self.before is not None and not self.stage.latest:  # refused: the run stays as it was
+                if self.trainer.is_global_zero:
+                    write_whole(self.folder / "config.yaml", self.before)
+            elif (self.folder / "checkpoints" / "last.ckpt").is_file():
+                say(f"go on, when it is mended, with: python -m segrl.train resume={self.folder}")
+            raise
+        self.trained = True
+        self.folder = Path(
+            self.trainer.strategy.broadcast(str(self.folder))
+        )  # started from outside, ranks know their own
+        signals.check()
+
+    def stopped(self, stop: signals.Stopped) -> None:
+        """Say what is on the disk, which is read for it, and how to go on; the tracker learns that the run was ended."""
+        say(self._kept(stop))
+        stop.told = True
+        if self.logger is not None:
+            self.logger.finalize("KILLED")
+
+    def _kept(self, stop: signals.Stopped) -> str:
+        last, go_on = self.folder / "checkpoints" / "last.ckpt", f"python -m segrl.train resume={self.folder}"
+        if not (self.folder / "config.yaml").is_file():
+            return f"stopped by {stop.name} before anything was written"
+        if not last.is_file() and self.step == 0:
+            return f"stopped before its first update: nothing was learned that could be lost; go on with: {go_on}"
+        try:
+            step = saved_step(last)
+        except ValueError as error:
+            return f"stopped at step {self.step}, and not saved: {error}; begin anew with: {go_on}"
+        if step < self.step:
+            return f"stopped at step {self.step}; the last that is saved is step {step}; go on with: {go_on}"
+        if self.scored:
+            return f"trained, saved at step {step} and scored; it was stopped while results were copied; again with: {go_on}"
+        if self.trained:
+            return f"trained and saved at step {step}, not scored; go on with: {go_on}"
+        return f"stopped and saved at step {step}; go on with: {go_on}"
+
+    def score(self) -> float | None:
+        """Score without training: the means on stdout, one line per sample and metrics.json in the run folder."""
+        if self._seg_stage is None:
+            raise ValueError("data: test sets are needed to score a policy; this dataset has none")
+        metrics = report.means(self._test(self._seg_stage, "after"))
+        if self.trainer.is_global_zero:
+            report.tell(report.means_text(metrics), self.folder / "table.txt")
+        return self._keep(metrics, {})
+
+    def _take_best(self, stage: SegStage) -> None:
+        """Go back to the checkpoint that validated best, where one was kept."""
+        chosen = scored_checkpoint(self.folder)
+        if chosen.name == "best.ckpt":
+            saved = read_checkpoint(chosen, "callbacks.best")
+            stage.load_state_dict(saved["state_dict"], strict=False)
+            self.scored_step = int(saved["global_step"])
+            say(f"scoring {chosen}, of update {self.scored_step}")
+
+    def finish(self) -> float | None:
+        """Score, compare, draw, keep; print the table and where everything is."""
+        folder, stage = self.folder, self._seg_stage
+        metrics: dict[str, float] = {}
+        table: report.Table = {}
+        if stage is not None:
+            self._take_best(stage)
+            metrics = report.means(self._test(stage, "after"))
+        if not self.trainer.is_global_zero:
+            return None
+        curves(read_history(folder / "history.jsonl"), _CURVES, folder / "reward_curve.png")
+        if stage is not None:
+            before, after = (folder / "evaluation" / f"{name}.jsonl" for name in ("before", "after"))
+            if before.is_file():
+                table = report.conclude(
+                    folder, self.cfg.seed, self.step, self.cfg.stage.optimizer.lr, self._only_scenes
+                )
+            else:
+                report.tell(report.means_text(metrics), folder / "table.txt")
+            report.draw(next(iter(self.data.test.values())), before, after, folder / "before_after.png")
+        metrics |= {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
+        return self._keep(metrics, table)
+
+    def _keep(self, metrics: dict[str, float], table: report.Table) -> float | None:
+        """Write metrics.json, copy everything to the tracker, say where it is."""
+        folder = self.folder
+        objective = metrics.get(self.cfg.objective_metric or "")
+        if not self.trainer.is_global_zero or self.logger is None:
+            return objective
+        summary = {
+            "name": self.cfg.name, "seed": self.cfg.seed, "steps": self.step,
+            "scored_step": self.step if self.scored_step is None else self.scored_step,
+            "completions": self.stage.sampled, "objective": objective, "metrics": metrics,
+            "test": {d: {m: asdict(c) for m, c in rows.items()} for d, rows in table.items()},
+            "seconds": round(time.monotonic() - self.began, 1),
+        }  # fmt: skip
+        write_whole(folder / "metrics.json", json.dumps(summary, indent=2) + "\n")
+        self.scored = True
+        final = metrics if objective is None else {**metrics, "objective": objective}
+        keep(self.logger, [folder / name for name in ARTIFACTS], final)
+        self.logger.finalize("success")
+        say(f"\nresults in {folder}")
+        if line := where(self.logger, self.cfg.paths.runs):
+            say(line)
+        return objective

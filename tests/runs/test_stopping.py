@@ -1,0 +1,265 @@
+"""A run that is asked to stop says what is on the disk, and goes on from there, wherever the signal came."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from segrl.host import signals
+from segrl.models.hf_vlm import HFPolicy
+from segrl.segmenter import Segmenter
+from segrl.stages.base import Stage
+from segrl.stages.policy_gradient import PolicyGradientStage
+from segrl.tracking.callbacks import Progress
+
+RUN = (
+    "+experiment=demo", "logger=csv", "data.workers=0", "data.batch_size=2", "data.train_length=4", "data.test_length=2",
+    "rollout.max_tokens=6", "stage.group_size=2", "stage.schedule=null", "trainer.max_steps=3", "trainer.accelerator=cpu",
+    "trainer.val_check_interval=1", "callbacks.checkpoint.every_n_steps=100", "callbacks.best.monitor=val/synthetic/sm",
+    "data.val_length=2", "stage.optimizer.lr=1e-3",
+)  # fmt: skip
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """Send this process a signal at the n-th call of a function, before it runs."""
+
+    def put(owner: object, name: str, number: int, sent: int = signal.SIGTERM, where=lambda *a: True) -> None:
+        before, calls = getattr(owner, name), []
+
+        def struck(*given, **named):
+            if where(*given):
+                calls.append(1)
+                if len(calls) == number:
+                    os.kill(os.getpid(), sent)
+            return before(*given, **named)
+
+        monkeypatch.setattr(owner, name, struck)
+
+    return put
+
+
+def state(run):
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The same run, never stopped."""
+    return {"folder": tmp_path_factory.mktemp("whole") / "run"}
+
+
+def goes_on(cli, run, whole):
+    """Resumed, it ends as the run that was never stopped."""
+    if not whole["folder"].exists():
+        code, _, err = cli(*RUN, f"paths.run={whole['folder']}")
+        assert code == 0, err
+    code, _, err = cli(f"resume={run}", runs=None)
+    assert code == 0, err
+    ours, theirs = state(run)["state_dict"], state(whole["folder"])["state_dict"]
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and ours.keys() == theirs.keys()
+    ours, theirs = (json.loads((f / "metrics.json").read_text()) for f in (run, whole["folder"]))
+    assert (ours["test"], ours["metrics"]) == (theirs["test"], theirs["metrics"])
+    ours, theirs = ((f / "history.jsonl").read_text() for f in (run, whole["folder"]))
+    assert ours == theirs
+
+
+def validating(stage, batch):
+    return stage.trainer.validating
+
+
+def scoring(stage, batch):
+    return stage.trainer.testing
+
+
+# where the signal comes; the first words of the line; the step that is saved
+PHASES = {
+    "between steps": ((Stage, "on_train_batch_start", 2, signal.SIGINT), "stopped and saved at step 2", 2),
+    "in a step": ((PolicyGradientStage, "update", 2, signal.SIGTERM), "stopped and saved at step 2", 2),
+    "after a step": ((Progress, "on_train_batch_end", 1, signal.SIGINT), "stopped and saved at step 1", 1),
+    "in a validation": (
+        (PolicyGradientStage, "evaluate_batch", 2, signal.SIGTERM, validating), "stopped and saved at step 2", 2,
+    ),
+    "in the last validation": (
+        (PolicyGradientStage, "evaluate_batch", 3, signal.SIGINT, validating), "stopped and saved at step 3", 3,
+    ),
+    "while saving": ((torch, "save", 1, signal.SIGTERM), "stopped and saved at step", None),
+    "scoring before": ((Segmenter, "__call__", 1, signal.SIGINT), "stopped before its first update", None),
+    "scoring after": (
+        (PolicyGradientStage, "evaluate_batch", 2, signal.SIGTERM, scoring), "trained and saved at step 3, not scored", 3,
+    ),
+    "closing figures": ((running, "curves", 1, signal.SIGINT), "trained and saved at step 3, not scored", 3),
+    "copying": ((running, "keep", 1, signal.SIGTERM), "trained, saved at step 3 and scored", 3),
+}  # fmt: skip
+
+
+SOON = (
+    "in a step",
+    "in the last validation",
+    "while saving",
+    "scoring before",
+    "copying",
+)  # the others are slow tests
+
+
+@pytest.mark.parametrize(
+    "phase", [pytest.param(p, marks=() if p in SOON else pytest.mark.slow) for p in PHASES]
+)
+def test_what_is_said_is_on_the_disk_and_goes_on(cli, tmp_path, at, monkeypatch, whole, phase):
+    struck, words, step = PHASES[phase]
+    run = tmp_path / "run"
+    at(*struck)
+    code, out, err = cli(*RUN, f"paths.run={run}")
+    monkeypatch.undo()
+    assert code == 128 + struck[3], (code, out, err)
+    (line,) = [line for line in out.splitlines() if line.startswith(("stopped", "trained"))]
+    assert line.startswith(words) and f"python -m segrl.train resume={run}" in line, line
+    assert (run / "checkpoints" / "last.ckpt").exists() == (step is not None or "saved" in words)
+    if step is not None:
+        assert state(run)["global_step"] == step
+    assert (run / "metrics.json").exists() == (phase == "copying")
+    goes_on(cli, run, whole)
+
+
+def test_before_anything_is_written_nothing_is(cli, tmp_path, at):
+    at(HFPolicy, "__init__", 1, signal.SIGINT)
+    code, out, err = cli(*RUN)
+    assert (code, out, err) == (130, "stopped by SIGINT before anything was written\n", "")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_ends_behind_the_job_that_was_stopped(cli, tmp_path, at):
+    """Behind a job that failed, too: the sweep was stopped, and that is what its exit code says."""
+    client = pytest.importorskip("mlflow.tracking").MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (tmp_path / "bad.ckpt").write_bytes(b"no checkpoint")
+    at(PolicyGradientStage, "update", 2)
+    jobs = (f"init_from={tmp_path}/bad.ckpt,null", "seed=1,2")
+    code, out, err = cli("-m", *RUN, "logger=mlflow", "test_before=false", *jobs[::-1])
+    assert code == 143, err
+    assert "stopped and saved at step 2" in out and err.count("failed: init_from") == 1
+    assert out.splitlines()[-1] == "the sweep was stopped: 0 of 4 jobs ended, 2 were not begun"
+    assert "job 2 of 4" in out and "job 3 of 4" not in out
+    assert len(list((tmp_path / "runs" / "demo").iterdir())) == 1
+    (rows,) = (tmp_path / "runs" / "sweeps").glob("*/jobs.jsonl")
+    assert [json.loads(line)["job"] for line in rows.read_text().splitlines()] == [1, 2]
+    runs = client.search_runs([client.get_experiment_by_name("demo").experiment_id])
+    assert len(runs) == 2 and {run.info.status for run in runs} == {"KILLED"}
+
+
+def test_an_evaluation_keeps_what_was_answered(cli, tmp_path, at):
+    arguments = (
+        "+suite=synthetic", "testsets.synthetic.samples.length=6", "testsets.synthetic.published=6", "logger=csv",
+        "trainer=cpu", "data.workers=0", "suite.draws=0", "suite.batch_size=2", "rollout.max_tokens=4",
+    )  # fmt: skip
+    at(Segmenter, "__call__", 3, signal.SIGINT)
+    code, out, err = cli(*arguments, f"paths.run={tmp_path}/a", module="evaluate")
+    assert code == 130, err
+    last = out.splitlines()[-1]
+    assert last == (
+        f"stopped; 4 of 6 samples are answered and kept; go on with: python -m segrl.evaluate resume={tmp_path}/a"
+    )
+    code, out, err = cli(f"resume={tmp_path}/a", module="evaluate", runs=None)
+    assert code == 0 and "4 of 6 were there" in out, err
+
+
+def test_traces_go_on_where_they_were_stopped(cli, tmp_path, monkeypatch):
+    from PIL import Image
+
+    from segrl.data import annotator as traces
+    from segrl.data.synthetic import SyntheticScenes
+    from segrl.models.sam2_head import Sam2Head
+
+    scenes = SyntheticScenes("test", 4, 0, 128, (0.5, 1.0), (1, 1))
+    for i in range(4):
+        for kind, pixels in (("images", scenes[i].image), ("masks", scenes[i].mask)):
+            (tmp_path / "set/train" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / "set/train" / kind / f"{i}.png")
+    files = sorted(tmp_path.rglob("*"))
+    judged, stops, segment, kept = [], [2], Sam2Head.segment, [True, False, True, True]
+
+    def struck(head, images, prompts):
+        judged.append(1)
+        if len(judged) in stops:
+            os.kill(os.getpid(), signal.SIGINT)
+        return segment(head, images, prompts)
+
+    monkeypatch.setattr(Sam2Head, "segment", struck)
+    monkeypatch.setattr(traces, "iou", lambda *_: kept[(len(judged) - 1) % 4])
+    out, partial = tmp_path / "set/t.jsonl", tmp_path / "set/t.jsonl.partial"
+    command = ("data=image_mask", f"data.root={tmp_path}/set", "head=sam2_nano")
+    ended = "3 traces in {}; left out: 1 below IoU 0.6 as head=sam2_nano draws them, 0 without an object\n"
+    whole = tmp_path / "set/whole.jsonl"
+    stops.clear()
+    assert cli("traces", *command, f"out={whole}", module="prepare", runs=None) == (
+        0,
+        ended.format(whole),
+        "",
+    )
+    stops.append(len(judged) + 2)
+    said = f"stopped by SIGINT; 2 of 4 samples are judged and kept in {partial}; the same command goes on\n"
+    assert cli("traces", *command, f"out={out}", module="prepare", runs=None) == (130, said, "")
+    assert not out.exists()
+    code, _, err = cli("traces", *command, f"out={out}", "least_iou=0.5", module="prepare", runs=None)
+    assert code == 2 and f"out: {partial} must be of the same command" in err
+    with partial.open("a") as file:
+        file.write('{"image": "a.p')  # a kill, in the middle of a line
+    before = len(judged)
+    code, said, err = cli("traces", *command, f"out={out}", module="prepare", runs=None)
+    assert (code, said) == (0, "  2/4 were judged before\n" + ended.format(out)), err
+    assert len(judged) - before == 2 and out.read_text() == whole.read_text()
+    assert sorted(tmp_path.rglob("*")) == sorted([*files, out, whole])
+
+
+def test_signals_are_answered_in_a_process_that_a_launcher_of_sweeps_started(monkeypatch):
+    """Its parent is the sweep, whose id it inherits: it is a run of its own all the same."""
+    monkeypatch.setenv("SEGRL_FIRST_PROCESS", str(os.getppid()))
+    before = signal.getsignal(signal.SIGTERM)
+    assert signals.is_child()
+    with signals.watched(worker=True):
+        assert not signals.is_child() and signal.getsignal(signal.SIGTERM) is not before
+        with signals.held(), signals.watched(worker=True):  # as a job of the first process is
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.asked() == signal.SIGTERM
+        assert signals.asked() == signal.SIGTERM
+    assert signals.is_child() and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_nothing_is_left_in_the_environment(monkeypatch):
+    monkeypatch.delenv("SEGRL_FIRST_PROCESS", raising=False)
+    with signals.watched():
+        assert os.environ["SEGRL_FIRST_PROCESS"] == str(os.getpid())
+    assert "SEGRL_FIRST_PROCESS" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("ranks", "said"),
+    [
+        (1, {}), (1, {"WORLD_SIZE": ""}), (4, {"WORLD_SIZE": "4"}), (1, {"SLURM_NTASKS": "8"}),
+        (1, {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "interactive"}),
+        (8, {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "train"}),
+    ],
+)  # fmt: skip
+def test_ranks_are_counted_where_a_launcher_started_them(monkeypatch, ranks, said):
+    for name in ("WORLD_SIZE", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_JOB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert signals.ranks() == ranks
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    """In a process of its own: what is at once does not return."""
+    import subprocess
+    import sys
+
+    code = (
+        "import os, signal, sys, time; from segrl import stopping\n"
+        "with signals.watched(), signals.held():\n"
+        "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGTERM); time.sleep(1.2)\n"
+        "    print('held', signals.asked(), flush=True); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 143 and done.stdout == "held 2\n"
+    assert done.stderr == "segrl: a second signal (SIGTERM): stopped at once\n"
