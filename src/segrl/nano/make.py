@@ -1,4 +1,4 @@
-"""`python -m segrl.assets`: train the nano weights from nothing and put them, with their cards, where the package finds them.
+"""`python -m segrl.nano.make`: train the nano weights from nothing and put them, with their cards, where the package finds them.
 
 Two chains run side by side, one thread each: the mask head, and the policy (tower, then cold start). Under an hour on
 two cores.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1] / "assets"
 SEED = 1
 _LICENCE = "apache-2.0"  # the scenes are drawn by segrl, and the weights start from nothing
 WEIGHTS = ("policy_nano/model.safetensors", "policy_nano/tokenizer.json", "sam2_nano.safetensors")

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from segrl.runs.schema.interpolations import Fault
 
-_HERE = Path(__file__).resolve().parent
+_HERE = Path(__file__).resolve().parents[1]
 
 
 class Missing(ValueError):
