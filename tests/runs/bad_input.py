@@ -147,7 +147,7 @@ def good_values(schema: dict[str, Any]) -> list[object]:
 
 
 def said_of(name: str, changes: dict[str, object]) -> dict[str, str]:
-    """By key, the line that the front door's check prints of a composed configuration with these values."""
+    """By key, the line that the command's check prints of a composed configuration with these values."""
     cfg = composed(name).copy()
     for key, value in changes.items():
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)

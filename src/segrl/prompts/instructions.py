@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the front door reads this file, and may import nothing heavy
+if TYPE_CHECKING:  # runs.configuration reads this file, and may import nothing heavy
     from segrl.protocols import Grammar, Message
 
 NAME = "instructions.yaml"

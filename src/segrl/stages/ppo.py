@@ -124,7 +124,7 @@ class PPOStage(PolicyGradientStage):
         rewards, mask = self.rewards(experience, rollout), completions.mask
         closes = torch.zeros_like(mask)
         if self.shaping is not None:
-            assert isinstance(self.grammar, Unfolding), "the front door asks for a grammar that says steps"
+            assert isinstance(self.grammar, Unfolding), "runs.checks asks for a grammar that says steps"
             with self.whole_weights(self.head):
                 shaped, closes = self.shaping(
                     self.grammar, self.head, self.policy.encoder, batch, completions, answers

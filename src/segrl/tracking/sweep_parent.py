@@ -131,7 +131,7 @@ class SweepParent(Callback):
             file.write(json.dumps(asdict(row)) + "\n")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ANN401
-        """Print the jobs and close the parent run; exit with 1 where one failed, unless the front door says how it was stopped."""
+        """Print the jobs and close the parent run; exit with 1 where one failed, unless the command says how it was stopped."""
         stopped = signals.asked() is not None
         self._end(config, "KILLED" if stopped else "FINISHED")
         if self.failed and not stopped:

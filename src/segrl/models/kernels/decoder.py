@@ -6,7 +6,7 @@ with them; completions have buffers of fixed size:
 
     scores of row (b, g) at step t  =  [ q · prefix keys of b  |  q · own keys 0..t of (b, g) ]
 
-On a GPU a step is recorded as a CUDA graph and launched at once instead of kernel by kernel: `recorded.py`.
+On a GPU a step is recorded as a CUDA graph and launched at once instead of kernel by kernel: `cuda_graph.py`.
 What a token costs, and of what: benchmarks/step_profile.py on a CPU, benchmarks/roofline.py counted for a GPU, the part `steps` of
 benchmarks/gpu_parts.py on one.
 """
