@@ -121,14 +121,14 @@ def as_on_a_gpu(kernel: bool = True) -> Iterator[None]:
         self.weight, self.bias, self.packed = weight, bias, None
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(suffixes, "has_kernel", lambda *_: kernel))
-        for module in (vision_attention, tower):
+        stack.enter_context(mock.patch.object(suffix_attention, "has_kernel", lambda *_: kernel))
+        for module in (window_attention, vision_tower):
             stack.enter_context(mock.patch.object(module, "kernel_serves", lambda *_: kernel))
-        stack.enter_context(mock.patch.object(shared_prefix, "padded_to", lambda *_: 32))
+        stack.enter_context(mock.patch.object(prefix_pass, "padded_to", lambda *_: 32))
         chunk = token_logprobs.chunk_on(torch.device("cuda"))
         stack.enter_context(mock.patch.object(token_logprobs, "chunk_on", lambda _: chunk))
         stack.enter_context(mock.patch.object(decoder.Product, "__init__", plain))
-        stack.enter_context(mock.patch.object(products, "_by_onednn", lambda *_: False))
+        stack.enter_context(mock.patch.object(onednn_linear, "_by_onednn", lambda *_: False))
         stack.enter_context(torch.autocast("cpu", torch.bfloat16, cache_enabled=False))
         yield
 

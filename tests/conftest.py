@@ -54,7 +54,9 @@ def nano_weights(tmp_path_factory):
             texts = architecture.vocabulary_texts(
                 ["Segment the object."] * 4, ["<think> </think> <bbox>[1,2,3,4]</bbox>"] * 4
             )
-            made[family] = architecture.write(tmp_path_factory.mktemp(family), getattr(nano, family)(texts))
+            made[family] = architecture.write(
+                tmp_path_factory.mktemp(family), getattr(architecture, family)(texts)
+            )
         return made[family]
 
     return weights

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from segrl.models import sam2_head
 from segrl.models.hf_vlm import HFPolicy
-from segrl.models.kernels import pinned, token_logprobs, vision_tower
+from segrl.models.kernels import pinned, token_logprobs, vision_tower, window_attention
 from segrl.models.kernels.decoder import Decoder, Product
 from segrl.models.kernels.prefix_pass import read_prefixes, read_suffixes
 from segrl.models.kernels.suffix_attention import Segments, shares_keys
@@ -307,7 +307,7 @@ def test_prefixes_are_read_without_waiting_for_the_device(policy, prefixes, monk
     grid = torch.cat([prefix.grid for prefix in prefixes])
     layout = vision_tower.tower_layout(policy.model.model.visual, grid, torch.device("cpu"))
     monkeypatch.setattr(pinned, "_can_pin", lambda: False)
-    for module in (vision_attention, tower):
+    for module in (window_attention, vision_tower):
         monkeypatch.setattr(module, "kernel_serves", lambda *_: True)
     model = copy.deepcopy(policy.model.model)
     tokens = (grid.prod(-1) // model.visual.spatial_merge_unit).tolist()
@@ -316,7 +316,7 @@ def test_prefixes_are_read_without_waiting_for_the_device(policy, prefixes, monk
             for held in (module._parameters, module._buffers):
                 held.update({name: moved(value) for name, value in held.items()})
         there = {name: moved(value) for name, value in layout.items()}
-        monkeypatch.setattr(tower, "tower_layout", lambda *_: there)
+        monkeypatch.setattr(vision_tower, "tower_layout", lambda *_: there)
         monkeypatch.setattr(
             fake_tensor.FakeTensor, "tolist", lambda self: tokens
         )  # asked of the grids alone, to split features

@@ -153,6 +153,7 @@ def test_a_cards_precision_survives_all_but_a_precision_and_a_policy(
     cli, model, monkeypatch, said, precision
 ):
     """A group of the trainer says where an evaluation runs; how exactly, the card says."""
+    from segrl.runs import evaluation
 
     taken = []
 
@@ -167,7 +168,7 @@ def test_a_cards_precision_survives_all_but_a_precision_and_a_policy(
         def run(self):
             return None
 
-    monkeypatch.setattr(evaluating, "Evaluation", Stub)
+    monkeypatch.setattr(evaluation, "Evaluation", Stub)
     folder = model(changed("precision", "passes", value="bf16-mixed"))
     arguments = [a for a in EVAL if a != "trainer=cpu"]
     code, _, err = cli(*arguments, *said, f"model={folder}", module="evaluate")

@@ -9,6 +9,7 @@ import torch
 
 from segrl.host import signals
 from segrl.models.hf_vlm import HFPolicy
+from segrl.runs import training
 from segrl.segmenter import Segmenter
 from segrl.stages.base import Stage
 from segrl.stages.policy_gradient import PolicyGradientStage
@@ -90,8 +91,8 @@ PHASES = {
     "scoring after": (
         (PolicyGradientStage, "evaluate_batch", 2, signal.SIGTERM, scoring), "trained and saved at step 3, not scored", 3,
     ),
-    "closing figures": ((running, "curves", 1, signal.SIGINT), "trained and saved at step 3, not scored", 3),
-    "copying": ((running, "keep", 1, signal.SIGTERM), "trained, saved at step 3 and scored", 3),
+    "closing figures": ((training, "curves", 1, signal.SIGINT), "trained and saved at step 3, not scored", 3),
+    "copying": ((training, "keep", 1, signal.SIGTERM), "trained, saved at step 3 and scored", 3),
 }  # fmt: skip
 
 

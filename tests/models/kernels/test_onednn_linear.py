@@ -12,9 +12,9 @@ from segrl.rollout.shared_prefix import SharedPrefixEngine
 @pytest.fixture
 def calls(monkeypatch):
     """On a CPU where oneDNN is faster, whatever this one is."""
-    monkeypatch.setattr(products, "FASTER", onednn_linear.HAS_ONEDNN)
+    monkeypatch.setattr(onednn_linear, "FASTER", onednn_linear.HAS_ONEDNN)
     seen, made = [], onednn_linear._by_onednn
-    monkeypatch.setattr(products, "_by_onednn", lambda *given: seen.append(made(*given)) or seen[-1])
+    monkeypatch.setattr(onednn_linear, "_by_onednn", lambda *given: seen.append(made(*given)) or seen[-1])
     return seen
 
 
@@ -56,7 +56,7 @@ def test_half_precision_and_others_are_torchs(calls):
 
 @pytest.mark.parametrize("faster", [True, False])
 def test_views_are_read_as_they_are(faster, monkeypatch):
-    monkeypatch.setattr(products, "FASTER", faster and onednn_linear.HAS_ONEDNN)
+    monkeypatch.setattr(onednn_linear, "FASTER", faster and onednn_linear.HAS_ONEDNN)
     one, other, total = torch.randn(30, 7), torch.randn(30, 11), torch.randn(7, 11)
     torch.testing.assert_close(rows_by_rows(one.t(), other.t()), one.t() @ other, rtol=1e-5, atol=1e-5)
     expected = total + one.t() @ other
@@ -104,8 +104,8 @@ def test_without_onednns_operations_products_are_torchs(policy, prefixes, monkey
     """They are not in torch's public interface: another release may have them elsewhere."""
     engine = SharedPrefixEngine(12)
     expected = engine.greedy(policy, prefixes)
-    monkeypatch.setattr(products, "HAS_ONEDNN", False)
-    monkeypatch.setattr(products, "FASTER", False)
+    monkeypatch.setattr(onednn_linear, "HAS_ONEDNN", False)
+    monkeypatch.setattr(onednn_linear, "FASTER", False)
     assert not onednn_linear._has_ops("_linear_pointwise", "no_such_operation")
     found = engine.greedy(policy, prefixes)
     assert torch.equal(found.tokens, expected.tokens)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from segrl.models.kernels import prefix_pass
 from segrl.models.kernels.prefix_pass import _through, memory_keyword, pad_right
 from segrl.types import Completions
 
@@ -61,7 +62,7 @@ def test_padding_up_to_a_multiple_changes_nothing(policy, prefixes, monkeypatch)
     for multiple in (1, much):
         policy.zero_grad()
         with monkeypatch.context() as patched:
-            patched.setattr(shared_prefix, "padded_to", lambda *_, multiple=multiple: multiple)
+            patched.setattr(prefix_pass, "padded_to", lambda *_, multiple=multiple: multiple)
             state = policy.prefill(prefixes)
             logprobs = policy.logprobs(prefixes, said, state)
         (logprobs * torch.linspace(-1, 1, 42).view_as(logprobs)).sum().backward()

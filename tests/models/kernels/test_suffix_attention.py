@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from segrl.models.kernels import suffix_attention
+from segrl.models.kernels import prefix_pass, suffix_attention
 from segrl.models.kernels.suffix_attention import Segments, SideBySide
 from segrl.types import Completions
 
@@ -42,8 +42,8 @@ def learned(policy, prefixes):
 
 
 def in_segments(monkeypatch, kernel):
-    monkeypatch.setattr(shared_prefix, "laid_out", Segments)
-    monkeypatch.setattr(suffixes, "varlen_attn", kernel)
+    monkeypatch.setattr(prefix_pass, "laid_out", Segments)
+    monkeypatch.setattr(suffix_attention, "varlen_attn", kernel)
 
 
 def test_segments_give_the_values_and_gradients_of_padded_attention(policy, prefixes, monkeypatch):
@@ -128,7 +128,7 @@ def test_a_kernel_without_the_word_for_shared_keys_is_asked_without_it(policy, p
     }
     padded, _ = learned(policy, prefixes)
     in_segments(monkeypatch, older)
-    monkeypatch.setattr(suffixes, "_SHARES_KEYS", suffix_attention.shares_keys(older))
+    monkeypatch.setattr(suffix_attention, "_SHARES_KEYS", suffix_attention.shares_keys(older))
     assert (learned(policy, prefixes)[0] - padded).abs().max() < 1e-5
 
 
@@ -192,7 +192,7 @@ class Raising(SideBySide):
     ],
 )
 def test_a_kernel_serves_once_it_has_repeated_padded_attention(kernel, said, inside, monkeypatch, recwarn):
-    monkeypatch.setattr(suffixes, "Segments", lambda seen, real, dtype: kernel(seen, real))
+    monkeypatch.setattr(suffix_attention, "Segments", lambda seen, real, dtype: kernel(seen, real))
     suffix_attention._kernel_repeats.cache_clear()
     before = torch.get_rng_state()
     with inside(), torch.autocast("cpu", torch.bfloat16):

@@ -21,7 +21,7 @@ def plain_kernel(query, key, value, ends, key_ends, longest, most_keys, scale):
 
 
 def serving(monkeypatch, where):
-    monkeypatch.setattr(vision_attention, "kernel_serves", where)
+    monkeypatch.setattr(window_attention, "kernel_serves", where)
 
 
 def seen(policy, attention):
@@ -50,7 +50,7 @@ def test_windows_in_few_calls_are_windows_one_by_one(policy, monkeypatch, kernel
         calls.append(1)
         return plain_kernel(*given, **settings)
 
-    monkeypatch.setattr(vision_attention, "varlen_attn", counted)
+    monkeypatch.setattr(window_attention, "varlen_attn", counted)
     serving(monkeypatch, lambda *_: kernel)
     expected, of_expected = seen(policy, "sdpa")
     found, of_found = seen(policy, window_attention.NAME)
@@ -69,7 +69,7 @@ def test_a_patch_that_saw_another_window_would_be_noticed(policy, monkeypatch):
         return plain_kernel(query, key, value, whole, whole, len(query), len(query), scale)
 
     serving(monkeypatch, lambda *_: True)
-    monkeypatch.setattr(vision_attention, "varlen_attn", everything)
+    monkeypatch.setattr(window_attention, "varlen_attn", everything)
     assert (seen(policy, window_attention.NAME)[0] - seen(policy, "sdpa")[0]).abs().max() > 1e-3
 
 
@@ -82,7 +82,7 @@ def test_in_half_precision_the_kernel_gets_half_precision(policy, monkeypatch):
 
     expected, _ = seen(policy, "sdpa")
     serving(monkeypatch, lambda device, dtype: dtype == torch.bfloat16)
-    monkeypatch.setattr(vision_attention, "varlen_attn", kernel)
+    monkeypatch.setattr(window_attention, "varlen_attn", kernel)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         half, _ = seen(policy, window_attention.NAME)
     assert kinds and set(kinds) == {torch.bfloat16}
@@ -112,7 +112,7 @@ def test_the_kernel_serves_once_it_has_repeated_calls_by_size(believed, monkeypa
     def kernel(*given, **settings):
         return plain_kernel(*given, **settings) * (1.0 if believed else 1.2)
 
-    monkeypatch.setattr(vision_attention, "varlen_attn", kernel)
+    monkeypatch.setattr(window_attention, "varlen_attn", kernel)
     window_attention._kernel_repeats.cache_clear()
     with torch.inference_mode():
         found = window_attention._kernel_repeats(torch.device("cpu"), torch.float32)
@@ -122,7 +122,7 @@ def test_the_kernel_serves_once_it_has_repeated_calls_by_size(believed, monkeypa
 
 def test_windows_are_worked_out_once_per_pass(policy, monkeypatch):
     made, plain = [], window_attention._Windows
-    monkeypatch.setattr(vision_attention, "_Windows", lambda ends: made.append(1) or plain(ends))
+    monkeypatch.setattr(window_attention, "_Windows", lambda ends: made.append(1) or plain(ends))
     seen(policy, window_attention.NAME)
     config = policy.model.config.vision_config
     assert len(made) == (2 if "window_size" in config.to_dict() else 1) < config.depth
@@ -132,8 +132,8 @@ def test_windows_are_worked_out_once_per_pass(policy, monkeypatch):
 
 def test_a_first_use_in_a_pass_that_recomputes_spoils_no_gradient(policy, prefixes, monkeypatch):
     """The kernel is held against calls by size before the tower is asked: a checkpointed block would keep the tensors of that, too."""
-    monkeypatch.setattr(vision_attention, "varlen_attn", plain_kernel)
-    monkeypatch.setattr(vision_attention, "has_kernel", lambda *_: True)
+    monkeypatch.setattr(window_attention, "varlen_attn", plain_kernel)
+    monkeypatch.setattr(window_attention, "has_kernel", lambda *_: True)
     tower, gradients = policy.model.model.visual, []
     for recompute in (False, True):
         if recompute:
