@@ -1,4 +1,4 @@
-"""`python -m segrl`: the list of commands."""
+"""`python -m segrl`: print the list of commands."""
 
 import importlib.util
 import sys
@@ -11,12 +11,15 @@ COMMANDS = {
     "prepare": "check a dataset, or write traces from masks: python -m segrl.prepare check data=NAME",
     "track": "bring run folders into MLflow that it lacks: python -m segrl.track RUN ...",
     "chain": "runs that start from each other: python -m segrl.chain FILE --runs FOLDER",
-    "serve": "start vLLM for a run that samples elsewhere: python -m segrl.serve +experiment=NAME rollout=vllm_server",
+    "serve": (
+        "start vLLM for a run that samples elsewhere: "
+        "python -m segrl.serve +experiment=NAME rollout=vllm_server"
+    ),
 }
 
 
 def main() -> None:
-    """Print the commands."""
+    """Print the commands. Exit with 2 if there is an argument other than `--help`."""
     print("segrl teaches multimodal language models to segment. Commands (each has --help):\n")
     for name, said in COMMANDS.items():
         if importlib.util.find_spec(f"segrl.{name}") is not None:

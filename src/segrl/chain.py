@@ -1,6 +1,8 @@
-"""`python -m segrl.chain chains/seg_r1_nano.yaml [key=value ...]`: runs that start from each other's checkpoints, and one table of them.
+"""`python -m segrl.chain FILE --runs FOLDER [key=value ...]`: run a chain of trainings.
 
-A run that is finished is not done again, and one that was killed goes on: the command can be repeated until the table comes.
+FILE lists runs that start from each other's checkpoints, such as chains/seg_r1_nano.yaml. A table of all
+runs is printed and written to table.md in FOLDER. The command can be repeated: finished runs are skipped, and
+stopped runs are resumed.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from segrl.runs.chain import read, rows, run_all, table, with_overrides
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("chain", type=Path, help="YAML of the runs")
     parser.add_argument("--runs", type=Path, required=True, help="folder of their run folders")

@@ -1,4 +1,7 @@
-"""`python -m segrl.evaluate +suite=NAME [model=FOLDER]`: score a policy on benchmarks, or on the test sets of an experiment."""
+"""`python -m segrl.evaluate +suite=NAME [model=FOLDER]`: score a policy on benchmarks.
+
+With `+experiment=NAME` in place of a suite, the test sets of the experiment are used.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,25 @@ from segrl.runs.resuming import saved
 
 
 def job(cfg: DictConfig) -> float | None:
-    """One evaluation; the value that a sweep compares comes back."""
+    """Run one evaluation.
+
+    Returns:
+        The score `objective_metric`, which a sweep compares; None if it is unset.
+
+    Raises:
+        ValueError: if the configuration or a file is wrong.
+        Stopped: after a signal, once the samples that are kept have been reported.
+    """
     if cfg.ckpt_path is not None:
         raise ValueError("ckpt_path: to score a policy, init_from=CHECKPOINT or model=FOLDER is needed")
     if cfg.resume is not None:
         cfg = _resumed(Path(cfg.resume))
     elif cfg.model is not None:
         _take_model(cfg, Path(cfg.model))
-    if cfg.testsets:  # then the data group's folders are not needed
+    if cfg.testsets:  # test sets have their own roots, so the files of `data` need not exist
         cfg.sources = {key: owners for key, owners in cfg.sources.items() if not key.startswith("data.")}
-    cfg.data.batch_size = 1  # nothing is trained: a training set of any size will do
-    if OmegaConf.is_missing(cfg.data, "train"):  # a list to learn from is not asked for
+    cfg.data.batch_size = 1  # no training, so the training set may have any size
+    if OmegaConf.is_missing(cfg.data, "train"):  # no training, so `data.train` may be unset
         cfg.data.train = None
     check(cfg, "evaluate")
     take_in_instructions(cfg)
@@ -39,7 +50,7 @@ def job(cfg: DictConfig) -> float | None:
 
 
 def _resumed(folder: Path) -> DictConfig:
-    """The configuration of an evaluation that was begun."""
+    """Return the saved configuration of an evaluation. Raise ValueError if the folder holds none."""
     from hydra.core.hydra_config import HydraConfig
 
     config = folder / "config.yaml"
@@ -54,7 +65,19 @@ def _resumed(folder: Path) -> DictConfig:
 
 
 def _take_model(cfg: DictConfig, folder: Path) -> None:
-    """Policy, grammar and mask head as an exported folder names them; of any other folder the weights alone."""
+    """Set policy, grammar, mask head, engine and precision as the `segrl.json` of a folder says.
+
+    Groups and values of the command line take precedence. From a folder without `segrl.json` only the weights
+    are used.
+
+    Args:
+        cfg: composed configuration, changed in place.
+        folder: Hugging Face folder.
+
+    Raises:
+        ValueError: if it is no such folder, its `segrl.json` is damaged, or it has none and the command line
+            does not choose policy, grammar and mask head.
+    """
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -67,18 +90,17 @@ def _take_model(cfg: DictConfig, folder: Path) -> None:
     chosen = {override.key_or_group for override in said}
     if not card and (missing := [part for part in ("policy", "grammar", "head") if part not in chosen]):
         raise ValueError(
-            f"model: {folder} has no segrl.json, so {missing[0]}=GROUP is needed: which policy family's settings, grammar and mask head?"
+            f"model: {folder} has no segrl.json, so {missing[0]}=GROUP is needed: "
+            f"which policy family's settings, grammar and mask head?"
         )
     for part in PARTS:
         if part in card and part not in chosen:
             cfg[part] = {name: located(value, cfg.paths.weights) for name, value in card[part].items()}
-    if card and not chosen & {
-        "policy",
-        "trainer.precision",
-    }:  # a trainer group says where it runs, not how exactly
+    # A trainer group chooses devices, so it does not replace the card's precision.
+    if card and not chosen & {"policy", "trainer.precision"}:
         cfg.trainer.precision = card["precision"]["passes"]
     OmegaConf.update(cfg, "policy.weights", str(folder), force_add=True)
-    for override in said:  # what the command line says stands above the card
+    for override in said:  # values of the command line take precedence
         key = override.key_or_group
         if key.split(".")[0] in card and "." in key and not override.is_delete():
             OmegaConf.update(cfg, key, override.value())
@@ -86,7 +108,7 @@ def _take_model(cfg: DictConfig, folder: Path) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line."""
     enter("evaluate", job)
 
 

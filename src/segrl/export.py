@@ -1,6 +1,7 @@
-"""`python -m segrl.export ckpt=CHECKPOINT out=FOLDER`: a trained policy as a Hugging Face folder, with its card.
+"""`python -m segrl.export ckpt=CHECKPOINT out=FOLDER`: write a trained policy as a Hugging Face folder.
 
-Any tool of that format loads it; `Segmenter.from_pretrained` and `segrl.evaluate model=FOLDER` also find grammar and mask head.
+The folder has a model card. Any tool that reads this format loads it. `Segmenter.from_pretrained` and
+`segrl.evaluate model=FOLDER` also read grammar and mask head from it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,14 @@ if TYPE_CHECKING:
 
 
 def job(cfg: DictConfig) -> None:
-    """Export, and say where."""
+    """Export a policy, and print where it is.
+
+    Raises:
+        ValueError: if `out` is not a new or empty folder, or `ckpt` holds no policy of a run.
+        Stopped: after a signal, once the unfinished folder is deleted.
+    """
     check(cfg, "export")
-    # A run's files lie around its checkpoint, also for `last.ckpt` said there.
+    # Absolute, because the run folder is found by its parents, also for a bare `last.ckpt`.
     ckpt, out = Path(cfg.ckpt).absolute(), Path(cfg.out)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise ValueError(f"out: a new folder is needed; {out} is there")
@@ -39,7 +45,7 @@ def job(cfg: DictConfig) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line."""
     enter("export", job)
 
 

@@ -1,7 +1,8 @@
-"""What is done to a dataset before a training.
+"""Check a dataset before a training, or write traces from it.
 
-`python -m segrl.prepare check data=NAME` tells whether a download is whole; `python -m segrl.prepare traces data.root=FOLDER
-out=FILE.jsonl` writes chat traces from images and masks. Reads datasets as downloaded; moves, renames and deletes nothing.
+`python -m segrl.prepare check data=NAME` tells whether a download is complete.
+`python -m segrl.prepare traces data.root=FOLDER out=FILE.jsonl` writes chat traces from images and masks.
+Both read datasets as downloaded, and move, rename or delete none of their files.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from segrl.runs.traces import traces
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line."""
     jobs = {"traces": traces, "check": check}
     if sys.argv[1:2] in (["--help"], ["-h"]):
         print(__doc__)
@@ -29,7 +30,8 @@ def main() -> None:
     keys = [argument.lstrip("+").split("=")[0] for argument in sys.argv[1:]]
     if job == "check" and "data" not in keys and any(key.startswith("data.") for key in keys):
         print(
-            "segrl: data: a dataset to check is needed beside data.*: data=NAME, or data=image_mask for folders of your own",
+            "segrl: data: a dataset to check is needed beside data.*: data=NAME, "
+            "or data=image_mask for folders of your own",
             file=sys.stderr,
         )
         sys.exit(2)

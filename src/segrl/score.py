@@ -1,6 +1,7 @@
-"""`python -m segrl.score pred=DIR gt=DIR`: a folder of predicted masks or grey maps against ground truth, whoever made them.
+"""`python -m segrl.score pred=DIR gt=DIR`: score predicted masks or grey maps against ground truth.
 
-The same code as `python -m segrl.evaluate`: on the same masks both print the same digits.
+The predictions may come from any program. The code is that of `python -m segrl.evaluate`: on the same masks
+both print the same digits.
 """
 
 from __future__ import annotations
@@ -16,12 +17,17 @@ from segrl.runs.configuration import check
 
 
 def job(cfg: DictConfig) -> None:
-    """Score every pair, print the table, write the JSON."""
+    """Score every pair of files, print the table, and write the scores to `out` if set.
+
+    Raises:
+        ValueError: if a folder, a file or the configuration is wrong, or the sizes of a pair differ.
+    """
     check(cfg, "score")
     for key in ("pred", "gt"):  # before anything heavy is imported
         if not Path(cfg[key]).is_dir():
             raise ValueError(
-                f"{key}: must be a folder; {cfg[key]} is {'a file' if Path(cfg[key]).exists() else 'not there'}"
+                f"{key}: must be a folder; {cfg[key]} is "
+                f"{'a file' if Path(cfg[key]).exists() else 'not there'}"
             )
     out = None if cfg.out is None else Path(cfg.out)
     if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
@@ -41,7 +47,8 @@ def job(cfg: DictConfig) -> None:
         saliency, truth = read_map(prediction), read_mask(ground_truth)
         if saliency.shape != truth.shape:
             raise ValueError(
-                f"{prediction}: a map of its ground truth's size is needed; the map is {saliency.shape[1]}x{saliency.shape[0]}, "
+                f"{prediction}: a map of its ground truth's size is needed; "
+                f"the map is {saliency.shape[1]}x{saliency.shape[0]}, "
                 f"{ground_truth} is {truth.shape[1]}x{truth.shape[0]}"
             )
         rows.append(family.parts(saliency, truth, None))
@@ -52,7 +59,8 @@ def job(cfg: DictConfig) -> None:
     print(family.convention)
     if out is not None:
         report = {
-            **{name: score.as_json()["value"] for name, score in table.items()}, "n": len(rows), "convention": family.convention,
+            **{name: score.as_json()["value"] for name, score in table.items()},
+            "n": len(rows), "convention": family.convention,
             "intervals": {name: score.interval for name, score in table.items()},
         }  # fmt: skip
         write_whole(out, json.dumps(report, indent=2) + "\n")
@@ -60,7 +68,7 @@ def job(cfg: DictConfig) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line."""
     enter("score", job)
 
 

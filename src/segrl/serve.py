@@ -1,7 +1,8 @@
-"""`python -m segrl.serve +experiment=NAME rollout=vllm_server [-- FLAGS]`: plain vLLM, with the settings that this run needs.
+"""`python -m segrl.serve +experiment=NAME rollout=vllm_server [-- FLAGS]`: start vLLM for a run.
 
-What stands behind `--` goes to vLLM as it is: `--tensor-parallel-size 2`, `--gpu-memory-utilization 0.9`, `--host 0.0.0.0`. The server
-speaks to whoever reaches it, weights included; without `--host` that is this machine alone.
+vLLM gets the settings that this run needs. FLAGS are passed on unchanged, such as
+`--tensor-parallel-size 2`, `--gpu-memory-utilization 0.9` or `--host 0.0.0.0`. The server answers anyone who
+reaches it, and takes weights from them. It listens on 127.0.0.1 unless `--host` says otherwise.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ from segrl.runs.command import enter
 from segrl.runs.configuration import check
 
 _HYDRAS = {
-    "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--shell-completion", "--config-path",
-    "--config-name", "--config-dir", "--experimental-rerun", "--info",
+    "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun",
+    "--shell-completion", "--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--info",
 }  # fmt: skip
 
 
 def flags(cfg: DictConfig, device: str) -> list[str]:
-    """VLLM's command line: what has to agree with the trainer.
+    """Return the flags of vLLM that must agree with the training run.
 
     Args:
-        cfg: of the run that will ask.
-        device: the server's, "cuda" or "cpu".
+        cfg: configuration of the run that samples from the server.
+        device: device of the server, "cuda" or "cpu".
 
     Raises:
-        ValueError: if the run samples elsewhere.
+        ValueError: if the run does not use `rollout=vllm_server`.
     """
     from transformers import AutoConfig
 
@@ -50,9 +51,10 @@ def flags(cfg: DictConfig, device: str) -> list[str]:
     length = model_length(config, cfg.rollout.max_prefix, cfg.rollout.max_tokens)
     dtype = "bfloat16" if str(cfg.trainer.precision).startswith("bf16") else str(cfg.policy.dtype)
     return [
-        "--model", str(cfg.policy.weights), "--dtype", dtype, "--host", "127.0.0.1", "--port", str(port), "--seed", "0",
-        "--max-model-len", str(length), "--limit-mm-per-prompt", '{"image": 1}',
-        "--enable-mm-embeds", "--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--load-format", "dummy",
+        "--model", str(cfg.policy.weights), "--dtype", dtype, "--host", "127.0.0.1", "--port", str(port),
+        "--seed", "0", "--max-model-len", str(length), "--limit-mm-per-prompt", '{"image": 1}',
+        "--enable-mm-embeds", "--enable-scale-out", "--logprobs-mode", "processed_logprobs",
+        "--load-format", "dummy",
         "--weight-transfer-config", f'{{"backend": "{transfer_backend(device)}"}}',
     ] + ([] if device == "cuda" else [
         "--gpu-memory-utilization", "0.3", "--no-enable-chunked-prefill",
@@ -61,7 +63,7 @@ def flags(cfg: DictConfig, device: str) -> list[str]:
 
 
 def check_port(asked: list[str]) -> None:
-    """Raises ValueError if somebody listens where the server is to listen."""
+    """Raise ValueError if the server cannot listen on the host and port among its flags."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
@@ -72,21 +74,31 @@ def check_port(asked: list[str]) -> None:
             listener.bind((place.host, place.port))
         except OSError as error:
             raise ValueError(
-                f"rollout.servers: a free port is needed; {place.host}:{place.port}: {str(error.strerror).lower()}"
+                f"rollout.servers: a free port is needed; "
+                f"{place.host}:{place.port}: {str(error.strerror).lower()}"
             ) from None
 
 
 def check_packages_can_be_listed() -> None:
-    """Raises ValueError where vLLM cannot list its packages: it does so for every `/server_info`, with pip or with `uv`."""
+    """Raise ValueError if there is neither pip nor uv, one of which vLLM needs to answer `/server_info`."""
     if importlib.util.find_spec("pip") is None and shutil.which("uv") is None:
         raise ValueError(
-            "PATH: uv must be on it, for vLLM lists its packages with pip or uv, and this environment has neither "
+            "PATH: uv must be on it, for vLLM lists its packages with pip or uv, "
+            "and this environment has neither "
             '(make setup puts one into .uv/bin: PATH="$PWD/.uv/bin:$PATH")'
         )
 
 
 def become_server(cfg: DictConfig, theirs: list[str]) -> None:
-    """Replace this process by vLLM's server, with flags of the user's behind ours."""
+    """Check the configuration, and replace this process by vLLM's server.
+
+    Args:
+        cfg: configuration of the run.
+        theirs: flags of the user. They follow segrl's, so they take precedence.
+
+    Raises:
+        ValueError: if the configuration is wrong, vLLM is not installed, or the port is taken.
+    """
     check(cfg, files=False)  # a server reads no data
     from segrl.rollout.vllm_wire import needs_vllm
 
@@ -97,13 +109,13 @@ def become_server(cfg: DictConfig, theirs: list[str]) -> None:
     asked = flags(cfg, "cuda" if torch.cuda.is_available() else "cpu") + theirs
     check_port(asked)
     print(f"python -m vllm.entrypoints.launchers.api_server.entry {' '.join(asked)}", flush=True)
-    # Weights come by vLLM's development calls.
+    # Weights are transferred by endpoints of vLLM's development mode.
     os.environ.update({"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"})
     os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *asked])
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line."""
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(f"{__doc__}\nThe keys are those of the run: python -m segrl.train --help")
         return
@@ -118,7 +130,7 @@ def main() -> None:
         sys.exit(2)
 
     def job(cfg: DictConfig) -> None:
-        """What hydra runs."""
+        """Start the server with the composed configuration."""
         become_server(cfg, theirs)
 
     enter("train", job, files=False)

@@ -1,8 +1,8 @@
-"""`python -m segrl.track RUN [RUN ...]`: bring run folders into MLflow that it lacks, in whole or in part.
+"""`python -m segrl.track RUN [RUN ...]`: add run folders to MLflow that it lacks, in whole or in part.
 
-Parameters, tags, the scalars of history.jsonl and validation.jsonl, the final numbers and the files; a second
-call adds nothing.
-For runs that have ended: one that still runs is marked as KILLED until it ends.
+Adds parameters, tags, the scalars of history.jsonl and validation.jsonl, the final numbers and the files. A
+second call adds nothing. Use it for runs that have ended: one that still runs is marked as KILLED until it
+ends.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from segrl.tracking.mlflow_store import Place
 
 
 def configuration(folder: Path) -> dict[str, Any]:
-    """Return a run's configuration, which may be anybody's, resolved; raises ValueError if the folder holds none."""
+    """Return the resolved configuration of a run folder, which may come from anyone.
+
+    Raises:
+        ValueError: if the folder holds no configuration of a run, or a damaged one.
+    """
     saved = folder / "config.yaml"
     if not saved.is_file():
         raise ValueError(f"RUN: it must be a run folder, with a config.yaml; {folder} is none")
@@ -40,7 +44,13 @@ def configuration(folder: Path) -> dict[str, Any]:
 
 
 def place_of(config: dict[str, Any], uri: str | None, experiment: str | None) -> Place:
-    """Return where a run is tracked: its own place, or `paths.runs` for a run that had no MLflow."""
+    """Return the place in MLflow for a run: its own or, for a run without MLflow, a database in `paths.runs`.
+
+    Args:
+        config: resolved configuration of the run.
+        uri: tracking URI to use instead of the run's; None keeps it.
+        experiment: name of the experiment to use instead of the run's; None keeps it.
+    """
     logger, runs = dict(config["logger"]), Path(str(dict(config["paths"])["runs"]))
     return Place(
         tracking_uri=uri or str(logger.get("tracking_uri", f"sqlite:///{runs}/mlflow.db")),
@@ -50,7 +60,7 @@ def place_of(config: dict[str, Any], uri: str | None, experiment: str | None) ->
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m segrl.track", description=__doc__)
     parser.add_argument("run", type=Path, nargs="+", help="run folder, such as runs/demo/2026-11-28_09-00-00")
     parser.add_argument("--tracking-uri", help="sqlite:///PATH or a server; the run's own if left out")

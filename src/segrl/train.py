@@ -1,4 +1,4 @@
-"""`python -m segrl.train +experiment=NAME`: compose, check, build, fit, score."""
+"""`python -m segrl.train +experiment=NAME`: train a policy, and score it before and after."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 
 
 def job(cfg: DictConfig) -> float | None:
-    """One run; the value that a sweep compares comes back."""
+    """Run one training.
+
+    Returns:
+        The score `objective_metric`, which a sweep compares; None if it is unset.
+
+    Raises:
+        ValueError: if the configuration or a file is wrong.
+        Stopped: after a signal, once what is saved has been reported.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     if cfg.resume is not None:
@@ -40,7 +48,7 @@ def job(cfg: DictConfig) -> float | None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line."""
     if len(sys.argv) == 1:
         print(f"segrl: +experiment=NAME is needed; there are: {', '.join(experiments())}", file=sys.stderr)
         sys.exit(2)

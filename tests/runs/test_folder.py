@@ -11,7 +11,7 @@ from segrl.runs import folder
 from segrl.runs.resuming import resumed
 
 OWN = (
-    "import pathlib, sys, time; from segrl import folder\n"
+    "import pathlib, sys, time; from segrl.runs import folder\n"
     "made = folder.create(pathlib.Path(sys.argv[1]), True); print(made.name, flush=True); time.sleep(60)\n"
 )
 

@@ -256,7 +256,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
     import sys
 
     code = (
-        "import os, signal, sys, time; from segrl import stopping\n"
+        "import os, signal, sys, time; from segrl.host import signals\n"
         "with signals.watched(), signals.held():\n"
         "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGTERM); time.sleep(1.2)\n"
         "    print('held', signals.asked(), flush=True); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"

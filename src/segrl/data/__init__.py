@@ -1,1 +1,1 @@
-"""Files, or a seed, to samples and batches."""
+"""Read samples from files or generate them from a seed, and collate them to batches."""

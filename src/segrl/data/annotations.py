@@ -1,4 +1,7 @@
-"""Read annotations in COCO's format: refs (a pickle of plain data, or JSON), and polygons or run lengths to masks."""
+"""Read annotations in COCO's format.
+
+Refs are a pickle of plain data or JSON. Polygons and run lengths are drawn as bool masks.
+"""
 
 from __future__ import annotations
 
@@ -15,33 +18,38 @@ import numpy as np
 from segrl.data.boundary import is_file, is_text, reading
 
 _KEYS = {"ref_id", "ann_id", "image_id", "split", "sentences"}
-_LONGEST = 1_000_000  # pixels of one outline: pycocotools makes five points of each
-_FARTHEST = 100_000  # of a coordinate from 0
-_RUNS = re.compile(rb"[0-o]*")  # letters of COCO's compressed run lengths
+_LONGEST = 1_000_000  # pixels of one outline; pycocotools upsamples it five times
+_FARTHEST = 100_000  # largest absolute coordinate, in pixels
+_RUNS = re.compile(rb"[0-o]*")  # alphabet of COCO's compressed run lengths
 
 
 class _Plain(pickle.Unpickler):
-    """Lists, dicts, strings and numbers; anything that would call code is refused."""
+    """An unpickler of lists, dicts, strings and numbers that refuses every global."""
 
     def find_class(self, module_name: str, global_name: str) -> Any:  # noqa: ANN401 - the base's signature
-        """Never."""
+        """Raise UnpicklingError: a global could be called."""
         raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
 
 
-# By opcode: bytes of its argument; as pickletools has it, below 0 where the argument says itself how long it is.
+# Opcode -> bytes of its argument, None if there is no such opcode. As in pickletools, negative values
+# stand for arguments of variable length.
 _WIDTHS: list[int | None] = [None] * 256
 for _op in pickletools.opcodes:
     _WIDTHS[ord(_op.code)] = 0 if _op.arg is None else _op.arg.n
-_LENGTHS = {
-    pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT4: 4, pickletools.TAKEN_FROM_ARGUMENT4U: 4,
-    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+_LENGTHS = {  # bytes of the length field
+    pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4, pickletools.TAKEN_FROM_ARGUMENT8U: 8,
 }  # fmt: skip
-_LINES = {ord("c"): 2, ord("i"): 2}  # GLOBAL and INST name a module and a class, one line each
+_LINES = {ord("c"): 2, ord("i"): 2}  # lines of the arguments of GLOBAL and INST: module, class
 _PUT, _LONG_BINPUT, _STOP = ord("p"), ord("r"), ord(".")
 
 
 def _check_places(content: bytes) -> None:
-    """Refuse a pickle that puts something at a place beyond its own length: Python would make a table of that length first."""
+    """Raise ValueError if a pickle stores an object at a memo index beyond its own length.
+
+    Python's unpickler would first allocate a memo of that size. An unknown opcode, and an argument whose
+    line does not end, raise ValueError, too.
+    """
     at, end, place = 0, len(content), 0
     while at < end:
         code = content[at]
@@ -73,7 +81,8 @@ def read_refs(path: Path) -> list[dict[str, Any]]:
     """Return the refs in a Python 2 pickle or a JSON file.
 
     Raises:
-        ValueError: naming a file that is missing, damaged, or not plain data, and the first ref that is not one.
+        ValueError: if the file is missing, damaged, or not plain data, or a ref lacks a key or holds a value
+            of a wrong type. The message names the file.
     """
     if not is_file(path):
         raise ValueError(
@@ -101,7 +110,7 @@ def read_refs(path: Path) -> list[dict[str, Any]]:
 
 
 def _fault(ref: dict[str, Any]) -> str | None:
-    """Return what is wrong with a ref, naming its key; None if all its values have their types."""
+    """Return what is wrong with a ref, naming the key, or None if all values have their types."""
     named = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
     for key, values in (("ref_id", [ref["ref_id"]]), ("image_id", [ref["image_id"]]), ("ann_id", named)):
         if not all(is_id(value) for value in values):
@@ -121,12 +130,16 @@ def _fault(ref: dict[str, Any]) -> str | None:
 
 
 def is_id(value: object) -> bool:
-    """Return whether a value can name something: a whole number or text."""
+    """Return whether a value can be an id: an int, or text that UTF-8 can encode."""
     return isinstance(value, int) or is_text(value)
 
 
 def read_instances(path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]]:
-    """Return objects and pictures of COCO's `instances.json`, each by id. Raises ValueError naming what is none."""
+    """Return the annotations and the images of COCO's `instances.json`, each by id.
+
+    Raises:
+        ValueError: if the file cannot be read, or an image lacks a file name or a positive height and width.
+    """
     with reading(path, "COCO's annotations are needed; it holds none"):
         coco = json.loads(path.read_bytes())
         objects = {a["id"]: a for a in coco["annotations"]}
@@ -138,13 +151,15 @@ def read_instances(path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dic
     return objects, pictures
 
 
-def read_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:  # noqa: ANN401 - COCO's own union
-    """Draw COCO's polygons or run lengths as bool `[height, width]`: the union, even where polygons overlap.
+def read_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:  # noqa: ANN401 - a union
+    """Return COCO's polygons or run lengths as one bool mask `[height, width]`.
 
-    Parts with fewer than three corners have no inside and are left out, as long as one part has three.
+    The mask is the union of the polygons. Polygons with fewer than three corners are ignored.
 
     Raises:
-        ValueError: for what draws nothing, numbers that are none or far outside of the image, and runs of another size.
+        ValueError: if no polygon has three corners, a coordinate is not a number or is more than 100,000
+            pixels from 0, an outline is longer than 1,000,000 pixels, or run lengths are malformed or of
+            another size.
     """
     if isinstance(segmentation, dict):
         return _from_runs(segmentation, height, width)
@@ -161,12 +176,12 @@ def read_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
 
 
 def _corners(part: Any) -> np.ndarray:  # noqa: ANN401 - one entry of a list
-    """A polygon's numbers, float64 `[2n]`."""
+    """Return the n corners of a polygon as float64 `[2n]`; raise ValueError if it is malformed."""
     if not isinstance(part, list) or not all(type(value) in (int, float) for value in part):
         raise ValueError(f"a polygon is a list of numbers; got {_short(part)}")
     if len(part) % 2:
         raise ValueError(f"a polygon has two numbers for each corner; got {len(part)}")
-    if not all(abs(value) <= _FARTHEST for value in part):  # NaN is not, either
+    if not all(abs(value) <= _FARTHEST for value in part):  # False for NaN, too
         raise ValueError(f"coordinates within {_FARTHEST} pixels are needed; got {_short(part)}")
     corners = np.array(part, np.float64)
     if np.abs(np.diff(corners.reshape(-1, 2), axis=0, append=corners.reshape(-1, 2)[:1])).sum() > _LONGEST:
@@ -175,7 +190,10 @@ def _corners(part: Any) -> np.ndarray:  # noqa: ANN401 - one entry of a list
 
 
 def _from_runs(segmentation: dict[str, Any], height: int, width: int) -> np.ndarray:
-    """Run lengths, column by column, background first: as a list, or as COCO's compressed text."""
+    """Return the mask bool `[height, width]` of run lengths in column-major order, background first.
+
+    `counts` is a list, or COCO's compressed text. Raise ValueError if the runs do not fill the mask.
+    """
     counts, size = segmentation.get("counts"), segmentation.get("size")
     if size != [height, width]:
         raise ValueError(
@@ -194,7 +212,11 @@ def _from_runs(segmentation: dict[str, Any], height: int, width: int) -> np.ndar
 
 
 def _uncompressed(text: bytes) -> list[int]:
-    """COCO's text of run lengths: five bits a letter, and from the third on differences to the last but one."""
+    """Return the run lengths in COCO's compressed text.
+
+    A character holds five bits. From the fourth run on, a value is the difference to the run two before it.
+    Raise ValueError for another character, a value above 60 bits, or a text that is cut off.
+    """
     if not _RUNS.fullmatch(text):
         raise ValueError(f"COCO's text of run lengths is needed; got {_short(text)}")
     runs: list[int] = []
@@ -217,7 +239,7 @@ def _uncompressed(text: bytes) -> list[int]:
 
 
 def _short(value: object) -> str:
-    """The beginning of what was found, without writing all of it."""
+    """Return a value shortened for an error message: four entries of a list, 40 characters of a scalar."""
     if isinstance(value, list):
         return f"[{', '.join(_short(one) for one in value[:4])}{', ...' if len(value) > 4 else ''}]"
     return repr(value)[:40] if isinstance(value, str | bytes | int | float | None) else type(value).__name__

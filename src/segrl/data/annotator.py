@@ -1,4 +1,4 @@
-"""Masks to chat traces: the answer an annotator would have written, for a cold start."""
+"""Write chat traces from masks: the answers that an annotator would have written, for a cold start (SFT)."""
 
 from __future__ import annotations
 
@@ -21,28 +21,33 @@ _SIZES = ((0.04, "tiny"), (0.10, "small"), (0.20, "medium"), (1.01, "large"))
 
 
 class Annotator:
-    """Writes the trace of a mask: template thought, a box and an inner point per part.
+    """Writer of the trace of a mask: a template thought, and a box and an inner point per connected part.
 
-    Human boxes are loose. `looseness` draws each side outwards by up to that share of the box's extent, so a
-    policy that only imitates stays loose, and a reward that sees masks has something to teach.
+    Human boxes are loose. Each side of a box is moved outwards by a random share of the box's extent, up to
+    `looseness`. A policy that only imitates therefore stays loose, and RL with a mask reward can improve it.
 
     Args:
-        looseness: in [0, 1); 0 draws tight boxes.
-        grid: coordinates are rounded to 1/grid of the image's side.
-        most_parts: largest parts described.
+        looseness: in [0, 1); 0 gives tight boxes.
+        grid: coordinates are rounded to multiples of 1/grid of the image's side.
+        most_parts: largest number of parts that are described. Parts below 0.5 % of the image are left out,
+            unless all are smaller: then the largest is described.
     """
 
     def __init__(self, looseness: float, grid: int, most_parts: int) -> None:
         self.looseness, self.grid, self.most_parts = looseness, grid, most_parts
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Parsed:
-        """The trace of a sample; raises ValueError naming it if its mask is empty."""
+        """Return the trace of a sample. Raise ValueError, naming the sample, if its mask is empty."""
         if not sample.mask.any():
             raise ValueError(f"{sample.id}: an object is needed to write a trace of; its mask is empty")
         return self.annotate(sample.mask, rng)
 
     def annotate(self, mask: np.ndarray, rng: np.random.Generator) -> Parsed:
-        """The trace of bool `[H, W]`; `rng` moves the box's sides. Raises ValueError on an empty mask."""
+        """Return the trace of a mask bool `[H, W]`; `rng` draws the looseness of each side.
+
+        Raises:
+            ValueError: if the mask is empty.
+        """
         parts = components(mask, least=0.005, most=self.most_parts)
         if not parts:
             raise ValueError("an object is needed to write a trace of; the mask is empty")
@@ -53,18 +58,18 @@ class Annotator:
         )
 
     def _snap(self, values: np.ndarray) -> np.ndarray:
-        """To the grid."""
+        """Round values to multiples of 1/grid."""
         return np.rint(values * self.grid) / self.grid
 
     def _inside(self, part: np.ndarray) -> np.ndarray:
-        """The innermost point, on the grid unless the part is so thin that this would leave it."""
+        """Return the innermost point `[2]`, rounded to the grid if the rounded point is still in the part."""
         exact = inner_point(part)
         snapped = self._snap(exact)
         column, row = np.minimum(snapped * part.shape[::-1], np.array(part.shape[::-1]) - 1).astype(int)
         return snapped if part[row, column] else exact
 
     def _loosen(self, box: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Each side outwards, then to the grid, never closed."""
+        """Move each side outwards by a random share and round; a side stays at least 1/grid long."""
         extent = np.tile(box[2:] - box[:2], 2)
         outwards = np.array([-1, -1, 1, 1]) * extent * rng.uniform(0, self.looseness, 4)
         moved = self._snap(np.clip(box + outwards, 0, 1))
@@ -73,7 +78,7 @@ class Annotator:
         return np.clip(moved, 0, 1)
 
     def _thought(self, parts: list[np.ndarray], points: list[np.ndarray]) -> str:
-        """`A small object, top left.` for each part."""
+        """Return a sentence such as `A small object, top left.` for each part, joined by spaces."""
         sentences = []
         for part, (x, y) in zip(parts, points, strict=True):
             size = next(name for bound, name in _SIZES if part.mean() < bound)
@@ -84,21 +89,21 @@ class Annotator:
 
 @dataclass(slots=True, kw_only=True)
 class Judged:
-    """How far the writing of traces has come, and what was left out."""
+    """The traces written so far, and the numbers of samples that were left out."""
 
     lines: list[dict[str, str]] = field(default_factory=list)
     empty: int = 0
-    """Samples without an object."""
+    """Samples with an empty mask."""
     unsolved: int = 0
-    """Traces from whose prompt the mask head does not draw the mask again."""
+    """Traces whose mask prompt gives a mask below the required IoU."""
 
     @property
     def seen(self) -> int:
-        """Samples that were judged."""
+        """Number of samples that were judged."""
         return len(self.lines) + self.empty + self.unsolved
 
     def add(self, one: dict[str, str] | str) -> None:
-        """Count a trace, or why there is none."""
+        """Add a trace (a dict), or count why there is none: "empty" or "unsolved"."""
         if isinstance(one, dict):
             self.lines.append(one)
         elif one == "empty":
@@ -108,12 +113,20 @@ class Judged:
 
 
 def written(
-    samples: SampleSet, head: MaskHead, grammar: Grammar, annotate: Annotator, least_iou: float, judged: Judged
-) -> Iterator[dict[str, str] | str]:  # fmt: skip
-    """Yield for every sample behind those that `judged` counts its trace, with its image's path, or why it is left out.
+    samples: SampleSet,
+    head: MaskHead,
+    grammar: Grammar,
+    annotate: Annotator,
+    least_iou: float,
+    judged: Judged,
+) -> Iterator[dict[str, str] | str]:
+    """Yield, for every sample after the first `judged.seen`, its trace or the reason why it is left out.
+
+    A trace is a dict with `image` (a path), `problem`, `thinking` and `solution`. The reason is "empty" if
+    the mask is empty, and "unsolved" if the mask head's mask has an IoU below `least_iou`.
 
     Raises:
-        ValueError: for samples that were not read from files, or a file that is unfit.
+        ValueError: if samples were not read from files, or a file is unfit.
     """
     asked = grammar.messages(None)[-1]["content"]
     assert isinstance(asked, list)
@@ -140,10 +153,10 @@ def written(
 
 
 def as_read_back(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-    """Return image and mask of a sample as its file alone is read: upright, as the camera meant it.
+    """Return the image with its EXIF rotation applied, and the mask in the same frame.
 
-    A mask that was drawn on the photograph as it is stored is turned with it, so that its trace is in the frame of whoever
-    reads the trace.
+    `ChatTraces` always applies the rotation, so the coordinates of a trace must be in that frame. A mask that
+    fits the photograph as stored is rotated with it.
     """
     assert sample.path is not None
     upright = read_image(sample.path, upright=True)

@@ -1,4 +1,4 @@
-"""The one boundary around files from elsewhere: whatever a library raises while it reads becomes one ValueError with a name."""
+"""Turn exceptions of libraries that read foreign files into one ValueError that names the file."""
 
 from __future__ import annotations
 
@@ -12,22 +12,27 @@ from unicodedata import normalize
 from PIL import Image
 
 _SEGRL = Path(__file__).resolve().parents[1]
-_LONGEST = 200  # letters of a library's message that are shown
+_LONGEST = 200  # characters of a library's message that are shown
 
 FAILURES = (
-    ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
-    SyntaxError, TypeError, ValueError, struct.error, zlib.error, Image.DecompressionBombError,
+    ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, LookupError, MemoryError, OSError,
+    RuntimeError, SyntaxError, TypeError, ValueError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 """Exceptions that image decoders and parsers raise on damaged input. RuntimeError includes RecursionError."""
 
 
 @contextmanager
 def reading(where: object, needed: str) -> Iterator[None]:
-    """Turn what a library raises inside into `ValueError("where: needed (reason)")`; segrl's own refusals pass as they are.
+    """Turn exceptions of `FAILURES` raised in the block into `ValueError("where: needed (reason)")`.
+
+    A ValueError raised by segrl's own code passes unchanged.
 
     Args:
-        where: file, row or id of the sample that is read.
-        needed: what was expected there.
+        where: file, row or sample id, for the message.
+        needed: the expected content, for the message.
+
+    Raises:
+        ValueError: in place of the library's exception.
     """
     try:
         yield
@@ -40,7 +45,7 @@ def reading(where: object, needed: str) -> Iterator[None]:
 
 
 def _raised_by_segrl(error: BaseException) -> bool:
-    """Return whether segrl's own code raised the error: its message is then written for the user."""
+    """Return whether the innermost frame of the error is in segrl: its message is then written for users."""
     at = error.__traceback__
     while at is not None and at.tb_next is not None:
         at = at.tb_next
@@ -48,15 +53,15 @@ def _raised_by_segrl(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """Return a library's message in one line, or the error's name where it has none."""
+    """Return the error's message in one line, at most 200 characters, or its class name if it has none."""
     words = " ".join(str(error).split())
     return words[:_LONGEST] if words else type(error).__name__
 
 
 def found_at(path: Path) -> Path:
-    """Return the path under which the file exists: as it is written, or with letters of its parts composed or taken apart.
+    """Return the path under which the file exists, in any Unicode normalisation (as written, NFC, NFD).
 
-    A path under which nothing exists, or that no file can have, is returned as it is.
+    Each part of the path is tried in these forms. If nothing exists, return the path unchanged.
     """
     if is_file(path):
         return path
@@ -77,7 +82,7 @@ def _exists(path: Path) -> bool:
 
 
 def is_file(path: Path) -> bool:
-    """Return whether a file exists there; a name that no file can have is none."""
+    """Return whether a file exists there; False if the name is not valid."""
     try:
         return path.is_file()
     except (OSError, ValueError):  # too long, or with a NUL
@@ -85,5 +90,5 @@ def is_file(path: Path) -> bool:
 
 
 def is_text(value: object) -> bool:
-    """Return whether a value is text that can be written: JSON and file systems also know halves of letters."""
+    """Return whether a value is a str that UTF-8 can encode: one without surrogates."""
     return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)

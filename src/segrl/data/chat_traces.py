@@ -1,6 +1,6 @@
-"""Chat traces as Seg-R1's FCoT is downloaded (parquet shards that hold the images), or as one JSON object per line.
+"""Read chat traces: Seg-R1's FCoT as downloaded (parquet shards that hold the images), or a JSONL file.
 
-Each has `image`, `problem`, `thinking` and `solution`.
+Each trace has `image`, `problem`, `thinking` and `solution`.
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ _PLACE = re.compile(r"[\[(]\s{0,3}\d{1,5}(?:\.\d{1,5})?\s{0,3},\s{0,3}\d{1,5}")
 
 
 class Line(BaseModel):
-    """One trace."""
+    """One trace as stored."""
 
     image: str
-    """File, relative to the folder of the traces."""
+    """File, relative to the folder of the JSONL; for a shard, a name made of shard and row."""
     problem: str = ""
-    """What was asked; the grammar asks in its own words, so that SFT asks as RL does."""
+    """The question that was asked; not used, because SFT asks with the grammar's messages, as RL does."""
     thinking: str
-    """The thought, with or without a pair of think tags around it: FCoT is published with them."""
+    """The thought, with or without think tags around it; FCoT has them."""
     solution: str
-    """Boxes, points and labels in the grammar's words, in pixels of the image."""
+    """Boxes, points and labels as the grammar writes them, in pixels of the image."""
     query: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """Where one trace's image lies."""
+    """Location of a trace's image."""
 
     path: Path
     group: int | None = None
-    """Row group of a parquet shard; none where the file is the image."""
+    """Row group of a parquet shard; None if the file is the image."""
     row: int = 0
 
     def content(self) -> bytes | None:
-        """The image's bytes, if they are a part of the file."""
+        """Return the image's bytes if it is in a shard, else None."""
         return None if self.group is None else _images(self.path, self.group)[self.row]
 
 
 @lru_cache(maxsize=2)
 def _images(shard: Path, group: int) -> list[bytes]:
-    """The images of one row group, which the samples of a loader worker often share."""
+    """Return the images' bytes of one row group, cached: neighbouring samples of a loader worker share it."""
     import pyarrow
     import pyarrow.parquet
 
@@ -71,7 +71,7 @@ def _images(shard: Path, group: int) -> list[bytes]:
 
 
 def _read_lines(path: Path) -> tuple[list[tuple[str, Line, Stored]], list[str]]:
-    """The traces of a `.jsonl`, each with a word for where it stands, and the faults of others."""
+    """Return the traces of a `.jsonl`, each with its place in the file, and the faults of malformed lines."""
     traces, faults = [], []
     try:
         with reading(path, "a .jsonl of chat traces is needed"):
@@ -93,7 +93,7 @@ def _read_lines(path: Path) -> tuple[list[tuple[str, Line, Stored]], list[str]]:
 
 
 def _read_shards(shards: Sequence[Path]) -> tuple[list[tuple[str, Line, Stored]], list[str]]:
-    """The same of parquet shards, without their images."""
+    """Return traces and faults of parquet shards, as `_read_lines` does; the images are not read."""
     import pyarrow
     import pyarrow.parquet
 
@@ -132,7 +132,7 @@ def _read_shards(shards: Sequence[Path]) -> tuple[list[tuple[str, Line, Stored]]
 
 
 def _line(where: str, values: Any) -> Line:  # noqa: ANN401 - what JSON or parquet held
-    """One trace; ValueError naming where it stands and what it lacks."""
+    """Return a validated trace. Raise ValueError, naming its place and key, if it is malformed."""
     try:
         return Line.model_validate(values)
     except ValidationError as error:
@@ -142,35 +142,36 @@ def _line(where: str, values: Any) -> Line:  # noqa: ANN401 - what JSON or parqu
 
 
 def _thought(where: str, line: Line) -> str:
-    """A trace's thought without the tags around it; ValueError naming the row if there are tags inside."""
+    """Return a thought without the tags around it. Raise ValueError, naming the row, if tags are inside."""
     thought = line.thinking.strip()
     if thought.startswith(_OPEN) and thought.endswith(_CLOSE):
         thought = thought.removeprefix(_OPEN).removesuffix(_CLOSE).strip()
     for tag in (_OPEN, _CLOSE):
         if tag in thought:
             raise ValueError(
-                f"{where}: thinking: one thought, with or without think tags around it, is needed; got {tag} inside"
+                f"{where}: thinking: one thought, with or without think tags around it, is needed; "
+                f"got {tag} inside"
             )
     return thought
 
 
 def names_places(thought: str) -> bool:
-    """Return whether a thought names coordinates, such as (120, 48): they stay as written when a solution is rescaled."""
+    """Return whether a thought names coordinates, such as (120, 48); they are not rescaled with the solution."""
     return _PLACE.search(thought) is not None
 
 
 class ChatTraces(OnDisk):
-    """Samples with a trace and no mask.
+    """A dataset of samples with a trace and an empty mask.
 
     Args:
-        path: a `.jsonl`, whose images are found relative to its folder; a `.parquet`; or a folder of `.parquet`
-            shards, at any depth, as Hugging Face has it.
-        grammar: reads the solutions.
-        side: resize images to this square; none leaves them as they are.
+        path: a `.jsonl`, whose images are relative to its folder; a `.parquet`; or a folder of `.parquet`
+            shards, at any depth, as Hugging Face publishes them.
+        grammar: parses the solutions.
+        side: images are resized to a square of this side; None keeps their size.
 
     Raises:
-        ValueError: naming file and line, if a line is no trace; on access, if its solution is no sentence of the grammar or its
-            thought holds tags.
+        ValueError: if `path` holds no traces, or a line or shard is malformed. On access: if the image cannot
+            be read, the grammar cannot parse or render the solution, or the thought holds tags.
     """
 
     def __init__(self, path: str, grammar: Grammar, side: int | None) -> None:
@@ -181,7 +182,7 @@ class ChatTraces(OnDisk):
 
     @staticmethod
     def _found(path: str) -> tuple[list[tuple[str, Line, Stored]], list[str]]:
-        """Traces and faults of whatever `path` is."""
+        """Return the traces and the faults of a `.jsonl`, a shard, or a folder of shards."""
         at = Path(path)
         shards = sorted(at.rglob("*.parquet")) if at.is_dir() else [at] if at.suffix == ".parquet" else []
         if not at.exists() or at.is_dir() and not shards:
@@ -195,7 +196,7 @@ class ChatTraces(OnDisk):
 
     @classmethod
     def survey(cls, path: str, grammar: Grammar, side: int | None) -> Survey:
-        """What is there, fit or not; `side` changes nothing."""
+        """List all traces and faults; `side` is ignored."""
         traces, faults = cls._found(path)
         found = Survey(faults=faults)
         for index, (where, line, stored) in enumerate(traces):
@@ -218,7 +219,11 @@ class ChatTraces(OnDisk):
 
     @classmethod
     def _read(cls, index: int, where: str, line: Line, stored: Stored, grammar: Grammar) -> Sample:
-        """One sample at its own size; its mask is empty. ValueError naming the row, if the grammar cannot read or write it."""
+        """Read one sample at its own size; its mask is empty.
+
+        Raises:
+            ValueError: if the grammar cannot parse the solution or render the trace, or the image is unfit.
+        """
         image = read_image(stored.path, content=stored.content(), upright=True)
         frame = absolute_pixels(*image.shape[:2])
         thought = _thought(where, line)
@@ -234,16 +239,16 @@ class ChatTraces(OnDisk):
         return Sample(id=cls._named(index, line), image=image, mask=mask, query=line.query, trace=trace)
 
     def __len__(self) -> int:
-        """Number of traces."""
+        """Return the number of traces."""
         return len(self.traces)
 
     @property
     def ids(self) -> list[str]:
-        """Of all samples, in order."""
+        """Ids of all samples, in order."""
         return [self._named(index, line) for index, (_, line, _) in enumerate(self.traces)]
 
     def __getitem__(self, index: int) -> Sample:
-        """Read one; its mask is empty."""
+        """Read one sample; its mask is empty."""
         where, line, stored = self.traces[index]
         with sample_of(where):
             sample = self._read(index, where, line, stored, self.grammar)
@@ -251,19 +256,20 @@ class ChatTraces(OnDisk):
 
 
 def _images_at(stored: Stored) -> bytes:
-    """The bytes of an image that lies in a shard."""
+    """Return the bytes of an image in a shard."""
     content = stored.content()
     assert content is not None
     return content
 
 
 class AsWritten:
-    """Imitates the dataset's own traces."""
+    """A `Trace` that returns the dataset's own traces."""
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Parsed:
-        """The sample's trace; raises ValueError naming a sample that has none."""
+        """Return the sample's trace. Raise ValueError, naming the sample, if it has none."""
         if sample.trace is None:
             raise ValueError(
-                f"{sample.id}: a sample with a trace is needed to imitate it; this dataset has none (stage.trace)"
+                f"{sample.id}: a sample with a trace is needed to imitate it; "
+                "this dataset has none (stage.trace)"
             )
         return sample.trace

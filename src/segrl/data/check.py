@@ -1,4 +1,7 @@
-"""The integrity of a dataset as it lies on the disk: counts, orphans, values, sizes, duplicates. Nothing is stopped by a bad file."""
+"""Check the integrity of a dataset on disk: counts, missing partners, mask values, sizes, duplicates.
+
+Bad files are reported and do not stop the check.
+"""
 
 from __future__ import annotations
 
@@ -19,30 +22,31 @@ from segrl.data.transforms import mask_kind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """What one sample turned out to be."""
+    """Result of reading one sample."""
 
     id: str
     digest: str | None = None
-    """Of the image's bytes; none where they cannot be had."""
+    """SHA-1 of the image's bytes; None if its file or header cannot be read."""
     size: tuple[int, int] | None = None
     """Width and height of the image as stored."""
     turned: bool = False
-    """Whether the camera says that it is to be shown turned."""
+    """Whether EXIF asks for a rotation or a flip."""
     kind: str | None = None
-    """Class of the mask file's values; none where the mask is drawn."""
+    """Kind of the mask file's values, see `mask_kind`; None if the mask is drawn from annotations."""
     other_size: str | None = None
-    """Sizes of image and mask, where they differ."""
+    """Size of the image, and of the mask or in the annotations, if they differ."""
     share: float | None = None
-    """Of the image that is object; none where there is no mask."""
+    """Share of the image that is object; None for samples with a trace, which have no mask."""
     ignored: bool = False
+    """Whether the sample has pixels that are not scored."""
     places: bool | None = None
     """True if the sample's thought names coordinates; None if it has no thought."""
     fault: str | None = None
-    """Why it cannot be read."""
+    """Why the sample cannot be read; None if it can."""
 
 
 def look(piece: Piece) -> Finding:
-    """Read one sample as its loader does, and remember what it is; what is unfit is a finding, not an error."""
+    """Read one sample as its loader does and return the finding; a bad file is a fault, not an exception."""
     try:
         with reading(piece.image, NEEDED):
             content = piece.image.read_bytes() if piece.content is None else piece.content()
@@ -72,7 +76,7 @@ def look(piece: Piece) -> Finding:
 
 @dataclass(slots=True, kw_only=True)
 class SplitReport:
-    """One split: numbers, and the names behind those that are not as they should be."""
+    """Numbers of one split, and the ids of samples that need attention."""
 
     name: str
     samples: int
@@ -81,7 +85,7 @@ class SplitReport:
     without_mask: list[str]
     without_image: list[str]
     faults: list[str]
-    """What cannot be listed or read, one line each."""
+    """Files that cannot be listed or read, one line each."""
     other_size: list[str]
     turned: list[str]
     kinds: dict[str, int]
@@ -90,31 +94,33 @@ class SplitReport:
     empty: list[str]
     full: list[str]
     ignored: int
-    """Samples with pixels that no score looks at."""
+    """Number of samples with pixels that are not scored."""
     thoughts: int
-    """Samples with a thought to imitate."""
+    """Number of samples with a thought to imitate."""
     places: int
-    """Those whose thought names coordinates."""
+    """Number of samples whose thought names coordinates."""
     unread: dict[str, int]
     """Number of files that no loader reads, by suffix, and of "hidden" files and "sub folders"."""
 
     @property
     def wrong(self) -> bool:
-        """Whether numbers of it would not be numbers of this dataset."""
+        """Whether scores would not be comparable: missing or unreadable files, or not the published count."""
         count_differs = self.published is not None and self.published != self.samples
         return bool(self.without_mask or self.without_image or self.faults or count_differs)
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return the report as lines of text."""
         against = (
             "no count is published"
             if self.published is None
-            else f"published {self.published}: {'as it should be' if self.published == self.samples else 'DIFFERS'}"
+            else f"published {self.published}: "
+            f"{'as it should be' if self.published == self.samples else 'DIFFERS'}"
         )
         told = [f"{self.name}: {self.samples} samples on {self.images} images ({against})"]
         for what, names in (
-            ("WITHOUT A MASK", self.without_mask), ("WITHOUT AN IMAGE", self.without_image), ("other size", self.other_size),
-            ("EXIF-rotated", self.turned), ("empty masks", self.empty), ("full masks", self.full),
+            ("WITHOUT A MASK", self.without_mask), ("WITHOUT AN IMAGE", self.without_image),
+            ("other size", self.other_size), ("EXIF-rotated", self.turned),
+            ("empty masks", self.empty), ("full masks", self.full),
         ):  # fmt: skip
             told.append(f"  {what:<18}{len(names)}{f' ({first_names(names)})' if names else ''}")
         if self.kinds:
@@ -122,14 +128,15 @@ class SplitReport:
             told.append(f"  {'mask values':<18}" + ", ".join(f"{name} in {count}" for name, count in kinds))
         if self.share is not None:
             told.append(
-                f"  {'object share':<18}least {self.share[0]:.4f}, median {self.share[1]:.4f}, largest {self.share[2]:.4f}"
+                f"  {'object share':<18}least {self.share[0]:.4f}, "
+                f"median {self.share[1]:.4f}, largest {self.share[2]:.4f}"
             )
         if self.unread:
             told.append(f"  {'not read':<18}{counted(Counter(self.unread))}")
         if self.thoughts:
             told.append(
-                f"  {'thoughts':<18}{self.thoughts}, of which {self.places} name coordinates: those stay as written, "
-                "while solutions are rescaled to the policy's frame"
+                f"  {'thoughts':<18}{self.thoughts}, of which {self.places} name coordinates: "
+                "those stay as written, while solutions are rescaled to the policy's frame"
             )
         if self.ignored:
             told.append(f"  {'ignored regions':<18}in {self.ignored}")
@@ -142,20 +149,20 @@ class SplitReport:
 
 @dataclass(slots=True, kw_only=True)
 class Report:
-    """All splits, and what they share."""
+    """Reports of all splits, and the images that several splits share."""
 
     splits: list[SplitReport]
     duplicates: list[str] = field(default_factory=list)
-    """Images of the same bytes in several splits, one line each."""
+    """Images with the same bytes in several splits, one line each."""
     licences: dict[str, str] = field(default_factory=dict)
 
     @property
     def wrong(self) -> bool:
-        """Whether anything would spoil numbers. Duplicates across splits are published facts of some datasets: they are told, no more."""
+        """Whether a split is wrong. Duplicates do not count: some published datasets have them across splits."""
         return any(split.wrong for split in self.splits)
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return the report as lines of text."""
         told = [line for split in self.splits for line in split.lines()]
         if len(self.splits) > 1:
             told.append(f"the same image in several splits: {len(self.duplicates)}")
@@ -163,15 +170,16 @@ class Report:
         return told + [f"licence of {name}: {licence}" for name, licence in self.licences.items()]
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, every name."""
+        """Return the whole report, with all names, as plain data."""
         return {**asdict(self), "wrong": self.wrong}
 
 
 def _gathered(name: str, survey: Survey, published: int | None, found: list[Finding]) -> SplitReport:
-    """One split's report."""
+    """Return the report of one split."""
     shares = [one.share for one in found if one.share is not None]
     return SplitReport(
-        name=name, samples=len(survey.pieces), published=published, images=len({one.digest for one in found} - {None}),
+        name=name, samples=len(survey.pieces), published=published,
+        images=len({one.digest for one in found} - {None}),
         without_mask=list(survey.without_mask), without_image=list(survey.without_image),
         faults=survey.faults + [one.fault for one in found if one.fault is not None],
         other_size=[one.other_size for one in found if one.other_size is not None],
@@ -185,7 +193,7 @@ def _gathered(name: str, survey: Survey, published: int | None, found: list[Find
 
 
 def _duplicates(found: Mapping[str, list[Finding]]) -> list[str]:
-    """Images that several splits hold, by where they are."""
+    """Return the images that several splits hold, one line each: `split/id = split/id`."""
     places: defaultdict[str, dict[str, str]] = defaultdict(dict)
     for split, findings in found.items():
         for one in findings:
@@ -197,15 +205,18 @@ def _duplicates(found: Mapping[str, list[Finding]]) -> list[str]:
 
 
 def check(
-    surveys: Mapping[str, Survey], published: Mapping[str, int | None], say: Callable[[str], None], threads: int
-) -> Report:  # fmt: skip
-    """Walk every sample of every split.
+    surveys: Mapping[str, Survey],
+    published: Mapping[str, int | None],
+    say: Callable[[str], None],
+    threads: int,
+) -> Report:
+    """Read every sample of every split and return the report.
 
     Args:
-        surveys: by split, what is on the disk.
-        published: by split, how many samples its owners publish; none where nobody does.
-        say: is told how far it has come.
-        threads: decoding at once.
+        surveys: by split, the samples on disk.
+        published: by split, the number of samples that its owners publish; None if there is no such number.
+        say: called with a line of progress at every tenth of a split.
+        threads: number of threads that decode.
     """
     found: dict[str, list[Finding]] = {}
     with ThreadPoolExecutor(threads) as pool:
@@ -218,7 +229,7 @@ def check(
 def _counted(
     findings: Iterable[Finding], name: str, survey: Survey, say: Callable[[str], None]
 ) -> Iterable[Finding]:
-    """The same, told at every tenth of the way."""
+    """Yield the findings unchanged, and report progress to `say` at every tenth."""
     total = len(survey.pieces)
     for done, finding in enumerate(findings, 1):
         if done * 10 // total > (done - 1) * 10 // total:

@@ -1,4 +1,4 @@
-"""Samples to batches, in the loader's workers: pixels and tokens are made here, once per sample."""
+"""Collate samples to batches, in loader workers: each sample is preprocessed and tokenised once, here."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from segrl.types import Batch, Frame, Parsed, Prefix, Sample
 
 
 class Trace(Protocol):
-    """Writes the answer to imitate; see `data.traces.Annotator`."""
+    """A function that gives the answer to imitate; see `data.annotator.Annotator`."""
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Parsed:
-        """What an annotator answers to a sample."""
+        """Return the annotator's answer to a sample."""
         ...
 
 
 class Collate:
-    """Samples to a batch.
+    """A collate function from samples to a batch.
 
     Args:
-        encoder, grammar: of the policy; none leaves the prefixes out, for a stage that has no policy.
-        trace: writes the answers to imitate; none where completions are sampled.
-        also: grammars that are imitated beside `grammar`; samples take turns.
+        encoder, grammar: the policy's; if one is None, the batch has no prefixes (for a stage without a policy).
+        trace: gives the answers to imitate; None if completions are sampled.
+        also: grammars to imitate beside `grammar`. A hash of the sample's id picks one of them, the same in
+            every epoch.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Collate:
         self.also = tuple(also)
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """B samples to one batch."""
+        """Return the batch of B samples: prefixes, and answers if there is a `trace`."""
         if self.encoder is None or self.grammar is None:
             return Batch(samples=list(samples), prefixes=[])
         choice = (self.grammar, *self.also)
@@ -62,13 +63,13 @@ class Collate:
 
 
 def _prefix(encoder: Encoder, grammar: Grammar, sample: Sample) -> Prefix:
-    """One sample as the policy reads it; ValueError naming one that its processor refuses."""
+    """Return the prefix of one sample. Raise ValueError, naming the sample, if the processor refuses it."""
     with reading(sample.id, "an image and a query that the policy's processor takes are needed"):
         return encoder.encode(grammar.messages(sample.query), sample.image)
 
 
 def _written(grammar: Grammar, sample: Sample, parsed: Parsed, frame: Frame) -> str:
-    """The answer to imitate as text; ValueError naming a sample whose trace the grammar cannot write."""
+    """Return the answer to imitate as text. Raise ValueError, naming the sample, if `grammar` cannot render it."""
     try:
         return grammar.render(parsed, frame)
     except ValueError as error:
@@ -76,16 +77,17 @@ def _written(grammar: Grammar, sample: Sample, parsed: Parsed, frame: Frame) -> 
 
 
 class Shuffled(Sampler[int]):
-    """A permutation per epoch, begun where the run stands: the order is a function of the seed and of the batches done.
+    """A sampler with one permutation per epoch that starts at the run's position.
 
-    So it survives any kill, and no loader's state has to. Every rank sees its own share.
+    The order is a function of the seed and of the number of batches done. A resumed run therefore continues
+    with the next batch, and a checkpoint holds no loader state. The ranks' shares are disjoint.
 
     Args:
-        length: of the dataset.
-        batch_size: of this rank; what does not fill a batch is left for another epoch.
-        seed: of the run.
-        rank, ranks: of this process; shares are equal.
-        batches_done: how many batches the run has consumed, asked when an epoch begins or is gone on with.
+        length: number of samples of the dataset.
+        batch_size: samples of one batch, per rank; an epoch drops the samples that do not fill a batch.
+        seed: seed of the run.
+        rank, ranks: index of this process and number of processes; all shares have the same size.
+        batches_done: returns the number of batches that the run has consumed; called at each `__iter__`.
     """
 
     def __init__(
@@ -95,11 +97,11 @@ class Shuffled(Sampler[int]):
         self.batches_done = batches_done
 
     def __len__(self) -> int:
-        """Samples of this rank in an epoch: whole batches."""
+        """Return the number of this rank's samples in an epoch, a multiple of the batch size."""
         return self.length // self.ranks // self.batch_size * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        """Indices of this rank that are left of the epoch."""
+        """Return the indices of this rank that remain in the current epoch."""
         epoch, batch = divmod(self.batches_done(), max(1, len(self) // self.batch_size))
         order = torch.randperm(
             self.length, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -109,15 +111,15 @@ class Shuffled(Sampler[int]):
 
 
 class Share(Sampler[int]):
-    """Every rank's part of an evaluation set, each index once: no sample is repeated to make the parts equal."""
+    """A sampler of one rank's part of an evaluation set. Each index occurs once: nothing is padded."""
 
     def __init__(self, length: int, rank: int, ranks: int) -> None:
         self.indices = range(rank, length, ranks)
 
     def __len__(self) -> int:
-        """Samples of this rank."""
+        """Return the number of this rank's samples."""
         return len(self.indices)
 
     def __iter__(self) -> Iterator[int]:
-        """In order."""
+        """Return the indices `rank`, `rank + ranks`, ... in order."""
         return iter(self.indices)

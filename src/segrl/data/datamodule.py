@@ -1,4 +1,4 @@
-"""One datamodule for all datasets: which are for training, which for validation, which for the final test."""
+"""Build the loaders of the training, validation and test sets."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from segrl.types import Sample
 
 
 def begin_worker(worker: int) -> None:
-    """Make a loader process one that neither outlives its run nor ends before it."""
+    """Leave signals to the parent, so that a loader worker neither outlives its run nor ends before it."""
     signals.leave_to_parent()
 
 
 class SegDataModule(lightning.LightningDataModule):
-    """Loaders over datasets of samples.
+    """The loaders of a run's datasets.
 
     Args:
-        train: what the stage learns from.
-        val: by name, watched during training; `val/<name>/<metric>`.
-        test: by name, scored before and after training.
+        train: the training set.
+        val: validation sets by name, scored during training as `val/<name>/<metric>`.
+        test: test sets by name, scored before and after training.
         batch_size: samples (not completions) of one update, per rank.
         eval_batch_size: samples of one evaluation step, per rank.
         workers: loader processes per loader; 0 loads in the training process.
-        seed: of the order.
+        seed: seed of the order of training samples.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class SegDataModule(lightning.LightningDataModule):
         self.updates_per_batch = 1
 
     def connect(self, collate: Collate, eval_collate: Collate, updates_per_batch: int) -> None:
-        """Say how samples become batches, and how many updates a batch makes; the stage knows."""
+        """Set the stage's collate functions and the number of updates that it makes of a batch."""
         self.collate, self.eval_collate = collate, eval_collate
         self.updates_per_batch = updates_per_batch
 
     def _check_batch(self, ranks: int) -> int:
-        """Number of training samples; raises ValueError if they do not fill one batch."""
+        """Return the number of training samples. Raise ValueError if they do not fill one batch per rank."""
         length = len(self.train)
         if length < self.batch_size * ranks:
             fits = length // ranks
@@ -72,10 +72,11 @@ class SegDataModule(lightning.LightningDataModule):
         return length
 
     def _ranks(self) -> tuple[int, int]:
+        """Return the index of this process and the number of processes."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def _batches_done(self) -> int:
-        """Of the run so far: its updates, by those that a batch makes."""
+        """Return the number of batches that the run has consumed, from its number of updates."""
         assert self.trainer is not None
         return int(self.trainer.global_step) // self.updates_per_batch
 
@@ -84,7 +85,7 @@ class SegDataModule(lightning.LightningDataModule):
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Shuffled, whole batches only, from where the run stands."""
+        """Return a shuffled loader of whole batches that starts at the run's position."""
         rank, ranks = self._ranks()
         length = self._check_batch(ranks)
         return DataLoader(
@@ -114,9 +115,9 @@ class SegDataModule(lightning.LightningDataModule):
         ]
 
     def val_dataloader(self) -> list[DataLoader[Sample]]:
-        """One loader per validation set, in order of their names' appearance."""
+        """Return one loader per validation set, in the order of `val`."""
         return self._eval_loaders(self.val)
 
     def test_dataloader(self) -> list[DataLoader[Sample]]:
-        """One loader per test set."""
+        """Return one loader per test set, in the order of `test`."""
         return self._eval_loaders(self.test)

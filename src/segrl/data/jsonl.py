@@ -1,4 +1,4 @@
-"""Any dataset as a list: one JSON object per line with `image`, `mask` and, where there is a question, `query`."""
+"""Read any dataset from a JSONL file: each line has `image`, `mask` and, optionally, `query` and `id`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from segrl.types import Sample
 
 
 class Line(BaseModel):
-    """One sample."""
+    """One line of the list."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
     image: str = Field(min_length=1)
@@ -26,13 +26,13 @@ class Line(BaseModel):
     mask: str = Field(min_length=1)
     """File, relative to the root."""
     query: str | None = None
-    """What to segment; none where the task's constant instruction says it all."""
+    """The object to segment; None if the task's constant instruction suffices."""
     id: str | None = None
-    """Unique; none is the image's stem, and the place in the list where another line has the same image."""
+    """Unique id. If None, the image's stem; where several lines have that stem, with the 0-based line number."""
 
 
 def _line(path: Path, number: int, text: bytes) -> Line:
-    """One line of the list; ValueError naming it."""
+    """Return a validated line. Raise ValueError, naming the line, if it is malformed or misspells a key."""
     try:
         with reading(f"{path}, line {number}", "JSON is needed"):
             said = json.loads(text)
@@ -48,20 +48,21 @@ def _line(path: Path, number: int, text: bytes) -> Line:
 
 
 def _read(image: Path, mask: Path, line: Line, name: str) -> Sample:
-    """Read one sample at its own size; lines of the same image are one cluster."""
+    """Read one sample at its own size; lines with the same image form one cluster."""
     return replace(read_pair(image, mask, line.query), id=name, cluster=line.image)
 
 
 class Listed(Pieces):
-    """One sample per line of a `.jsonl`.
+    """A dataset of one sample per line of a `.jsonl`.
 
     Args:
-        path: the list, in utf-8.
-        root: folder that its files are relative to; none is the folder of the list.
-        side: resize to this square, image and mask together; none leaves them as they are.
+        path: the list, in UTF-8.
+        root: folder that its files are relative to; if None, the folder of the list.
+        side: image and mask are resized to a square of this side; None keeps their size.
 
     Raises:
-        ValueError: naming the line that is no sample, the id that is there twice, or the file that is missing or unfit.
+        ValueError: if the list is missing or empty, a line is malformed, an id is not unique, or a file is
+            missing or unfit. On access: if a file is found unfit only when it is decoded.
     """
 
     def __init__(self, path: str | None, root: str | None, side: int | None) -> None:
@@ -78,7 +79,7 @@ class Listed(Pieces):
 
     @classmethod
     def survey(cls, path: str | None, root: str | None, side: int | None) -> Survey:
-        """What the list names, fit or not; `side` changes nothing."""
+        """List all samples and faults; `side` is ignored."""
         at, found, lines = Path(path or ""), Survey(), dict[int, Line]()
         if path is None or not is_file(at):
             found.faults.append(f"{path}: a .jsonl of image, mask and query is needed; there is no such file")

@@ -1,4 +1,7 @@
-"""What a dataset on the disk is made of, listed and not judged: loaders refuse what is unfit, `data.check` reports it."""
+"""List the samples of a dataset on disk without opening or judging them.
+
+Loaders raise an error for unfit files; `data.check` reports them.
+"""
 
 from __future__ import annotations
 
@@ -17,47 +20,47 @@ from segrl.types import Sample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """One sample, before any of its files is opened."""
+    """One sample of a dataset, before any of its files is opened."""
 
     id: str
     image: Path
-    """Its file, or the file that it is stored in."""
+    """The image's file, or the file that holds it."""
     read: Callable[[], Sample]
-    """The sample at its own size; ValueError naming the file that is unfit."""
+    """Reads the sample at its own size; raises ValueError, naming the file, if it is unfit."""
     mask: Path | None = None
-    """File of the ground truth; none where it is drawn from annotations."""
+    """File of the ground truth; None if it is drawn from annotations."""
     content: Callable[[], bytes] | None = None
-    """The image's bytes; none where the file is nothing but the image."""
+    """Returns the image's bytes; None if the file is the image itself."""
     size: tuple[int, int] | None = None
-    """Width and height that the annotations claim for the image; none where they claim nothing."""
+    """Width and height of the image in the annotations; None if they have none."""
 
     def sample(self) -> Sample:
-        """Read the sample at its own size. Raises ValueError naming file, row or id, whatever a library raises."""
+        """Read the sample at its own size. Raise ValueError, naming file, row or id, if that fails."""
         with sample_of(self.id):
             return self.read()
 
 
 def sample_of(name: str) -> AbstractContextManager[None]:
-    """Inside, whatever spoils a sample is a ValueError that names it, or its file."""
+    """Return a context in which failures of reading become a ValueError that names the sample; see `reading`."""
     return reading(name, "a sample that can be read is needed")
 
 
 @dataclass(slots=True, kw_only=True)
 class Survey:
-    """All samples of one split, and what stands in the way of others."""
+    """All readable samples of one split, and the reasons why others cannot be listed."""
 
     pieces: list[Piece] = field(default_factory=list)
     without_mask: list[str] = field(default_factory=list)
-    """Images that no annotation belongs to."""
+    """Names of images without an annotation, or lines whose mask file is missing."""
     without_image: list[str] = field(default_factory=list)
-    """Annotations whose image is not there."""
+    """Names of annotations whose image is missing, or of the missing images."""
     faults: list[str] = field(default_factory=list)
-    """One line each: a folder that is missing, a file that cannot be read, two files of one name."""
+    """One line each, such as: a folder is missing, a file cannot be read, two files share a name."""
     unread: Counter[str] = field(default_factory=Counter)
     """Number of files that no loader reads, by suffix, and of "hidden" files and "sub folders"."""
 
     def add(self, other: Survey) -> None:
-        """Take over what another part of the split holds."""
+        """Add the survey of another part of the split."""
         self.pieces += other.pieces
         self.without_mask += other.without_mask
         self.without_image += other.without_image
@@ -66,49 +69,53 @@ class Survey:
 
 
 class OnDisk(Dataset[Sample]):
-    """A dataset of files. Its `survey` takes what its constructor takes, and refuses nothing that is a matter of files."""
+    """Base class of datasets of files.
+
+    A subclass has a class method `survey` with the constructor's arguments. It reports faults of files instead
+    of raising an error.
+    """
 
 
 class Pieces(OnDisk):
-    """One sample per piece.
+    """A dataset of listed samples.
 
     Args:
-        pieces: in order.
-        side: resize to this square, image and mask together; none leaves them as they are.
+        pieces: the samples, in order.
+        side: image and mask are resized to a square of this side; None keeps their size.
     """
 
     def __init__(self, pieces: list[Piece], side: int | None) -> None:
         self.pieces, self.side = pieces, side
 
     def __len__(self) -> int:
-        """Number of pieces."""
+        """Return the number of samples."""
         return len(self.pieces)
 
     @property
     def ids(self) -> list[str]:
-        """Of all samples, in order."""
+        """Ids of all samples, in order."""
         return [piece.id for piece in self.pieces]
 
     def __getitem__(self, index: int) -> Sample:
-        """Read one."""
+        """Read one sample, resized to `side`."""
         sample = self.pieces[index].sample()
         return sample if self.side is None else squash(sample, self.side)
 
 
 def first_names(names: set[str] | list[str]) -> str:
-    """The first five, and how many more there are."""
+    """Return the first five names, sorted, and the number of the others, as text."""
     shown = sorted(names)[:5]
     return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def listed(folder: Path, suffixes: Iterable[str], unread: Counter[str], faults: list[str]) -> list[Path]:
-    """Return the folder's files of those suffixes, in order.
+    """Return the folder's files with one of the suffixes, sorted.
 
     Args:
-        folder: read flat.
-        suffixes: in lower case.
-        unread: counts what else there is.
-        faults: is told of names that are no text.
+        folder: read without its sub folders.
+        suffixes: with the dot, in lower case.
+        unread: its counts are increased by all other entries.
+        faults: a line is appended for each name that is not UTF-8.
     """
     taken, files = frozenset(suffixes), []
     for path in sorted(folder.iterdir()):
@@ -126,5 +133,5 @@ def listed(folder: Path, suffixes: Iterable[str], unread: Counter[str], faults: 
 
 
 def counted(unread: Counter[str]) -> str:
-    """Return the counts in words, the most frequent first; empty where nothing was left."""
+    """Return the counts as text, the most frequent first; "" if there are none."""
     return ", ".join(f"{count} {what}" for what, count in unread.most_common())

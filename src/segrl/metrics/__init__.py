@@ -1,1 +1,1 @@
-"""Agreement between masks."""
+"""Scores of masks and maps against the truth, per sample and per set."""

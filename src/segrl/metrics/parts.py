@@ -1,8 +1,8 @@
-"""Scores of a set of samples, from means of what each sample contributes.
+"""Scores of a set of samples with bootstrap intervals, as functions of means of per-sample parts.
 
-Every score of this field is a function of means over samples: the mean itself, the largest value of a mean curve, or a
-ratio of two means (cIoU). So one pass over the samples gives `Parts`, their means give the scores, and means over samples
-drawn anew give the intervals.
+Every score here is a function of means over samples: a mean, the mean or the largest value of a mean curve,
+or a ratio of two means (cIoU). One pass over the samples gives their `Parts`. Means of the parts give the
+scores; means over resampled samples give the intervals.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torchmetrics import Metric
 from segrl.metrics.functional.bootstrap import bootstrap_weights
 
 Parts = dict[str, np.ndarray]
-"""What one sample contributes: by name float64 `[k]`, k = 1 or, of a curve over thresholds, 256."""
+"""Contributions of one sample by name: float64 `[k]` with k = 1, or 256 for a curve over thresholds."""
 
 _DRAWS_AT_ONCE = 100
 
@@ -30,42 +30,44 @@ class Family(Protocol):
 
     @property
     def convention(self) -> str:
-        """What a reader of its numbers has to know, in one line."""
+        """One line about the conventions that a reader of the scores must know."""
         ...
 
     @property
     def knows_ignored(self) -> bool:
-        """Whether it can leave pixels out."""
+        """Whether `parts` accepts ignored pixels."""
         ...
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the scores of `summary`, in the order of a table."""
+        """Names of the scores of `summary`, in the order of a table."""
         ...
 
     def parts(
         self, saliency: np.ndarray, truth: np.ndarray, ignore: np.ndarray | None, faulty: bool = False
     ) -> Parts:
-        """Of one sample.
+        """Return the parts of one sample.
 
         Args:
             saliency: map uint8 `[H, W]`; a mask is a map of 0 and 255.
             truth: bool `[H, W]`.
-            ignore: bool `[H, W]`, pixels that no score looks at.
-            faulty: the map is empty because an answer could not be parsed.
+            ignore: bool `[H, W]`, pixels to leave out; None if all count.
+            faulty: whether the map is empty because the answer could not be parsed.
         """
         ...
 
     def summary(self, means: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Means of the parts `[..., k]` to the scores `[...]`, in the order of a table."""
+        """Return the scores `[...]` from means of the parts `[..., k]`, in the order of a table."""
         ...
 
 
 class SetMeans(Metric):
-    """Means of parts over a set: exact under any number of ranks and any shares, float64 sums and an int64 count.
+    """Means of parts over a set, from float64 sums and an int64 count that ranks add up.
+
+    The result does not depend on how samples are spread over ranks, up to float64 rounding.
 
     Args:
-        sizes: of the parts, by name.
+        sizes: lengths of the parts by name.
     """
 
     is_differentiable = False
@@ -80,42 +82,42 @@ class SetMeans(Metric):
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, parts: Mapping[str, np.ndarray]) -> None:
-        """Take in one sample."""
+        """Add the parts of one sample."""
         row = np.concatenate([np.atleast_1d(parts[name]) for name in self.sizes])
         self.sums += torch.as_tensor(row, dtype=torch.float64, device=self.sums.device)
         self.count += 1
 
     def compute(self) -> dict[str, Tensor]:
-        """Mean of each part, `[k]`."""
+        """Return the mean of each part, `[k]`."""
         means = (self.sums / self.count).split(list(self.sizes.values()))
         return dict(zip(self.sizes, means, strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """One score of a set, with the 95 % interval that drawing its clusters anew gives it."""
+    """One score of a set, with its 95 % percentile bootstrap interval over clusters."""
 
     value: float
     interval: tuple[float, float] | None
-    """Low and high; None if no interval was asked for (`draws=0`)."""
+    """Low and high; None with `draws=0`, or if the value is NaN."""
 
     def as_json(self) -> dict[str, float | tuple[float, float] | None]:
-        """Return value and interval; a value that is not a number is `None`."""
+        """Return value and interval; NaN becomes None."""
         return {"value": None if np.isnan(self.value) else self.value, "interval": self.interval}
 
 
 def scores(
     family: Family, rows: Sequence[Parts], draws: int, seed: int, clusters: np.ndarray | None = None
 ) -> dict[str, Score]:
-    """Return the scores of a set, by name.
+    """Return the scores of a set by name.
 
     Args:
-        family: which.
-        rows: what each sample contributes, at least one.
-        draws: resamples of the interval; 0 makes none.
-        seed: of the draws.
-        clusters: int64 `[samples]`, of `intervals.numbered`: samples of one cluster are drawn together, since they are not
-            independent; if None, every sample is drawn by itself.
+        family: way of scoring.
+        rows: parts of each sample, at least one.
+        draws: number of resamples for the interval; with 0 there is no interval.
+        seed: of the resamples.
+        clusters: int64 `[samples]` from `bootstrap.numbered`. Samples of one cluster are not independent, so
+            they are drawn together; if None, every sample is drawn by itself.
     """
     columns = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     values = family.summary({name: column.mean(0) for name, column in columns.items()})

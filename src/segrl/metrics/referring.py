@@ -1,4 +1,7 @@
-"""Referring and reasoning segmentation: gIoU and cIoU, with the conventions that tables of this field mix, by name."""
+"""Scores of referring and reasoning segmentation: gIoU and cIoU.
+
+Published tables use different conventions for empty masks and ignored pixels; here each has a name.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +18,31 @@ _PRECISIONS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 class Referring:
-    """`giou` mean IoU per sample (mIoU), `ciou` all intersections over all unions (oIoU), `p@.5` to `p@.9` shares of at least that IoU.
+    """Family of scores with IoU per sample and per set.
+
+    `giou`: mean IoU of the samples (mIoU). `ciou`: all intersections over all unions (oIoU). `p@.5` to
+    `p@.9`: shares of samples with at least that IoU.
 
     Args:
-        empty: IoU of a sample whose truth and mask are both empty: "one" (LISA, gRefCOCO), "zero" (Seg-R1), or "skip": it
-            counts neither in `giou` nor in `p@`. A mask that is empty by a fault is IoU 0 in all three.
-        ignore: pixels that the annotators left open: "exclude" (LISA), "background" (Seg-R1) or "target" (Seg-Zero).
-        no_target: also `n_acc` (share of samples without a target that got an empty mask, and not by a fault) and `t_acc` (with a target, a mask);
-            `p@` is then of the samples with a target, as in ReLA's code.
+        empty: IoU of a sample whose truth and mask are both empty: "one" (LISA, gRefCOCO), "zero" (Seg-R1),
+            or "skip": the sample counts neither in `giou` nor in `p@`. The empty mask of a fault has IoU 0 in
+            all three.
+        ignore: use of the pixels that annotators left open: "exclude" (LISA), "background" (Seg-R1) or
+            "target" (Seg-Zero).
+        no_target: whether to add `n_acc` and `t_acc`. `n_acc` is the share of samples without a target whose
+            mask is empty and not of a fault; `t_acc` is the share of samples with a target whose mask is not
+            empty. `p@` is then a share of the samples with a target, as in ReLA's code.
 
     Raises:
-        ValueError: if a convention has another name.
+        ValueError: if `empty` or `ignore` has another value.
     """
 
     def __init__(
-        self, empty: Literal["one", "zero", "skip"], ignore: Literal["exclude", "background", "target"], no_target: bool
-    ) -> None:  # fmt: skip
+        self,
+        empty: Literal["one", "zero", "skip"],
+        ignore: Literal["exclude", "background", "target"],
+        no_target: bool,
+    ) -> None:
         if empty not in ("one", "zero", "skip"):
             raise ValueError(f"scores.empty: one, zero or skip is needed; got {empty}")
         if ignore not in ("exclude", "background", "target"):
@@ -39,12 +51,15 @@ class Referring:
 
     @property
     def convention(self) -> str:
-        """What a reader of its numbers has to know, in one line."""
-        return f"truth and mask empty: {self.empty}; ignored pixels: {self.ignore}; a fault is an empty mask, and IoU 0"
+        """See `Family`."""
+        return (
+            f"truth and mask empty: {self.empty}; ignored pixels: {self.ignore}; "
+            "a fault is an empty mask, and IoU 0"
+        )
 
     @property
     def knows_ignored(self) -> bool:
-        """Yes, by `ignore`."""
+        """True: `parts` uses ignored pixels as `ignore` says."""
         return True
 
     @property
@@ -72,7 +87,7 @@ class Referring:
 
     @property
     def _among(self) -> str:
-        """Which samples `p@` is a share of."""
+        """Name of the part that marks the samples of which `p@` is a share."""
         return "target" if self.no_target else "counted"
 
     def summary(self, means: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -90,5 +105,5 @@ class Referring:
 
 
 def _name(threshold: float) -> str:
-    """Such as `p@.5`."""
+    """Return the name of a precision score, such as `p@.5`."""
     return f"p@{threshold:.1f}".replace("0.", ".")

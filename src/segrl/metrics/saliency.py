@@ -1,4 +1,4 @@
-"""Salient, camouflaged and dichotomous segmentation: the scores of their tables, by the field's short names."""
+"""Scores of salient, camouflaged and dichotomous segmentation, under the field's short names."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from segrl.metrics.parts import Parts
 
 _HALF = 128
 NAMES = ("iou", "sm", "mae", "fault_rate")
-"""What is scored of every answer while a policy trains."""
+"""Scores of every answer that a stage evaluates."""
 
 METRICS = (
-    "sm", "wfm", "mae", "adp_e", "mean_e", "max_e", "adp_f", "mean_f", "max_f", "iou", "ciou", "hce", "biou", "mba",
+    "sm", "wfm", "mae", "adp_e", "mean_e", "max_e", "adp_f", "mean_f", "max_f",
+    "iou", "ciou", "hce", "biou", "mba",
 )  # fmt: skip
 
 
 def score(mask: np.ndarray, truth: np.ndarray, faulty: bool) -> dict[str, float]:
-    """Return every score in `NAMES` of one answer; a faulty answer's mask is empty, and is scored as `Saliency` does."""
+    """Return the scores `NAMES` of one answer; the empty mask of a fault is scored as by `Saliency`."""
     if faulty and not truth.any():
         mask = np.ones_like(mask)
     values = (iou(mask, truth), structure(mask, truth), mean_absolute_error(mask, truth), float(faulty))
@@ -33,19 +34,21 @@ def score(mask: np.ndarray, truth: np.ndarray, faulty: bool) -> dict[str, float]
 class Saliency:
     """Scores of grey maps and of masks (as maps of 0 and 255), defined as in pysodmetrics 1.6.2.
 
-    `sm` S-measure, `wfm` weighted F, `mae`, `adp_e mean_e max_e` E-measure, `adp_f mean_f max_f` F-measure (the mean and the
-    largest value of the set's mean curve), `iou` mean per image, `ciou` all intersections over all unions, `hce` human
-    correction effort, `biou` boundary IoU, `mba` mean boundary accuracy. The last five look at the mask of values from 128 up; `hce` stretches the map first, as
-    pysodmetrics does.
+    `sm`: S-measure. `wfm`: weighted F-measure. `mae`: mean absolute error. `adp_e mean_e max_e`: E-measure.
+    `adp_f mean_f max_f`: F-measure (at the adaptive threshold; mean and maximum of the set's mean curve).
+    `iou`: mean IoU of the images. `ciou`: all intersections over all unions. `hce`: human correction effort.
+    `biou`: boundary IoU. `mba`: mean boundary accuracy. The last five use the mask of values from 128 up; for
+    `hce` the map is stretched first, as in pysodmetrics.
 
-    A map that is empty by a fault is scored as it is; where the truth is empty, too, that would be the right answer, and it is
-    scored as a full map: `sm`, `iou`, E, `biou` and `mba` are 0, `mae` is 1. `ciou` takes it as it is: it adds nothing to either sum.
+    The empty map of a fault is scored as it is. If the truth is empty, too, it would be right, so it is
+    scored as a full map: `sm`, `iou`, E-measures, `biou` and `mba` are 0, `mae` is 1. `ciou` uses the empty
+    map, which adds nothing to either sum.
 
     Args:
-        metrics: names of those to compute, in the order of the table.
+        metrics: names of the scores to compute, in the order of the table.
 
     Raises:
-        ValueError: if there is none, or one that has no such name.
+        ValueError: if there is no name, or an unknown one.
     """
 
     def __init__(self, metrics: Sequence[str]) -> None:
@@ -58,12 +61,15 @@ class Saliency:
 
     @property
     def convention(self) -> str:
-        """What a reader of its numbers has to know, in one line."""
-        return "pysodmetrics 1.6.2's definitions; adp_e and adp_f take an empty mask for a full one; both empty: IoU 1, by a fault 0"
+        """See `Family`."""
+        return (
+            "pysodmetrics 1.6.2's definitions; adp_e and adp_f take an empty mask for a full one; "
+            "both empty: IoU 1, by a fault 0"
+        )
 
     @property
     def knows_ignored(self) -> bool:
-        """No: these scores have no notion of it."""
+        """False: `parts` refuses ignored pixels."""
         return False
 
     @property
@@ -74,7 +80,7 @@ class Saliency:
     def parts(
         self, saliency: np.ndarray, truth: np.ndarray, ignore: np.ndarray | None, faulty: bool = False
     ) -> Parts:
-        """See `Family`; raises ValueError for ignored pixels, which these scores do not know."""
+        """See `Family`. Raise ValueError if there are ignored pixels, which these scores do not support."""
         if ignore is not None and ignore.any():
             raise ValueError(
                 "scores: a family that knows ignored pixels is needed (segrl.metrics.referring.Referring); "
@@ -117,7 +123,7 @@ class Saliency:
 
 
 def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Their ratio; not a number where there is nothing to divide by."""
+    """Return `part / whole`; NaN where `whole` is 0."""
     return np.divide(
         part, whole, out=np.full_like(np.asarray(part, np.float64), np.nan), where=np.asarray(whole) > 0
     )

@@ -1,1 +1,1 @@
-"""Text to mask prompts and back; pure."""
+"""Grammars of completions: mask prompts to text and back; pure functions."""

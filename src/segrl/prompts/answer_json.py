@@ -1,8 +1,8 @@
-"""The grammars that answer in JSON: SAM-R1's, Seg-Zero's and VisionReasoner's.
+"""Grammars whose answer is JSON: SAM-R1's, Seg-Zero's and VisionReasoner's.
 
-All three are `<think> ... </think> ... <answer>JSON</answer>`. Whatever stands between thought and answer is legal: SAM-R1's own
-prompt asks for words there. JSON is read by the standard library's linear scanner and never evaluated. What a grammar reads
-although it is not written as it asks is `Parsed.loose`: the mask counts, no format reward is paid.
+All three have the form `<think> ... </think> ... <answer>JSON</answer>`. Text between thought and answer is
+legal: SAM-R1's own prompt asks for some. JSON is parsed by `json.loads` and never evaluated. Each grammar
+also accepts some deviations, marked as `Parsed.loose`: the mask counts, but no format reward is paid.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from segrl.prompts.scan import Fault, Said, fields, opened, unfolded
 from segrl.protocols import Message
 from segrl.types import Frame, MaskPrompt, Parsed, ParseFault
 
-_LONGEST = 20_000  # characters of an answer; a box of numbers is never longer
-_LARGEST = 1e6
+_LONGEST = 20_000  # characters; a longer answer is a fault
+_LARGEST = 1e6  # largest absolute value of a coordinate
 _VALUE = r"[ \t\r\n]*-?[0-9]{1,7}(?:\.[0-9]{1,7})?[ \t\r\n]*"
 _STRING = re.compile(r"""\"(?:[^\"\\]|\\.)*+\"?|'(?:[^'\\]|\\.)*+'?""", re.DOTALL)
 _LIST = re.compile(rf"\[((?:{_VALUE},){{2,3}}{_VALUE})\]")
 
 
 def _no_constant(name: str) -> float:
-    """JSON has no NaN and no Infinity, whatever Python's reader thinks."""
+    """Raise ValueError: JSON has no NaN and no Infinity, but `json.loads` accepts them."""
     raise ValueError(name)
 
 
 def _in_double_quotes(found: re.Match[str]) -> str:
-    """Return a string of Python's as one of JSON's."""
+    """Return a quoted string as a JSON string."""
     text = found[0]
     if text[0] == '"':
         return text
@@ -44,10 +44,10 @@ def _in_double_quotes(found: re.Match[str]) -> str:
 
 
 def _load(payload: str) -> tuple[object, set[str]]:
-    """Return the value, and how it is written otherwise than in JSON: "fence" around it, "quotes" that are single.
+    """Return the parsed value and its deviations from JSON: "fence" (a code fence), "quotes" (single quotes).
 
-    Seg-Zero asks in single quotes, and base models write fences. Strings in single quotes are read as Python reads
-    them, whatever the others are; nothing else of Python's is.
+    Seg-Zero's instruction uses single quotes, and base models write fences. No other Python syntax is
+    accepted. Raise Fault if the payload is too long or cannot be parsed.
     """
     if len(payload) > _LONGEST:
         raise Fault(ParseFault.TOO_MANY)
@@ -68,7 +68,7 @@ def _load(payload: str) -> tuple[object, set[str]]:
 
 
 def _outer(text: str) -> tuple[Parsed, str]:
-    """Return thought and what stands around it and the answer, or a fault of theirs; and the answer's content."""
+    """Return the thought with the text around the fields, or a fault; and the content of `<answer>`."""
     thoughts = fields(text, "think", 2)
     if not thoughts:
         return Parsed(fault=ParseFault.NO_THOUGHT), ""
@@ -85,7 +85,7 @@ def _outer(text: str) -> tuple[Parsed, str]:
 
 
 def _numbers(value: object, count: int) -> list[float]:
-    """A list of so many finite numbers of sane size."""
+    """Return a list of `count` finite numbers within `_LARGEST`; raise Fault for anything else."""
     if not isinstance(value, list) or len(value) != count:
         raise Fault(ParseFault.BAD_NUMBERS)
     for number in value:
@@ -100,7 +100,7 @@ def _numbers(value: object, count: int) -> list[float]:
 
 
 def _box(value: object, frame: Frame) -> np.ndarray:
-    """`[x1, y1, x2, y2]` to unit float32 `[4]`, clamped into the image."""
+    """Return `[x1, y1, x2, y2]` as unit float32 `[4]`, clamped; raise Fault if it has no area."""
     box = to_unit(np.array(_numbers(value, 4)), frame)
     if box[2] <= box[0] or box[3] <= box[1]:
         raise Fault(ParseFault.DEGENERATE_BOX)
@@ -108,33 +108,33 @@ def _box(value: object, frame: Frame) -> np.ndarray:
 
 
 def _mapping(value: object) -> dict[str, Any]:
-    """A JSON object."""
+    """Return `value` if it is a JSON object; raise Fault otherwise."""
     if not isinstance(value, dict):
         raise Fault(ParseFault.BAD_JSON)
     return value
 
 
 def _alone(value: object) -> tuple[dict[str, Any], bool]:
-    """Return the one object, and whether it stands in a list, as base models write it."""
+    """Return the single object, and whether it is wrapped in a list, as base models write it."""
     listed = isinstance(value, list) and len(value) == 1
     return _mapping(value[0] if isinstance(value, list) and listed else value), listed
 
 
 def _said_box(one: dict[str, Any], name: str, other: str) -> tuple[object, bool]:
-    """Return what an object has as its box, and whether under the `other` name."""
+    """Return the value of an object's box, and whether its key is `other` instead of `name`."""
     if name not in one and other not in one:
         raise Fault(ParseFault.NO_BOX)
     return (one[name], False) if name in one else (one[other], True)
 
 
 def _whole(values: np.ndarray, frame: Frame) -> list[list[int]]:
-    """Unit coordinates `[n, 2k]` to integers of the frame."""
+    """Return unit coordinates `[n, 2k]` as integers of the frame."""
     whole: list[list[int]] = from_unit(values, frame).tolist()
     return whole
 
 
 def _written(thought: str, between: str, payload: object) -> str:
-    """The completion around a payload; raises ValueError if the thought holds a tag."""
+    """Return the completion around a payload. Raise ValueError if the thought holds a tag."""
     if any(f"{mark}{tag}>" in thought for mark in ("<", "</") for tag in ("think", "answer")):
         raise ValueError(
             "a thought without think and answer tags is needed to write a completion; it holds one"
@@ -144,7 +144,7 @@ def _written(thought: str, between: str, payload: object) -> str:
 
 
 def _sayable(parsed: Parsed) -> MaskPrompt:
-    """Its mask prompt; raises ValueError where there is none, or its labels are no labels."""
+    """Return the mask prompt. Raise ValueError if it is None or has labels other than 0 and 1."""
     if parsed.prompt is None:
         raise ValueError(f"a mask prompt is needed to write a completion; got the fault {parsed.fault}")
     if not np.isin(parsed.prompt.labels, (0, 1)).all():
@@ -155,13 +155,14 @@ def _sayable(parsed: Parsed) -> MaskPrompt:
 
 
 class SamR1Json:
-    """`{"bbox": [x1,y1,x2,y2], "points": [[x,y,1], ...]}`: one object, points labelled (SAM-R1, arXiv 2505.22596, figure 1).
+    """`{"bbox": [x1,y1,x2,y2], "points": [[x,y,1], ...]}`: one object with labelled points.
 
-    Read, too, but loosely: a ```json fence, single quotes, a list of the one object, `bbox_2d` for `bbox`.
+    Source: SAM-R1 (arXiv 2505.22596), figure 1. Accepted as loose: a ```json fence, single quotes, a list
+    around the object, `bbox_2d` for `bbox`.
 
     Args:
-        max_points: more are a fault.
-        instructions: a YAML file, or its sections, to ask with; None asks with the paper's text.
+        max_points: most points; more are a fault.
+        instructions: a YAML file of instruction texts, or its sections; if None, the paper's text.
 
     Raises:
         ValueError: if the instructions are damaged, naming file and text.
@@ -175,11 +176,11 @@ class SamR1Json:
         self.texts = told(instructions, self.section)
 
     def messages(self, query: str | None) -> list[Message]:
-        """Return image, then the instruction around the query; no system message of its own."""
+        """Return the chat: image, then instruction with query. The paper's text has no system message."""
         return chat(self.texts, query)
 
     def render(self, parsed: Parsed, frame: Frame) -> str:
-        """Raises ValueError unless `parsed` has one box and 1 to `max_points` points."""
+        """Return the completion; raise ValueError unless there are one box and 1 to `max_points` points."""
         prompt = _sayable(parsed)
         if len(prompt.boxes) != 1 or not 1 <= len(prompt.points) <= self.max_points:
             raise ValueError(
@@ -194,7 +195,7 @@ class SamR1Json:
         return _written(parsed.thought, " To generate the mask of the target object, ", payload)
 
     def parse(self, text: str, frame: Frame) -> Parsed:
-        """Read thought, box and points; all are needed."""
+        """Parse thought, box and points; if one is missing, return its fault."""
         outer, payload = _outer(text)
         if outer.fault is not None:
             return outer
@@ -217,7 +218,10 @@ class SamR1Json:
         return replace(outer, prompt=prompt, loose=bool(how) or listed or renamed)
 
     def unfold(self, text: str, frame: Frame) -> list[tuple[int, MaskPrompt]]:
-        """The first list of four numbers is the box, lists of three are points; each is complete where it closes."""
+        """Return the steps of the mask prompt; a step ends with the closing bracket of its list.
+
+        The first valid list of four numbers is the box; lists of three numbers with label 0 or 1 are points.
+        """
         thought = text.find("</think>")
         begin = text.find("<answer>", thought) if thought >= 0 else -1
         if begin < 0:
@@ -238,10 +242,11 @@ class SamR1Json:
 
 
 class SegZeroJson:
-    """`{'bbox': [...], 'points_1': [x,y], 'points_2': [x,y]}`: one object, two points inside it (Seg-Zero, arXiv 2503.06520).
+    """`{'bbox': [...], 'points_1': [x,y], 'points_2': [x,y]}`: one object with two points inside it.
 
-    A ```json fence and a list of the one object are read and paid, for the released code takes the first `{...}` that stands
-    there; single quotes are, for its instruction asks in them. Read loosely: `bbox_2d` for `bbox`.
+    Source: Seg-Zero (arXiv 2503.06520). A ```json fence, a list around the object and single quotes also earn
+    the format reward: the released code takes the first `{...}` that it finds, and its instruction uses
+    single quotes. Accepted as loose: `bbox_2d` for `bbox`.
 
     Args:
         instructions: see `SamR1Json`.
@@ -254,22 +259,27 @@ class SegZeroJson:
         self.texts = told(instructions, self.section)
 
     def messages(self, query: str | None) -> list[Message]:
-        """Return image, then the instruction around the query, which Seg-Zero writes in lower case."""
+        """Return the chat: image, then instruction with the query in lower case, as Seg-Zero writes it."""
         return chat(self.texts, None if query is None else query.lower())
 
     def render(self, parsed: Parsed, frame: Frame) -> str:
-        """A single point is said twice. Raises ValueError unless `parsed` has one box and one or two points, all inside."""
+        """Return the completion; a single point is written twice.
+
+        Raises:
+            ValueError: unless `parsed` has one box and one or two points, all of them foreground.
+        """
         prompt = _sayable(parsed)
         if len(prompt.boxes) != 1 or not 1 <= len(prompt.points) <= 2 or not prompt.labels.all():
             raise ValueError(
-                f"1 box and 1 or 2 foreground points are needed to write a completion; got {len(prompt.boxes)} and {len(prompt.points)}"
+                "1 box and 1 or 2 foreground points are needed to write a completion; "
+                f"got {len(prompt.boxes)} and {len(prompt.points)}"
             )
         points = _whole(prompt.points, frame)
         box = opened(from_unit(prompt.boxes, frame)[0], frame)
         return _written(parsed.thought, "\n", {"bbox": box, "points_1": points[0], "points_2": points[-1]})
 
     def parse(self, text: str, frame: Frame) -> Parsed:
-        """Read thought, box and two points; all are needed."""
+        """Parse thought, box and two points; if one is missing, return its fault."""
         outer, payload = _outer(text)
         if outer.fault is not None:
             return outer
@@ -287,7 +297,7 @@ class SegZeroJson:
 
 
 def _share(objects: object) -> float:
-    """Return the share of boxes and points that are lists of the right length, as VisionReasoner's format reward counts them."""
+    """Return the share of boxes and points that are lists of the right length (VisionReasoner's format)."""
     if not isinstance(objects, list) or not objects:
         return 0.0
     right = [
@@ -299,13 +309,14 @@ def _share(objects: object) -> float:
 
 
 class VisionReasonerJson:
-    """`[{"bbox_2d": [...], "point_2d": [x,y]}, ...]`: any number of objects; `[]` says that there is none (arXiv 2505.12081).
+    """`[{"bbox_2d": [...], "point_2d": [x,y]}, ...]`: a list of objects; `[]` means that there is none.
 
-    Box k and point k are one object, for the mask head, too. Read, too, but loosely: a ```json fence, single quotes, one
-    object without a list, `bbox` for `bbox_2d`.
+    Source: VisionReasoner (arXiv 2505.12081). Box k and point k belong to one object, also in the mask head
+    (`MaskPrompt.paired`). Accepted as loose: a ```json fence, single quotes, one object without a list,
+    `bbox` for `bbox_2d`.
 
     Args:
-        max_boxes: more are a fault.
+        max_boxes: most objects; more are a fault.
         instructions: see `SamR1Json`.
     """
 
@@ -317,11 +328,15 @@ class VisionReasonerJson:
         self.texts = told(instructions, self.section)
 
     def messages(self, query: str | None) -> list[Message]:
-        """Return image, then the instruction around the query."""
+        """Return the chat: image, then instruction with query."""
         return chat(self.texts, query)
 
     def render(self, parsed: Parsed, frame: Frame) -> str:
-        """Box k and point k are one object. Raises ValueError unless there are as many boxes as foreground points."""
+        """Return the completion; box k and point k are written as one object.
+
+        Raises:
+            ValueError: unless there are as many boxes as foreground points, and at most `max_boxes`.
+        """
         prompt = _sayable(parsed)
         if (
             len(prompt.boxes) != len(prompt.points)
@@ -329,7 +344,8 @@ class VisionReasonerJson:
             or not prompt.labels.all()
         ):
             raise ValueError(
-                f"as many boxes as foreground points, at most {self.max_boxes}, are needed to write a completion; "
+                f"as many boxes as foreground points, at most {self.max_boxes}, "
+                "are needed to write a completion; "
                 f"got {len(prompt.boxes)} and {len(prompt.points)}"
             )
         objects = zip(from_unit(prompt.boxes, frame), _whole(prompt.points, frame), strict=True)
@@ -337,7 +353,7 @@ class VisionReasonerJson:
         return _written(parsed.thought, "\n", payload)
 
     def parse(self, text: str, frame: Frame) -> Parsed:
-        """Read thought and objects, in the order written."""
+        """Parse thought and objects, in the order written; if a part is missing, return its fault."""
         outer, payload = _outer(text)
         if outer.fault is not None:
             return outer

@@ -1,4 +1,7 @@
-"""Seg-R1's tags as its released code reads them: for `reward=seg_r1_published`, which pays what that code pays."""
+"""Seg-R1's tags, parsed as its released code parses them.
+
+Use it with `reward=seg_r1_published`, which pays what that code pays.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from segrl.prompts.tags import SegR1Tags
 from segrl.protocols import Message
 from segrl.types import Frame, MaskPrompt, Parsed, ParseFault
 
-# Possessive, and no two ways to read one text: linear, whatever the text. Numbers are whole and have no sign.
+# Possessive quantifiers without ambiguity: matching is linear in the text. Numbers are unsigned integers.
 _NUMBER = r"\s*+\d++\s*+"
 _BOX = re.compile(rf"<bbox>\s*+(\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\])\s*+</bbox>")
 _POINTS = re.compile(rf"<points>\s*+(\[\s*+(?:\[{_NUMBER},{_NUMBER}\]\s*+,?+\s*+)++\])\s*+</points>")
@@ -24,15 +27,15 @@ _PAIRS = re.compile(rf"\[{_LIST.pattern}(?:,{_LIST.pattern})*+,?+\]")
 
 
 def _squeezed(found: str) -> str:
-    """Return a list without its white space, which the patterns above leave around punctuation or between numbers.
+    """Return a list without its white space; between two digits it becomes `?`, which no valid list contains.
 
-    Between two numbers it becomes a mark that no list holds: there Python, which the released code asks, sees no list.
+    The released code evaluates the list as Python, where two numbers without a comma are a syntax error.
     """
     return re.sub(r"(?<=\d)\s++(?=\d)", "?", found).translate({ord(blank): None for blank in " \t\r\n\f"})
 
 
 def _numbers(found: str, pattern: re.Pattern[str]) -> np.ndarray:
-    """Return the numbers of a list, or of a list of pairs `[n, 2]`, float64."""
+    """Return the numbers of a list, or of a list of pairs, as flat float64; raise Fault if malformed."""
     text = _squeezed(found)
     if pattern.fullmatch(text) is None:
         raise Fault(ParseFault.BAD_NUMBERS)
@@ -41,15 +44,16 @@ def _numbers(found: str, pattern: re.Pattern[str]) -> np.ndarray:
 
 
 class SegR1Released:
-    """What `SegR1Tags` asks and writes, read as Seg-R1's released `grpo.py` reads it (arXiv 2506.22624).
+    """The grammar of `SegR1Tags`, parsed as Seg-R1's released `grpo.py` parses it (arXiv 2506.22624).
 
-    Whole numbers without a sign; fields are looked for anywhere in the text, and the first points and labels that are
-    well-formed count, with every well-formed box; a comma may close a list. Without a closed thought the answer is read
-    loosely: that code pays its mask and not its format. segrl's own: labels other than 0 and 1, boxes without area, and
-    numbers of more than six digits are faults, and coordinates outside the image are clamped to its border.
+    Numbers are unsigned integers, and a comma may end a list. Fields may stand anywhere in the text: every
+    well-formed box counts, and the first well-formed points and labels. Without a closed thought the answer
+    is loose: the released code pays its mask but not its format. segrl adds: labels other than 0 and 1, boxes
+    without area and numbers of more than six digits are faults; coordinates outside the image are clamped to
+    its border.
 
     Args:
-        max_boxes: more are a fault; the released code has no limit.
+        max_boxes: most boxes; more are a fault; the released code has no limit.
         max_points: likewise.
         instructions: see `SegR1Tags`.
     """
@@ -62,15 +66,15 @@ class SegR1Released:
         self.texts = self.tags.texts
 
     def messages(self, query: str | None) -> list[Message]:
-        """Return what `SegR1Tags` asks."""
+        """Return the chat of `SegR1Tags`."""
         return self.tags.messages(query)
 
     def render(self, parsed: Parsed, frame: Frame) -> str:
-        """Return what `SegR1Tags` writes; raises ValueError where it cannot."""
+        """Return the completion of `SegR1Tags`. Raise ValueError where it does."""
         return self.tags.render(parsed, frame)
 
     def parse(self, text: str, frame: Frame) -> Parsed:
-        """Read boxes, points and labels; a thought is not needed."""
+        """Parse boxes, points and labels; the thought may be missing."""
         thoughts = fields(text, "think", 1)
         thought = thoughts[0].strip() if thoughts else ""
         try:

@@ -1,4 +1,4 @@
-"""What the grammars share: finding fields in linear time, and faults on their way to `parse`."""
+"""Functions that grammars share: find fields in linear time, round boxes, list steps of a mask prompt."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from segrl.types import Frame, MaskPrompt, ParseFault
 
 
 class Fault(Exception):
-    """Carries a fault from the scanners to `parse`; never leaves `prompts`."""
+    """Exception that carries a `ParseFault` from a scanner to `parse` or `unfold`, which catch it."""
 
     def __init__(self, kind: ParseFault) -> None:
         self.kind = kind
 
 
 Said = tuple[int, np.ndarray, int | None]
-"""Where a box, or a point, is complete in the text; its unit coordinates; the point's label."""
+"""End of a box or point in the text; its unit coordinates; the label of a point, None for a box."""
 
 
 def unfolded(said: Sequence[Said]) -> list[tuple[int, MaskPrompt]]:
-    """The mask prompt as it grows: at each end, all that is complete by then."""
+    """Return the steps of the mask prompt: each end with all boxes and points that are complete there."""
     steps = []
     for end, _, _ in sorted(said, key=lambda one: one[0]):
         known = [one for one in said if one[0] <= end]
@@ -33,7 +33,7 @@ def unfolded(said: Sequence[Said]) -> list[tuple[int, MaskPrompt]]:
 
 
 def spans(text: str, tag: str, at: int = 0) -> Iterator[tuple[int, int]]:
-    """Where the content of every closed `<tag>...</tag>` behind `at` begins and ends, in order."""
+    """Yield start and end of the content of every closed `<tag>...</tag>` from `at` on, in order."""
     opening, closing = f"<{tag}>", f"</{tag}>"
     while (start := text.find(opening, at)) >= 0 and (end := text.find(closing, start)) >= 0:
         yield start + len(opening), end
@@ -41,12 +41,12 @@ def spans(text: str, tag: str, at: int = 0) -> Iterator[tuple[int, int]]:
 
 
 def fields(text: str, tag: str, most: int) -> list[str]:
-    """The first `most` of those contents: whoever allows n asks for n + 1, and reads no further."""
+    """Return the first `most` of these contents; to detect more than n fields, ask for n + 1."""
     return [text[start:end] for start, end in islice(spans(text, tag), most)]
 
 
 def opened(box: np.ndarray, frame: Frame) -> list[int]:
-    """Integer corners with at least one unit between them: rounding may not close a thin box."""
+    """Return integer corners at least one unit apart: rounding must not close a thin box."""
     low = np.minimum(box[:2], np.array([frame.width, frame.height]) - 1)
     corners: list[int] = np.concatenate([low, np.maximum(box[2:], low + 1)]).astype(int).tolist()
     return corners

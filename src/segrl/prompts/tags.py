@@ -1,7 +1,7 @@
-"""Seg-R1's grammars: `<think> <bbox> <points> <labels>`, and its pre-RL subset of points and labels.
+"""Seg-R1's grammars: `<think> <bbox> <points> <labels>`, and the points and labels of its pre-RL stage.
 
-Parsing is `str.find`, `str.split` and patterns without nested repetition, so it is linear in the text
-(the released parser is exponential on an unterminated run of digits), and never evaluates anything.
+Parsing uses `str.find`, `str.split` and patterns without ambiguous repetition, so it is linear in the text
+(the released parser is exponential on an unterminated run of digits). Nothing is evaluated.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ _LABELS = re.compile(rf"\s*\[\s*(?:{_ONE}\s*[,\]]\s*){{1,64}}")
 
 
 def _rest(text: str) -> str:
-    """Return what follows the last field that is closed, or all of it where none is.
+    """Return the text behind the last closed field, or the whole text if no field is closed.
 
-    A closing tag alone is no field. A full stop alone is not counted: it ends a sentence, the instruction's example too.
+    A closing tag without an opening tag is no field. A single full stop is dropped: the instruction's example
+    has one.
     """
     ends = [end + len(f"</{tag}>") for tag in ("bbox", "points", "labels") for _, end in spans(text, tag)]
     rest = text[max(ends, default=0) :].strip()
@@ -40,7 +41,7 @@ def _rest(text: str) -> str:
 
 
 def _only(text: str, tag: str, missing: ParseFault) -> str:
-    """The content of the one `<tag>`."""
+    """Return the content of the single `<tag>`; raise Fault if it is missing or duplicated."""
     match fields(text, tag, 2):
         case []:
             raise Fault(missing)
@@ -51,7 +52,7 @@ def _only(text: str, tag: str, missing: ParseFault) -> str:
 
 
 def _squeeze(content: str) -> str:
-    """Without white space around punctuation; between two digits it stays, and spoils the number."""
+    """Return the content without white space; between two digits a space stays, so the number is invalid."""
     words = content.split()
     kept = [
         b if not (a[-1].isdigit() and b[0].isdigit()) else f" {b}"
@@ -61,7 +62,7 @@ def _squeeze(content: str) -> str:
 
 
 def _read_box(content: str, frame: Frame) -> np.ndarray:
-    """`[x1,y1,x2,y2]` to unit float32 `[4]`."""
+    """Return `[x1,y1,x2,y2]` as unit float32 `[4]`; raise Fault if it is malformed or has no area."""
     match = _BOX.fullmatch(_squeeze(content))
     if match is None:
         raise Fault(ParseFault.BAD_NUMBERS)
@@ -72,7 +73,7 @@ def _read_box(content: str, frame: Frame) -> np.ndarray:
 
 
 def _read_points(text: str, frame: Frame, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """The points field and its labels to unit float32 `[Q, 2]` and int64 `[Q]`."""
+    """Return points and labels as unit float32 `[Q, 2]` and int64 `[Q]`; raise Fault if they are invalid."""
     points = _squeeze(_only(text, "points", ParseFault.NO_POINTS))
     labels = _squeeze(_only(text, "labels", ParseFault.NO_LABELS))
     if not (
@@ -94,7 +95,7 @@ def _read_points(text: str, frame: Frame, limit: int) -> tuple[np.ndarray, np.nd
 
 
 def _write_points(prompt: MaskPrompt, frame: Frame, between: str, limit: int) -> str:
-    """The points field and its labels."""
+    """Return the points and labels fields, joined by `between`; raise ValueError if they are invalid."""
     if not 1 <= len(prompt.points) <= limit:
         raise ValueError(f"1 to {limit} points are needed to write a completion; got {len(prompt.points)}")
     if not np.isin(prompt.labels, (0, 1)).all():
@@ -105,16 +106,16 @@ def _write_points(prompt: MaskPrompt, frame: Frame, between: str, limit: int) ->
 
 
 class SegR1Tags:
-    """`<think> ... </think> <bbox>[x1,y1,x2,y2]</bbox>, <points>[[x,y],...]</points>, <labels>[1,0,...]</labels>`.
+    """`<think> </think> <bbox>[x1,y1,x2,y2]</bbox>, <points>[[x,y],...]</points>, <labels>[1,...]</labels>`.
 
-    Several objects are several `<bbox>` fields; points are one list for all of them. Coordinates outside the
-    image are clamped to its border. Words in front of the thought are legal, as in the released code.
+    Each object has a `<bbox>` field; one list of points serves all objects. Coordinates outside the image are
+    clamped to its border. Text before the thought is legal, as in the released code.
     Source: Seg-R1 (arXiv 2506.22624), released `grpo.py`.
 
     Args:
-        max_boxes: more are a fault (each box is one more mask to decode).
-        max_points: more are a fault.
-        instructions: a YAML file, or its sections, to ask with; None asks with segrl's own texts.
+        max_boxes: most boxes; more are a fault (each box is one more mask to decode).
+        max_points: most points; more are a fault.
+        instructions: a YAML file of instruction texts, or its sections; if None, segrl's own texts.
 
     Raises:
         ValueError: if the instructions are damaged, naming file and text.
@@ -129,16 +130,22 @@ class SegR1Tags:
         self.texts = told(instructions, self.section)
 
     def messages(self, query: str | None) -> list[Message]:
-        """Return system message, then image before text, as in the RL stage; the same order in SFT and evaluation."""
+        """Return the chat: system message, then image before text, as in SFT, RL and evaluation."""
         return chat(self.texts, query)
 
     def render(self, parsed: Parsed, frame: Frame) -> str:
-        """Raises ValueError if `parsed` is nothing that this grammar could read back."""
+        """Return the completion.
+
+        Raises:
+            ValueError: if this grammar could not parse it back: no mask prompt, too few or too many boxes or
+                points, labels other than 0 and 1, or a think tag in the thought.
+        """
         if parsed.prompt is None:
             raise ValueError(f"a mask prompt is needed to write a completion; got the fault {parsed.fault}")
         if not 1 <= len(parsed.prompt.boxes) <= self.max_boxes:
             raise ValueError(
-                f"1 to {self.max_boxes} boxes are needed to write a completion; got {len(parsed.prompt.boxes)}"
+                f"1 to {self.max_boxes} boxes are needed to write a completion; "
+                f"got {len(parsed.prompt.boxes)}"
             )
         if "<think>" in parsed.thought or "</think>" in parsed.thought:
             raise ValueError("a thought without think tags is needed to write a completion; it holds one")
@@ -150,7 +157,7 @@ class SegR1Tags:
         return f"<think> {parsed.thought} </think> {boxes}, {points}"
 
     def parse(self, text: str, frame: Frame) -> Parsed:
-        """Read thought, boxes, points and labels; all four are needed."""
+        """Parse thought, boxes, points and labels; if one is missing, return its fault."""
         thoughts = fields(text, "think", 2)
         if len(thoughts) != 1:
             kind = ParseFault.DUPLICATE_FIELD if thoughts else ParseFault.NO_THOUGHT
@@ -173,7 +180,10 @@ class SegR1Tags:
         return replace(outer, prompt=MaskPrompt.of(corners, points, labels))
 
     def unfold(self, text: str, frame: Frame) -> list[tuple[int, MaskPrompt]]:
-        """A box is complete where its tag closes, a point where its label is followed by a comma or a bracket."""
+        """Return the steps of the mask prompt.
+
+        A box ends with its closing tag, a point with the comma or bracket behind its label.
+        """
         begin = text.find("</think>")
         if begin < 0:
             return []
@@ -194,10 +204,10 @@ class SegR1Tags:
 class SegR1Points:
     """`<points>[[x,y],...]</points> <labels>[1,0,...]</labels>`: the grammar of Seg-R1's pre-RL stage.
 
-    Words in front of the points are legal, as in the released code: this grammar has no other place for a thought.
+    Text before the points is legal, as in the released code: this grammar has no field for a thought.
 
     Args:
-        max_points: more are a fault.
+        max_points: most points; more are a fault.
         instructions: see `SegR1Tags`.
     """
 
@@ -209,17 +219,17 @@ class SegR1Points:
         self.texts = told(instructions, self.section)
 
     def messages(self, query: str | None) -> list[Message]:
-        """Return image, then text; no system message in segrl's own texts."""
+        """Return the chat: image, then text. segrl's own texts have no system message."""
         return chat(self.texts, query)
 
     def render(self, parsed: Parsed, frame: Frame) -> str:
-        """Points and labels; boxes and thought have no words here. Raises ValueError without a mask prompt."""
+        """Return points and labels without boxes and thought; raise ValueError if they are invalid."""
         if parsed.prompt is None:
             raise ValueError(f"a mask prompt is needed to write a completion; got the fault {parsed.fault}")
         return _write_points(parsed.prompt, frame, " ", self.max_points)
 
     def parse(self, text: str, frame: Frame) -> Parsed:
-        """Read points and labels."""
+        """Parse points and labels; if one is missing, return its fault."""
         try:
             points, labels = _read_points(text, frame, self.max_points)
         except Fault as fault:

@@ -1,1 +1,1 @@
-"""One completion to one number per term; pure."""
+"""Reward terms: pure functions from an answer and its sample to a number; and their mixture."""

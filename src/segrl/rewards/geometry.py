@@ -1,7 +1,7 @@
-"""Rewards of boxes and points: what Seg-Zero and VisionReasoner pay, without a mask head.
+"""Rewards of boxes and points, as Seg-Zero and VisionReasoner pay them; they need no mask head.
 
-Both measure in pixels of an 840-pixel square; here a tolerance is a share of the image's side (10 / 840). Each object
-of the truth is one of `Sample.objects`, or, where the sample does not tell them apart, its whole mask.
+Both measure in pixels of an 840-pixel square; here a tolerance is a share of the image's side (10 / 840). The
+true objects are `Sample.objects`; if that is None, the whole mask is one object.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from segrl.types import Answer, MaskPrompt, Sample
 
 
 def objects_of(sample: Sample) -> list[np.ndarray]:
-    """Its objects, each bool `[H, W]`; none where it is empty."""
+    """Return the sample's objects that are not empty, each bool `[H, W]`."""
     if sample.objects is not None:
         return [mask for mask in sample.objects if mask.any()]
     return [sample.mask] if sample.mask.any() else []
 
 
 def two_points(mask: np.ndarray) -> np.ndarray:
-    """Unit centres float32 `[2, 2]` of the largest inscribed circle, and of the largest in the half farther from it.
+    """Return unit centres float32 `[2, 2]` of the largest inscribed circle and of a second one far from it.
 
-    Seg-Zero's data preparation; where the far half is empty the first stands twice.
+    The second is the largest circle in the half of the mask's pixels that is farther from the first centre.
+    If that half is empty, the first centre is returned twice. Source: Seg-Zero's data preparation.
     """
     first = inner_point(mask)
     y, x = np.mgrid[: mask.shape[0], : mask.shape[1]]
@@ -35,7 +36,7 @@ def two_points(mask: np.ndarray) -> np.ndarray:
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """IoU of boxes `[m, 4]` and `[n, 4]`, `[m, n]`."""
+    """Return the IoU `[m, n]` of boxes `[m, 4]` and `[n, 4]`."""
     low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
     both = np.clip(high - low, 0, None).prod(-1)
     areas = (a[:, 2:] - a[:, :2]).prod(-1)[:, None] + (b[:, 2:] - b[:, :2]).prod(-1)[None]
@@ -43,12 +44,12 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _paid_prompt(answer: Answer) -> MaskPrompt | None:
-    """Return the mask prompt that the released codes pay: not what is read although their own parsers refuse it."""
+    """Return the mask prompt, or None for a fault or a loose answer: the released parsers refuse both."""
     return None if answer.parsed.loose else answer.parsed.prompt
 
 
 def _single(answer: Answer, sample: Sample) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the first box of the answer and of the truth; None where either has none, or the answer is read loosely."""
+    """Return the answer's first box and the box around all true objects, or None if either is missing."""
     prompt, objects = _paid_prompt(answer), objects_of(sample)
     if prompt is None or not len(prompt.boxes) or not objects:
         return None
@@ -56,7 +57,7 @@ def _single(answer: Answer, sample: Sample) -> tuple[np.ndarray, np.ndarray] | N
 
 
 def box_overlaps(answer: Answer, sample: Sample, *, threshold: float) -> float:
-    """1 if the box's IoU with the true one is above the threshold (Seg-Zero: 0.5)."""
+    """Return 1 if the box's IoU with the true box is above the threshold (Seg-Zero: 0.5), else 0."""
     boxes = _single(answer, sample)
     if boxes is None:
         return 0.0
@@ -64,13 +65,20 @@ def box_overlaps(answer: Answer, sample: Sample, *, threshold: float) -> float:
 
 
 def box_is_near(answer: Answer, sample: Sample, *, tolerance: float) -> float:
-    """1 if the box's sides are off by less than `tolerance` on the mean (Seg-Zero: 10 pixels of 840)."""
+    """Return 1 if the mean absolute error of the box's four coordinates is below `tolerance`, else 0.
+
+    Seg-Zero: 10 pixels of 840.
+    """
     boxes = _single(answer, sample)
     return 0.0 if boxes is None else float(np.abs(boxes[0] - boxes[1]).mean() < tolerance)
 
 
 def points_are_near(answer: Answer, sample: Sample, *, tolerance: float) -> float:
-    """1 if both points lie in the answer's box and near the two true ones, in the better order (Seg-Zero: 100 pixels of 840)."""
+    """Return 1 if both points lie in the answer's box and near the two true points, else 0.
+
+    Near means that their mean distance, in the better of the two orders, is below `tolerance` (Seg-Zero: 100
+    pixels of 840).
+    """
     prompt, boxes = _paid_prompt(answer), _single(answer, sample)
     if prompt is None or boxes is None or len(prompt.points) != 2:
         return 0.0
@@ -87,16 +95,17 @@ def points_are_near(answer: Answer, sample: Sample, *, tolerance: float) -> floa
 def matched(
     answer: Answer, sample: Sample, *, overlap: float, box_tolerance: float, point_tolerance: float
 ) -> float:
-    """Up to 3 for each object (box overlaps, box is near, point is near), by the best matching, over the larger number.
+    """Return the mean reward per object, 0 to 3: a point each for box overlap, near box and near point.
 
-    VisionReasoner (arXiv 2505.12081, section 3.3; Hungarian algorithm). No object and none named pays 3, which is segrl's own:
-    the released code pays 0.
+    Answered and true objects are matched for the highest sum (Hungarian algorithm), which is divided by the
+    larger number of objects. Source: VisionReasoner (arXiv 2505.12081, section 3.3). No true and no answered
+    object pays 3 here; the released code pays 0.
 
     Args:
-        answer: box k and point k are one object.
-        sample: with the truth.
+        answer: to be paid; box k and point k are one object.
+        sample: with the true objects.
         overlap: IoU above which a box overlaps (0.5).
-        box_tolerance: mean side error below which a box is near (10 pixels of 840).
+        box_tolerance: mean coordinate error below which a box is near (10 pixels of 840).
         point_tolerance: distance below which a point inside its own box is near (30 pixels of 840).
     """
     prompt, objects = _paid_prompt(answer), objects_of(sample)

@@ -1,4 +1,7 @@
-"""Rewards of the mask. A completion that could not be parsed earns nothing here, whatever an empty mask would score."""
+"""Rewards of the mask.
+
+A completion that could not be parsed earns 0, even where its empty mask would score more.
+"""
 
 from __future__ import annotations
 
@@ -13,51 +16,54 @@ from segrl.types import Answer, Sample
 
 
 def iou(answer: Answer, sample: Sample) -> float:
-    """Intersection over union in [0, 1]; 1 for no object where there is none. The `linear` reward."""
+    """Return intersection over union in [0, 1]; 1 if mask and truth are both empty. The `linear` reward."""
     return 0.0 if answer.parsed.fault else overlap.iou(answer.mask, sample.mask)
 
 
 def structure(answer: Answer, sample: Sample) -> float:
-    """The true S-measure in [0, 1], on boolean masks."""
+    """Return the S-measure of the mask in [0, 1] (not that of `segment_as_published`)."""
     if answer.parsed.fault:
         return 0.0
     return structure_measure.structure(answer.mask, sample.mask)
 
 
 def binary(answer: Answer, sample: Sample, *, threshold: float) -> float:
-    """1 for an IoU above the threshold, 0 otherwise (SAM-R1's ablation: 0.5, 0.7, 0.8)."""
+    """Return 1 for an IoU above the threshold, else 0 (SAM-R1's ablation: 0.5, 0.7, 0.8)."""
     return float(iou(answer, sample) > threshold)
 
 
 def tier(value: float, tiers: Mapping[float, float]) -> float:
-    """What the highest bound that is passed pays; a bound itself is not passed."""
+    """Return the largest payment among the bounds that `value` exceeds strictly; 0 if there is none."""
     return max((paid for bound, paid in tiers.items() if value > bound), default=0.0)
 
 
 def tiered(answer: Answer, sample: Sample, *, tiers: Mapping[float, float]) -> float:
-    """4 for an IoU above 0.80, 3 in (0.70, 0.80], 2 in (0.50, 0.70], 0 otherwise (SAM-R1, arXiv 2505.22596, eq. 5).
+    """Return the payment of the IoU's tier.
+
+    SAM-R1 (arXiv 2505.22596, eq. 5): 4 for an IoU above 0.80, 3 in (0.70, 0.80], 2 in (0.50, 0.70], else 0.
 
     Args:
         answer: to be paid.
         sample: with the truth.
-        tiers: bound of the IoU to what passing it pays.
+        tiers: bounds of the IoU and what exceeding each of them pays.
     """
     return tier(iou(answer, sample), tiers)
 
 
 def tiered_potential(mask: np.ndarray, truth: np.ndarray, *, tiers: Mapping[float, float]) -> float:
-    """As `tiered`, of masks: the potential of dense rewards."""
+    """Return the payment as `tiered` does, for two masks; used as the potential of dense rewards."""
     return tier(overlap.iou(mask, truth), tiers)
 
 
 class Quantile:
-    """The share of the latest answers that a reward surpasses, ties by half: hard samples pay as well as easy ones.
+    """The quantile of a reward among the latest ones: the share below it plus half of the share equal to it.
 
-    Dr.Seg (arXiv 2603.00152) ranks in a first-in-first-out window. Every rank has a window of its own.
+    So hard samples pay as well as easy ones. Source: Dr.Seg (arXiv 2603.00152), which ranks in a
+    first-in-first-out window. Every process has its own window.
 
     Args:
         of: the reward that is ranked.
-        window: latest answers remembered.
+        window: number of latest answers that are kept.
     """
 
     def __init__(self, of: Callable[[Answer, Sample], float], window: int) -> None:
@@ -65,7 +71,10 @@ class Quantile:
         self.pending: list[float] = []
 
     def __call__(self, answer: Answer, sample: Sample) -> float:
-        """In [0, 1]; before anything is remembered an answer pays its own reward. A fault pays nothing and is not remembered."""
+        """Return the quantile in [0, 1], or the reward itself while the window is empty.
+
+        A fault pays 0 and does not enter the window.
+        """
         if answer.parsed.fault:
             return 0.0
         value = self.of(answer, sample)
@@ -76,25 +85,29 @@ class Quantile:
         return float((known < value).mean() + (known == value).mean() / 2)
 
     def settle(self) -> None:
-        """Remember what was ranked since: a group is ranked against what came before it, so equal answers earn the same."""
+        """Add the rewards since the last call to the window.
+
+        All answers of a batch are ranked against earlier batches, so equal answers earn the same.
+        """
         self.latest.extend(self.pending)
         self.pending.clear()
 
     def remembered(self) -> list[float]:
-        """For a checkpoint."""
+        """Return the window, for a checkpoint."""
         return list(self.latest)
 
     def remember(self, values: list[float]) -> None:
-        """From a checkpoint."""
+        """Replace the window by that of a checkpoint."""
         self.latest.clear()
         self.latest.extend(values)
 
 
 def segment_as_published(answer: Answer, sample: Sample) -> float:
-    """What Seg-R1's released `segmentation_reward` computes: 0.7 IoU + 0.3 (1 - predicted area).
+    """Return what Seg-R1's released `segmentation_reward` computes: 0.7 IoU + 0.3 (1 - predicted area).
 
-    Its S-measure thresholds a 0/1 truth at 128, so truth is always empty, and the S-measure of an empty truth is the
-    share of pixels left alone: an area penalty, under which an empty mask earns 0.3. For comparison only.
+    Its S-measure thresholds a 0/1 truth at 128, so the truth is always empty. The S-measure of an empty truth
+    is the share of pixels outside the mask: an area penalty, by which an empty mask earns 0.3. For comparison
+    only.
     """
     if answer.parsed.fault:
         return 0.0

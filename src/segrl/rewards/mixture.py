@@ -1,4 +1,4 @@
-"""Named terms to one reward; the breakdown is kept."""
+"""Weighted sum of named reward terms, with its breakdown."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from segrl.types import Answer, Sample, Scores
 
 
 class Term(TypedDict):
-    """One entry of `conf/reward`."""
+    """One entry of `terms` in `conf/reward`."""
 
     fn: RewardTerm
     weight: float
     needs: NotRequired[Sequence[str]]
-    """What a grammar must have words for; see `protocols.Grammar.says`."""
+    """Parts that the grammar must be able to express; see `protocols.Grammar.says`."""
 
 
 class RewardMixture:
     """Weighted sum of terms, each keyed by its name in the config.
 
     Args:
-        terms: name to function and weight.
+        terms: function and weight by name.
 
     Raises:
-        ValueError: on no terms, or a weight that is not positive.
+        ValueError: if there is no term, or a weight is not positive.
     """
 
     def __init__(self, terms: Mapping[str, Term]) -> None:
@@ -44,20 +44,20 @@ class RewardMixture:
         self.terms = {name: (term["fn"], float(term["weight"])) for name, term in terms.items()}
 
     def state(self) -> dict[str, list[float]]:
-        """What terms remember of earlier answers, by name: part of a checkpoint."""
+        """Return the windows of `Quantile` terms by name, for a checkpoint."""
         return {name: fn.remembered() for name, (fn, _) in self.terms.items() if isinstance(fn, Quantile)}
 
     def restore(self, state: Mapping[str, list[float]]) -> None:
-        """From a checkpoint."""
+        """Restore the windows of `Quantile` terms from a checkpoint."""
         for name, (fn, _) in self.terms.items():
             if isinstance(fn, Quantile) and name in state:
                 fn.remember(state[name])
 
     def __call__(self, answers: Sequence[Answer], samples: Sequence[Sample]) -> Scores:
-        """Score N = B*G answers to B samples, groups contiguous.
+        """Score N = B*G answers to B samples, groups contiguous; ignored pixels are removed from each mask.
 
         Raises:
-            ValueError: if a term pays what is no finite number, which no advantage and no sampling by spread would survive.
+            ValueError: if a term pays a number that is not finite.
         """
         group = len(answers) // len(samples)
         assert group * len(samples) == len(answers), "groups are whole"
@@ -68,7 +68,8 @@ class RewardMixture:
             for n, value in enumerate(values):
                 if not math.isfinite(value):
                     raise ValueError(
-                        f"reward.terms.{name}: a finite number must be paid; got {value} for an answer to {samples[n // group].id}"
+                        f"reward.terms.{name}: a finite number must be paid; "
+                        f"got {value} for an answer to {samples[n // group].id}"
                     )
             terms[name] = torch.tensor(values, dtype=torch.float32).view(len(samples), group)
         for fn, _ in self.terms.values():

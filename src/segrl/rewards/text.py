@@ -6,25 +6,26 @@ import math
 
 from segrl.types import Answer, ParseFault, Sample
 
-# Two thoughts, or two answers, are no thought and no answer.
+# DUPLICATE_FIELD: two thoughts, two answers, or, in Seg-R1's tags, two lists of points or labels.
 _UNREASONED = {ParseFault.NO_THOUGHT, ParseFault.NO_ANSWER, ParseFault.DUPLICATE_FIELD}
 
 
 def well_formed(answer: Answer, sample: Sample) -> float:
-    """Return 1 for a sentence of the grammar and nothing beside it, 0 for a fault, a loose reading, or rambling on behind it."""
+    """Return 0 for a fault, a loose answer, or extra text (`Parsed.rest`), else 1."""
     parsed = answer.parsed
     return 0.0 if parsed.fault or parsed.loose or parsed.rest else 1.0
 
 
 def parses(answer: Answer, sample: Sample) -> float:
-    """Return 1 for whatever is read as written, 0 else: Seg-R1's `format_reward`, which does not look behind the answer."""
+    """Return 0 for a fault or a loose answer, else 1: Seg-R1's `format_reward`, which ignores extra text."""
     return 0.0 if answer.parsed.fault or answer.parsed.loose else 1.0
 
 
 def objects_formed(answer: Answer, sample: Sample) -> float:
-    """Return the share of the answer's boxes and points that have the right shape, 0 where it rambles on (VisionReasoner's).
+    """Return the share of the answer's boxes and points that have the right shape; 0 if there is extra text.
 
-    The released code pays twice this share, whatever stands beside the answer; and 0 for no object, which pays 1 here.
+    Source: VisionReasoner, whose released code pays twice this share, also if there is extra text. It pays 0
+    for an answer without objects, which pays 1 here.
     """
     parsed = answer.parsed
     if parsed.rest:
@@ -33,26 +34,33 @@ def objects_formed(answer: Answer, sample: Sample) -> float:
 
 
 def reasoned(answer: Answer, sample: Sample) -> float:
-    """Return 1 for one closed thought, one answer, whatever it holds, and nothing beside them (SAM-R1's "reasoning format")."""
+    """Return 1 for one closed thought, one answer of any content, and no extra text, else 0.
+
+    SAM-R1's "reasoning format".
+    """
     return 0.0 if answer.parsed.fault in _UNREASONED or answer.parsed.rest else 1.0
 
 
 def unrepeated(answer: Answer, sample: Sample) -> float:
-    """Return 0 if two or more sentences of the whole completion say what another has said, else 1 (VisionReasoner's non-repeat)."""
+    """Return 0 if two or more sentences of the completion repeat an earlier one, else 1.
+
+    VisionReasoner's non-repeat reward.
+    """
     sentences = [s for s in (part.strip() for part in answer.text.split(".")) if s]
     return 0.0 if len(sentences) - len(set(sentences)) >= 2 else 1.0
 
 
 def overlong(answer: Answer, sample: Sample, *, budget: int, margin: float | None) -> float:
-    """Return 1 up to `budget - margin` tokens, falling to 0 at `budget`; a completion that was cut off earns nothing.
+    """Return 1 up to `budget - margin` tokens, falling to 0 at `budget`; 0 for a truncated completion.
 
-    DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), plus 1.
+    Source: DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), plus 1.
 
     Args:
         answer: to be paid.
-        sample: not looked at.
+        sample: not used.
         budget: tokens that a completion may have.
-        margin: tokens in which the reward falls; None takes a fifth of the budget, as DAPO (4,096 of 20,480).
+        margin: tokens over which the reward falls; if None, a fifth of the budget, as in DAPO (4,096 of
+            20,480).
     """
     if not answer.finished:
         return 0.0
@@ -60,7 +68,10 @@ def overlong(answer: Answer, sample: Sample, *, budget: int, margin: float | Non
 
 
 def point_count(answer: Answer, sample: Sample, *, ideal: float, width: float) -> float:
-    r"""\( e^{-(Q - ideal)^2 / (2\,width^2)} \) for Q points (Seg-R1's `length_reward`: 8 and 2; registered there, unused)."""
+    """Return `exp(-(Q - ideal)² / (2 width²))` for Q points; 0 without a mask prompt.
+
+    Seg-R1's `length_reward` with ideal 8 and width 2, which its released code registers but does not use.
+    """
     prompt = answer.parsed.prompt
     if prompt is None:
         return 0.0

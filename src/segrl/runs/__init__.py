@@ -1,1 +1,1 @@
-"""What the commands share: configuration, refusals, a run's folder, training, evaluation, report."""
+"""Code that the commands share: configuration, error messages, run folders, training, evaluation, reports."""

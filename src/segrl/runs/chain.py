@@ -1,4 +1,4 @@
-"""Runs that start from each other's checkpoints: read their list, run them in order, and make one table of them."""
+"""Read a chain (runs that start from each other's checkpoints), run it in order, and tabulate its scores."""
 
 from __future__ import annotations
 
@@ -25,29 +25,34 @@ class Job(BaseModel):
     name: str
     experiment: str
     start: str | None = None
-    """Name of the run whose checkpoint it starts from; none starts from the policy as it is."""
+    """Name of the run whose checkpoint it starts from; if None, it starts from `policy.weights`."""
     overrides: list[str] = []
     reinforced: bool = False
-    """Whether the chain's `reinforced` overrides are its, too."""
+    """Whether the chain's `reinforced` overrides apply to it."""
     seeds: list[int] = [1]
 
 
 class Chain(BaseModel):
-    """Runs in an order in which each stands behind its start."""
+    """List of runs; each comes after the run that it starts from."""
 
     model_config = ConfigDict(extra="forbid")
     title: str
     metric: str
-    """Of the first test set, in the table: `sm`, `iou`, `mae`, `fault_rate`."""
+    """Score of the first test set that the table shows: `sm`, `iou`, `mae` or `fault_rate`."""
     overrides: list[str] = []
-    """Of every run."""
+    """Overrides of every run."""
     reinforced: list[str] = []
-    """Of the runs that are marked so; a run's own come behind these."""
+    """Overrides of the runs marked `reinforced`; a run's own overrides follow them."""
     jobs: list[Job]
 
 
 def read(path: Path) -> Chain:
-    """Raises ValueError naming the first key that is wrong, or a start that no run before has."""
+    """Load a chain from a YAML file.
+
+    Raises:
+        ValueError: if there is no such file or it is not YAML, or naming the first wrong key. A `start` must
+            name an earlier run.
+    """
     import yaml
 
     from segrl.metrics.saliency import NAMES
@@ -76,10 +81,10 @@ def read(path: Path) -> Chain:
 
 
 def with_overrides(chain: Chain, overrides: list[str]) -> Chain:
-    """Return the chain with overrides of the command line behind those of each run, so that they win.
+    """Return the chain with overrides appended to those of each run, so that they take precedence.
 
     Raises:
-        ValueError: naming one that is no `key=value`, or whose key the chain sets for each run.
+        ValueError: naming an override that is neither `key=value` nor `~key`, or whose key the chain sets.
     """
     for override in overrides:
         key, equals, _ = override.partition("=")
@@ -87,30 +92,33 @@ def with_overrides(chain: Chain, overrides: list[str]) -> Chain:
             raise ValueError(f"chain: overrides must be key=value or group=option; got {override}")
         if key.lstrip("+~") in _OWN:
             raise ValueError(
-                f"chain: {key.lstrip('+~')} is set by the chain for each of its runs, and must not be given; got {override}"
+                f"chain: {key.lstrip('+~')} is set by the chain for each of its runs, "
+                f"and must not be given; got {override}"
             )
     jobs = [job.model_copy(update={"overrides": [*job.overrides, *overrides]}) for job in chain.jobs]
     return chain.model_copy(update={"jobs": jobs})
 
 
 def folder_of(runs: Path, job: Job, seed: int) -> Path:
-    """Of one run."""
+    """Return the folder of one run; its name has the seed if the job has several."""
     return runs / (job.name if len(job.seeds) == 1 else f"{job.name}-seed{seed}")
 
 
 def command(chain: Chain, job: Job, seed: int, runs: Path) -> list[str] | None:
-    """Return what starts the run, or goes on with it; None where it is finished.
+    """Return the command line that starts or resumes a run; None if the run is finished.
+
+    The folder of a run that was killed before it wrote its config.yaml is deleted.
 
     Raises:
-        ValueError: if another process is about to begin it.
+        ValueError: if another process has locked that folder.
     """
     folder = folder_of(runs, job, seed)
     module = [sys.executable, "-m", "segrl.train"]
     if (folder / "metrics.json").is_file():
         return None
-    if (folder / "config.yaml").is_file():  # begun: it goes on from its checkpoint, or from its first update
+    if (folder / "config.yaml").is_file():  # begun: resume from its checkpoint or, without one, from step 0
         return [*module, f"resume={folder}"]
-    if folder.is_dir():  # killed before it wrote anything
+    if folder.is_dir():  # killed before it wrote its configuration
         own(folder, "chain")
         release()
         shutil.rmtree(folder)
@@ -122,20 +130,25 @@ def command(chain: Chain, job: Job, seed: int, runs: Path) -> list[str] | None:
 
 
 def ready(chain: Chain, runs: Path, job: Job) -> bool:
-    """Whether the run that it starts from is finished."""
+    """Return whether the run that a job starts from is finished; True if it starts from none."""
     start = next((other for other in chain.jobs if other.name == job.start), None)
     return start is None or (folder_of(runs, start, start.seeds[0]) / "metrics.json").is_file()
 
 
 def run_all(chain: Chain, runs: Path, at_once: int) -> None:
-    """Every run, up to so many at once (then on one thread each); raises ValueError naming the first that fails."""
+    """Run all unfinished runs, up to `at_once` at the same time; if more than 1, each on one OpenMP thread.
+
+    Raises:
+        ValueError: naming the first run that fails; the others are terminated.
+        Stopped: after a signal, once every run has saved and ended.
+    """
     waiting = [(job, seed) for job in chain.jobs for seed in job.seeds]
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     environment = signals.environment() | ({"OMP_NUM_THREADS": "1"} if at_once > 1 else {})
     try:
         _keep_running(chain, runs, at_once, waiting, running, environment)
     except signals.Stopped:
-        with signals.held():  # each saves, and says so
+        with signals.held():  # each run saves a checkpoint and prints where
             for process in running.values():
                 process.terminate()
             for process in running.values():
@@ -147,7 +160,7 @@ def _keep_running(
     chain: Chain, runs: Path, at_once: int, waiting: list[tuple[Job, int]],
     running: dict[tuple[str, int], subprocess.Popen[bytes]], environment: dict[str, str],
 ) -> None:  # fmt: skip
-    """Start what waits as others end, until nothing is left; `running` holds what goes on."""
+    """Start the waiting runs in order as others end, until none is left; keep `running` up to date."""
     while waiting or running:
         for key, process in list(running.items()):
             if process.poll() is None:
@@ -157,7 +170,8 @@ def _keep_running(
                 for other in running.values():
                     other.terminate()
                 raise ValueError(
-                    f"chain: the run {key[0]}, seed {key[1]}, must end well; it ended with {process.returncode}"
+                    f"chain: the run {key[0]}, seed {key[1]}, must end well; "
+                    f"it ended with {process.returncode}"
                 )
         for job, seed in list(waiting):
             if len(running) >= at_once or not ready(chain, runs, job):
@@ -175,7 +189,11 @@ def _keep_running(
 
 
 def rows(chain: Chain, runs: Path) -> list[tuple[str, ...]]:
-    """Return a row per run: its scores on the first test set, before and after; ValueError for a damaged file."""
+    """Return one row of text per run, in the order of `_COLUMNS`: its scores on its first test set.
+
+    Raises:
+        ValueError: naming a metrics.json that is missing, damaged, or lacks the scores.
+    """
     found: list[tuple[str, ...]] = []
     for job in chain.jobs:
         for seed in job.seeds:
@@ -185,18 +203,20 @@ def rows(chain: Chain, runs: Path) -> list[tuple[str, ...]]:
                 score = next(iter(metrics["test"].values()))[chain.metric]
                 low, high = score["interval"]
                 found.append((
-                    job.name, job.start or "-", str(seed), f"{metrics['completions']:,}", f"{score['before']:.3f}",
-                    f"{score['after']:.3f}", f"{score['gain']:+.3f}", f"[{low:+.3f}, {high:+.3f}]",
+                    job.name, job.start or "-", str(seed), f"{metrics['completions']:,}",
+                    f"{score['before']:.3f}", f"{score['after']:.3f}", f"{score['gain']:+.3f}",
+                    f"[{low:+.3f}, {high:+.3f}]",
                 ))  # fmt: skip
             except (KeyError, TypeError, AttributeError, StopIteration, ValueError) as error:
                 said = " ".join(str(error).split()) or type(error).__name__
                 raise ValueError(
-                    f"chain: {path} must hold {chain.metric} of a test set before and after; it does not ({said})"
+                    f"chain: {path} must hold {chain.metric} of a test set before and after; "
+                    f"it does not ({said})"
                 ) from None
     return found
 
 
 def table(chain: Chain, found: list[tuple[str, ...]]) -> str:
-    """Markdown."""
+    """Return the rows as a Markdown table."""
     lines = [_COLUMNS, tuple("---" for _ in _COLUMNS), *found]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,4 +1,7 @@
-"""Hold a configuration against its objects and files before the weights of a policy are loaded; each raises ValueError."""
+"""Checks of a configuration that import its parts or read its files, but load no weights of a policy.
+
+Each check raises ValueError naming the key that is wrong.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from segrl.tracking.checkpoints import read_checkpoint
 
 
 def words(cfg: DictConfig) -> None:
-    """Refuse a grammar that lacks its instructions, or cannot say what the reward looks at."""
+    """Raise ValueError unless the grammar can be built and says all that the reward reads.
+
+    The reward's terms name what they read under `needs`; `stage.shaping` reads "steps".
+    """
     grammar = type(instantiate(cfg.grammar))
     wanted = {f"reward.terms.{name}": term.get("needs", []) for name, term in cfg.reward.terms.items()}
     if cfg.stage.get("shaping") is not None:
@@ -22,17 +28,23 @@ def words(cfg: DictConfig) -> None:
         for word in words:
             if word not in grammar.says:
                 raise ValueError(
-                    f"{key}: a grammar that says {word} is needed; {grammar.__name__} says {', '.join(sorted(grammar.says))}"
+                    f"{key}: a grammar that says {word} is needed; "
+                    f"{grammar.__name__} says {', '.join(sorted(grammar.says))}"
                 )
 
 
 def checkpoints(cfg: DictConfig) -> None:
-    """Refuse checkpoints of another stage, or with other bytes than were written; the best of a run would be read at its end."""
+    """Raise ValueError for a checkpoint that is damaged or does not fit the run.
+
+    `init_from` must hold a policy. `ckpt_path` must be of the same stage and start from the same `init_from`.
+    The best.ckpt of a resumed run is checked now, although it is first used after the training.
+    """
     if cfg.init_from is not None:
         saved = read_checkpoint(Path(cfg.init_from), "init_from")
         if not any(name.startswith("policy.") for name in saved["state_dict"]):
             raise ValueError(
-                f"init_from: a checkpoint that holds a policy is needed; {cfg.init_from} is of {saved.get('stage', 'another program')}"
+                f"init_from: a checkpoint that holds a policy is needed; "
+                f"{cfg.init_from} is of {saved.get('stage', 'another program')}"
             )
     if cfg.resume is not None and (best := Path(cfg.resume) / "checkpoints" / "best.ckpt").exists():
         read_checkpoint(best, "resume")
@@ -41,16 +53,18 @@ def checkpoints(cfg: DictConfig) -> None:
         saved = read_checkpoint(Path(cfg.ckpt_path), key)
         if saved.get("stage", ours) != ours:
             raise ValueError(
-                f"{key}: a checkpoint of a {ours} is needed; {cfg.ckpt_path} is a {saved['stage']}'s (init_from takes its policy)"
+                f"{key}: a checkpoint of a {ours} is needed; "
+                f"{cfg.ckpt_path} is a {saved['stage']}'s (init_from takes its policy)"
             )
         if saved.get("init_from") != cfg.init_from:
             raise ValueError(
-                f"init_from: the start of {cfg.ckpt_path} is needed, for its reference stands there: {saved.get('init_from')}; got {cfg.init_from}"
+                f"init_from: the start of {cfg.ckpt_path} is needed, for its reference stands there: "
+                f"{saved.get('init_from')}; got {cfg.init_from}"
             )
 
 
 def metrics(cfg: DictConfig, data: SegDataModule) -> None:
-    """Refuse the name of a metric that nothing has: it would come out after the training."""
+    """Raise ValueError for an unknown name of a metric, which would otherwise fail after the training."""
     known = {
         split: [f"{split}/{dataset}/{metric}" for dataset in sets for metric in NAMES]
         for split, sets in {"test": data.test, "val": data.val}.items()

@@ -1,6 +1,7 @@
-"""Run a command: check its configuration before anything is written, and answer a mistake with one line and exit code 2.
+"""Run a command: check its configuration before anything is written, and report a user's mistake in one line.
 
-Nothing heavy is imported here. `messages` turns an error into its line; `help_text` writes what `--help` prints.
+The exit code is then 2. Nothing heavy is imported here. `messages` makes the line; `help_text` makes the
+text of `--help`.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from segrl.runs.messages import Said, dotted, explain
 
 
 def enter(config_name: str, job: Callable[[DictConfig], object], files: bool = True) -> None:
-    """Run `job` on the configuration of the command line; exit 2 with one line where the user erred.
+    """Run `job` on the configuration of the command line; on a user's mistake print one line and exit with 2.
 
-    SEGRL_TRACE=1 shows the traceback instead.
+    With SEGRL_TRACE=1 the traceback is shown instead. With `--help` the help is printed and nothing is run.
 
     Args:
-        config_name: YAML of the command.
-        job: what is run.
-        files: whether it needs the data's files.
+        config_name: name of the command's YAML, without suffix.
+        job: function to run.
+        files: whether the dataset's files are needed.
     """
     from segrl.runs.help_text import help_of
 
@@ -52,29 +53,28 @@ def enter(config_name: str, job: Callable[[DictConfig], object], files: bool = T
             return
         _run(config_name, job, files)
     except BrokenPipeError:
-        if not _has_no_reader(sys.stdout.fileno()):  # another pipe, of the job: a worker or a server has died
+        if not _has_no_reader(sys.stdout.fileno()):  # the broken pipe is to a worker or a server
             raise
-        # Whoever read has enough; what Python would flush at its end goes nowhere.
+        # The reader of stdout is gone: redirect stdout, so that the flush at exit does not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
 def _has_no_reader(descriptor: int) -> bool:
-    """Whether it is a pipe or a socket whose other end is closed."""
+    """Return whether a descriptor is a pipe or a socket whose other end is closed."""
     watch = select.poll()
     watch.register(descriptor, select.POLLOUT)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
 
 
 def _run(config_name: str, job: Callable[[DictConfig], object], files: bool) -> None:
-    """Compose, check what can be checked before anything is written, and run."""
+    """Check all jobs before anything is written, then let Hydra run them."""
     import hydra
     from hydra.errors import HydraException
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through, so that they are told in one line here
-    if (
-        here := str(Path.cwd())
-    ) not in sys.path:  # a console script lacks it, and a user's own parts stand there
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise errors, which are printed in one line here
+    # A console script lacks the working directory, which may hold the user's own parts.
+    if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
     register_resolvers()
     known = (HydraException, OmegaConfBaseException, ValueError, OSError)
@@ -84,7 +84,7 @@ def _run(config_name: str, job: Callable[[DictConfig], object], files: bool) -> 
 
     @functools.wraps(job)
     def told(cfg: DictConfig) -> object:
-        if signals.asked() is not None:  # of a sweep the jobs behind the one that was stopped
+        if signals.asked() is not None:  # skip the remaining jobs of a stopped sweep
             return None
         begun.append(cfg)
         with signals.watched(worker=True):
@@ -128,9 +128,9 @@ def _run(config_name: str, job: Callable[[DictConfig], object], files: bool) -> 
 
 
 def check_jobs(config_name: str, arguments: list[str], files: bool) -> None:
-    """Compose every job of a command line, and check those that no file has a say in.
+    """Compose every job of a training or an evaluation, and check all that do not resume a run.
 
-    Hydra makes its sweep folder before it composes the first job, so jobs are checked before anything exists.
+    Hydra creates the sweep folder before it composes the first job, so all jobs are checked first.
     """
     if config_name not in ("train", "evaluate"):
         return
@@ -138,18 +138,18 @@ def check_jobs(config_name: str, arguments: list[str], files: bool) -> None:
         composed = compose_job(config_name, overrides)
         if composed.get("resume") is not None:
             continue
-        if config_name == "train":  # an evaluation changes its configuration first, and then checks it
+        if config_name == "train":  # segrl.evaluate changes its configuration before it checks it
             check(composed, config_name, files)
         refuse_unread(composed, Said(overrides, folders(arguments)))
 
 
 def refusal(config_name: str, arguments: list[str], only_keys: bool = False) -> list[str] | None:
-    """Return the lines that refuse a command line, None where nothing is wrong; nothing is run or written.
+    """Return the error lines for a command line, or None if it is valid; run and write nothing.
 
     Args:
-        config_name: YAML of the command.
-        arguments: of the command line.
-        only_keys: whether files that are missing are passed over.
+        config_name: name of the command's YAML, without suffix.
+        arguments: arguments of the command line.
+        only_keys: whether missing files are ignored.
     """
     from hydra.errors import HydraException
 
@@ -169,14 +169,17 @@ def refusal(config_name: str, arguments: list[str], only_keys: bool = False) -> 
 
 
 def _held_against_the_run(arguments: list[str]) -> list[str]:
-    """Where a run goes on, `a.b=c` may name a key that the defaults lack: `resumed` checks the run's own."""
+    """Return the arguments; with `resume=`, each `a.b=c` gets the prefix `++`.
+
+    Hydra then accepts keys of the saved run that the defaults lack; `resumed` rejects unknown keys.
+    """
     if not any(argument.startswith("resume=") for argument in arguments):
         return arguments
     return [f"++{a}" if re.match(r"[\w-]+\.[^=]*=", a) else a for a in arguments]
 
 
 def _fail_job(error: BaseException, config_name: str) -> None:
-    """In a sweep, raise the line of a known mistake for the sweep's callback: it ends the job, not the sweep."""
+    """In a sweep, raise a user's mistake as JobFailedError: SweepParent then ends the job, not the sweep."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -190,7 +193,7 @@ def _fail_job(error: BaseException, config_name: str) -> None:
 
 
 def _tell(error: BaseException, config_name: str) -> None:
-    """Exit with the lines for an error, if it is a known mistake."""
+    """Print the lines for an error and exit with 2 if it is a known mistake of the user; else return."""
     arguments = sys.argv[1:]
     lines = explain(error, Said(arguments, folders(arguments)), lambda: _keys(config_name, arguments))
     if lines is not None and os.environ.get("SEGRL_TRACE") != "1":
@@ -199,10 +202,10 @@ def _tell(error: BaseException, config_name: str) -> None:
 
 
 def _keys(config_name: str, arguments: list[str]) -> list[str]:
-    """All dotted keys of what composes once the value overrides are left out."""
+    """Return all dotted keys of the configuration without value overrides; [] if it cannot be composed."""
     from hydra.errors import HydraException
 
     try:
         return dotted(without_values(config_name, *chosen_groups(arguments)))
-    except (HydraException, ValueError):  # Hydra raises both
+    except (HydraException, ValueError):  # Hydra may raise either
         return []

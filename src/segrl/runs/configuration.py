@@ -1,4 +1,4 @@
-"""Compose a configuration, look up what it refers to, and refuse what cannot run. Nothing heavy is imported here."""
+"""Compose configurations, register their resolvers, and check them. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SEARCH = "hydra.searchpath="
 
 
 def conf_folder() -> Path:
-    """Return the configuration tree: of the checkout, or of the installed wheel."""
+    """Return the folder `conf` of the checkout, or its copy in the installed wheel."""
     for folder in (_HERE.parent.parent / "conf", _HERE / "_conf"):
         if (folder / "train.yaml").is_file():
             return folder
@@ -39,9 +39,9 @@ def asset(name: str) -> str:
 
 
 def instructions_of(weights: object) -> str | None:
-    """Return the file of instructions that lies beside a policy's weights, or None where there is none.
+    """Return the path of the instructions file in a folder of weights, or None if there is none.
 
-    What is no name of a folder has none, too: it is refused as `policy.weights`, the key that it stands in.
+    If `weights` is not a non-empty string, returns None: the check of `policy.weights` rejects such a value.
     """
     if not isinstance(weights, str) or not weights:
         return None
@@ -50,18 +50,18 @@ def instructions_of(weights: object) -> str | None:
 
 
 def register_resolvers() -> None:
-    """Let a configuration say `${asset:NAME}` for `asset(NAME)`, and `${instructions_of:FOLDER}` for `instructions_of(FOLDER)`."""
+    """Register the resolvers `${asset:NAME}` and `${instructions_of:FOLDER}`, which call these functions."""
     OmegaConf.register_new_resolver("asset", asset, replace=True)
     OmegaConf.register_new_resolver("instructions_of", instructions_of, replace=True)
 
 
 def take_in_instructions(cfg: DictConfig) -> None:
-    """Put the texts of `grammar.instructions` in place of their file, so that a run's folder says what was asked.
+    """Replace the file in `grammar.instructions` by its texts, so that the saved configuration holds them.
 
-    Where there is no file, the folder says so: one that comes later changes nothing.
+    If there is no file, None is stored, so a file that is created later is not read when the run is resumed.
 
     Raises:
-        ValueError: if the file is not there, or is damaged.
+        ValueError: if the file is missing or damaged.
     """
     given = OmegaConf.select(cfg, "grammar.instructions")
     if isinstance(given, str):
@@ -71,7 +71,10 @@ def take_in_instructions(cfg: DictConfig) -> None:
 
 
 def as_typed(config_name: str, arguments: list[str]) -> list[str]:
-    """Return the arguments, with quotes around texts that Hydra would take for numbers, as a folder 2024_01."""
+    """Return the arguments, with quotes around texts that Hydra would parse as numbers or booleans.
+
+    Example: a folder named 2024_01. Only values whose every field accepts text are quoted.
+    """
     from hydra.errors import HydraException
 
     from segrl.runs.schema.commands import COMMANDS
@@ -87,11 +90,7 @@ def as_typed(config_name: str, arguments: list[str]) -> list[str]:
         return arguments
     try:
         raw = plain(without_values(config_name, *chosen_groups(arguments)))
-    except (
-        HydraException,
-        OmegaConfBaseException,
-        ValueError,
-    ):  # told when the whole command line is composed
+    except (HydraException, OmegaConfBaseException, ValueError):  # reported when the jobs are composed
         return arguments
     takes: dict[str, bool] = {}
     for one in Walk(raw, COMMANDS[config_name]):
@@ -102,13 +101,13 @@ def as_typed(config_name: str, arguments: list[str]) -> list[str]:
 
 
 def folders(arguments: list[str]) -> list[Path]:
-    """Return all folders with groups of options: segrl's, those of `--config-dir` and `hydra.searchpath`."""
+    """Return segrl's configuration folder and those of `--config-dir` and `hydra.searchpath` that exist."""
     own = [Path(place.removeprefix("file://")) for place in _places(arguments)]
     return [conf_folder(), *(folder for folder in own if folder.is_dir())]
 
 
 def _places(arguments: list[str]) -> list[str]:
-    """Return the configuration folders that `--config-dir` and `hydra.searchpath` name."""
+    """Return the folders of `--config-dir`, as URLs, and of `hydra.searchpath`, as given."""
     found = []
     for i, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
@@ -120,20 +119,20 @@ def _places(arguments: list[str]) -> list[str]:
 
 
 def chosen_groups(arguments: list[str]) -> list[str]:
-    """Of the arguments those that choose options, and where options are sought."""
+    """Return the arguments that choose one option of a group, and the override of the search path."""
     names = {path.name for folder in folders(arguments) for path in folder.iterdir() if path.is_dir()}
     chosen = [a for a in arguments if a.lstrip("+~").split("=")[0] in names and ("," not in a or "[" in a)]
     return [*chosen, *_sought(arguments)]
 
 
 def _sought(arguments: list[str]) -> list[str]:
-    """Return the override of `hydra.searchpath` that also holds the folder of `--config-dir`."""
+    """Return the override of `hydra.searchpath` with all folders of `_places`; [] if there are none."""
     places = _places(arguments)
     return [f"{_SEARCH}[{','.join(places)}]"] if places else []
 
 
 def compose_job(config_name: str, overrides: list[str]) -> DictConfig:
-    """The configuration of one job, outside of `hydra.main`."""
+    """Return the composed configuration of one job, without `hydra.main`."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
@@ -144,12 +143,15 @@ def compose_job(config_name: str, overrides: list[str]) -> DictConfig:
 
 @functools.cache
 def without_values(config_name: str, *groups: str) -> DictConfig:
-    """The configuration of the chosen options alone: what the user's keys are sought in."""
+    """Return the configuration of the chosen options, without the values that the user sets."""
     return compose_job(config_name, list(groups))
 
 
 def split_jobs(arguments: list[str]) -> list[list[str]]:
-    """Return the overrides of each job: one list for a single run, [] where another sweeper chooses them."""
+    """Return the overrides of each job, one list per job; a single run is one job.
+
+    Returns [] if a sweeper other than Hydra's basic one chooses them, or if Hydra only prints something.
+    """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra._internal.utils import get_args_parser
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -168,16 +170,16 @@ def split_jobs(arguments: list[str]) -> list[list[str]]:
 
 
 def check(cfg: DictConfig, command: str = "train", files: bool = True) -> None:
-    """Refuse a configuration that cannot run.
+    """Check that a configuration can run.
 
     Args:
-        cfg: composed.
-        command: that it is for.
-        files: whether the data's files are needed.
+        cfg: composed configuration.
+        command: command that reads it.
+        files: whether the dataset's files are needed.
 
     Raises:
-        Refused: for keys that there are not, and values that do not fit.
-        Missing: for all files and folders that are not there.
+        Refused: for unknown keys, and values that do not fit.
+        Missing: for all missing or empty files and folders.
     """
     check_keys(cfg, command)
     from segrl.runs.schema.sources import missing
@@ -187,7 +189,7 @@ def check(cfg: DictConfig, command: str = "train", files: bool = True) -> None:
 
 
 def check_keys(cfg: DictConfig, command: str = "train") -> None:
-    """Raise Refused for keys that there are not, values that do not fit or do not go together."""
+    """Raise Refused for unknown keys, values that do not fit their key, or values that conflict."""
     from segrl.runs.schema.commands import COMMANDS, together
     from segrl.runs.schema.interpolations import Fault
     from segrl.runs.schema.walk import faults, plain
@@ -199,7 +201,7 @@ def check_keys(cfg: DictConfig, command: str = "train") -> None:
 
 
 def refuse_unread(cfg: DictConfig, said: Said) -> None:
-    """Raise Refused for a value or an option of the user's that nothing of this stage, or evaluation, reads."""
+    """Raise Refused for a key or group that the user sets and the stage, or evaluation, does not read."""
     from segrl.runs.schema.unread import unread
     from segrl.runs.schema.walk import plain
 

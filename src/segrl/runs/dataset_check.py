@@ -1,4 +1,4 @@
-"""Hold datasets on the disk against what their owners publish, as `segrl.prepare check` does."""
+"""Check the files of datasets and their published numbers of samples, for `segrl.prepare check`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def _surveyed(node: DictConfig) -> Survey:
-    """What the dataset of a node is made of, without building it: a loader refuses what is to be told here."""
+    """Return the survey of a node's dataset, which lists the faults that its constructor would raise."""
     from hydra.utils import get_class, instantiate
 
     from segrl.data.survey import OnDisk
@@ -30,15 +30,15 @@ def _surveyed(node: DictConfig) -> Survey:
 
 
 def _splits(cfg: DictConfig) -> dict[str, tuple[DictConfig, int | None]]:
-    """By name, the node of every split that is asked for, and how many samples its owners publish.
+    """Return by name the node of every chosen split, and the published number of samples, None if unknown.
 
     Raises:
-        ValueError: if none is asked for, or a root is not there.
+        ValueError: if no split is chosen, a value is missing, or a root does not exist.
     """
     splits: dict[str, tuple[DictConfig, int | None]] = {}
     data = OmegaConf.select(cfg, "data")
     if data is not None:
-        if missing := OmegaConf.missing_keys(cfg):  # and all that refers to it, which lies deeper
+        if missing := OmegaConf.missing_keys(cfg):  # includes keys that refer to it, which lie deeper
             raise ValueError(
                 f"{min(sorted(missing), key=lambda key: key.count('.'))}: a value is needed; none is set"
             )
@@ -61,7 +61,11 @@ def _splits(cfg: DictConfig) -> dict[str, tuple[DictConfig, int | None]]:
 
 
 def check(cfg: DictConfig) -> None:
-    """Print what is wrong and what is worth knowing about a dataset on the disk; exit with 1 if numbers of it would not be its own."""
+    """Print a report on the chosen datasets, and write it to `out` if set.
+
+    Exit with 1 if scores on them would not be comparable: an image or a mask has no partner, a file cannot be
+    read, or the number of samples is not the published one.
+    """
     check_all(cfg, "prepare_check")
     from segrl.data.check import check as walk
 

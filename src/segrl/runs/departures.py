@@ -1,4 +1,4 @@
-"""Compare a run with its experiment (batch size) and its test sets with their published counts; one line per difference."""
+"""Report a batch size that is not the experiment's, and test sets that have not the published size."""
 
 from __future__ import annotations
 
@@ -10,28 +10,31 @@ from segrl.protocols import SampleSet
 
 
 def of_batch(cfg: DictConfig, ranks: int) -> list[str]:
-    """Return a line where ranks x `data.batch_size` is not the experiment's batch, else none.
+    """Return one line if ranks x `data.batch_size` is not `data.global_batch`, else no line.
 
     Args:
-        cfg: of the run; configurations of before have no `data.global_batch`, and nothing to hold a batch against.
-        ranks: processes that learn, each from a batch of its own.
+        cfg: configuration of the run; an old one may have no `data.global_batch`, which gives no line.
+        ranks: number of training processes, each with its own batch.
     """
     whole: int | None = OmegaConf.select(cfg, "data.global_batch")
     one = int(cfg.data.batch_size)
     if whole is None or ranks * one == whole:
         return []
-    has = f"{ranks} rank{'s' if ranks > 1 else ''} x {one} = {ranks * one} samples a batch; the experiment has {whole}"
+    has = (
+        f"{ranks} rank{'s' if ranks > 1 else ''} x {one} = {ranks * one} samples a batch; "
+        f"the experiment has {whole}"
+    )
     if whole % ranks:
         return [f"{has}, which {ranks} ranks cannot share out evenly"]
     return [f"{has}: data.batch_size={whole // ranks} keeps it"]
 
 
 def published(cfg: DictConfig, name: str) -> int | None:
-    """Return how many samples the owners of a test set publish; `None` where that is not known.
+    """Return the published number of samples of a test set, or None if it is unknown.
 
     Args:
-        cfg: of a run or an evaluation.
-        name: of one of its suite's test sets or, where it has none, of its data's.
+        cfg: configuration of a run or an evaluation.
+        name: one of `testsets` or, if there are none, of the test sets of `data`.
     """
     own = OmegaConf.select(cfg, "testsets") or {}
     count: int | None = OmegaConf.select(
@@ -41,7 +44,7 @@ def published(cfg: DictConfig, name: str) -> int | None:
 
 
 def of_counts(cfg: DictConfig, sets: Mapping[str, SampleSet]) -> list[str]:
-    """Return a line for each test set that holds more or fewer samples than its owners publish."""
+    """Return one line for each test set whose number of samples is not the published one."""
     counts = {name: (published(cfg, name), len(samples)) for name, samples in sets.items()}
     return [
         f"{name}: {owners:,} samples are published, {here:,} are here: its scores are not the benchmark's "

@@ -1,4 +1,7 @@
-"""One evaluation, from a checked configuration to its table: every sample once, whatever happens on the way."""
+"""Evaluate a policy on test sets, from a checked configuration to the table of scores.
+
+Each batch is written as soon as it is segmented. A resumed evaluation segments only what is not yet written.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +42,12 @@ from segrl.tracking.provenance import provenance
 from segrl.types import Answer, Sample
 
 _STAMPS = "weights.json"
-_SECONDS = 5.0  # between two lines of progress
+_SECONDS = 5.0  # least time between two lines of progress
 
 
 @dataclass(slots=True, kw_only=True)
 class Evaluation:
-    """Everything of one evaluation, built; nothing is on the disk before all of it could be built."""
+    """One evaluation with all its parts. `build` creates no folder, so an error there leaves none behind."""
 
     cfg: DictConfig
     folder: Path
@@ -57,7 +60,12 @@ class Evaluation:
 
     @classmethod
     def build(cls, cfg: DictConfig) -> Evaluation:
-        """Instantiate policy, mask head and test sets. Raises ValueError on what does not fit."""
+        """Instantiate policy, mask head and test sets.
+
+        Raises:
+            ValueError: if they do not fit each other, a file is damaged, or weights or instructions have
+                changed since a resumed evaluation began.
+        """
         quiet()
         torch.manual_seed(cfg.seed)
         folder = run_folder(cfg)
@@ -70,7 +78,8 @@ class Evaluation:
             before, now = folders.read_json(folder / _STAMPS, "resume"), _stamps(cfg, grammar)
             if changed := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
                 raise ValueError(
-                    f"resume: weights and instructions as {folder} was begun with are needed; {changed[0]} changed since"
+                    f"resume: weights and instructions as {folder} was begun with are needed; "
+                    f"{changed[0]} changed since"
                 )
         policy = instantiate(cfg.policy)
         if cfg.init_from is not None:
@@ -79,27 +88,36 @@ class Evaluation:
                 policy.take_over(learned)
             except ValueError as error:
                 raise ValueError(
-                    f"init_from: a policy of this architecture is needed; {cfg.init_from} has another ({error})"
+                    f"init_from: a policy of this architecture is needed; "
+                    f"{cfg.init_from} has another ({error})"
                 ) from None
         segmenter = Segmenter(policy.eval(), grammar, instantiate(cfg.rollout), instantiate(cfg.head))
         trainer = cfg.trainer
         try:
             fabric = Fabric(
-                accelerator=trainer.accelerator, devices=trainer.devices, num_nodes=trainer.get("num_nodes", 1),
-                precision=trainer.precision, strategy="auto" if trainer.devices == 1 else "ddp",
+                accelerator=trainer.accelerator, devices=trainer.devices,
+                num_nodes=trainer.get("num_nodes", 1), precision=trainer.precision,
+                strategy="auto" if trainer.devices == 1 else "ddp",
             )  # fmt: skip
-        except (RuntimeError, ValueError) as error:  # a device or a precision that is not there
+        except (RuntimeError, ValueError) as error:  # an unavailable device or precision
             raise ValueError(f"trainer: {error}") from None
         return cls(cfg=cfg, folder=folder, segmenter=segmenter, family=family, sets=sets, fabric=fabric)
 
     def run(self) -> float | None:
-        """Segment what is left, score everything, print the table; the value that a sweep compares comes back."""
+        """Segment all samples that have no line yet, score all samples, and write and print the results.
+
+        Returns:
+            The score `objective_metric`; None if it is unset, and on all ranks but the first.
+
+        Raises:
+            ValueError: if the score `objective_metric` is NaN for these samples.
+        """
         self.fabric.launch()
         for module in (self.segmenter.policy, self.segmenter.head):
             cast("torch.nn.Module", module).to(self.fabric.device)
         if self.fabric.is_global_zero:
             self._open()
-        # Processes that were started from outside have each composed a name of their own.
+        # Ranks that a launcher started have each composed a name of their own: take the first rank's.
         self.folder = Path(self.fabric.broadcast(str(self.folder)))
         self.fabric.barrier()
         for name, samples in self.sets.items():
@@ -109,14 +127,9 @@ class Evaluation:
             return None
         metrics = self._conclude()
         kept = (
-            "metrics.json",
-            "table.txt",
-            "per_sample.jsonl",
-            "config.yaml",
-            "provenance.json",
-            "overlays",
+            "metrics.json", "table.txt", "per_sample.jsonl", "config.yaml", "provenance.json", "overlays",
             "masks",
-        )
+        )  # fmt: skip
         keep(self.logger, [self.folder / name for name in kept], metrics)
         if self.logger is not None:
             self.logger.finalize("success")
@@ -132,50 +145,50 @@ class Evaluation:
         """Create the folder and its logger, on the first rank."""
         cfg = self.cfg
         with signals.held():
-            logger, text, made = self._logger()  # refuses before anything is made
+            logger, text, made = self._logger()  # raises before anything is created
             if cfg.resume is None:
                 self.folder = folders.create(self.folder, alone=True)
-                if str(self.folder) != cfg.paths.run:  # another process has taken the name meanwhile
+                if str(self.folder) != cfg.paths.run:  # another process has created that folder meanwhile
                     cfg.paths.run = str(self.folder)
                     logger, text, made = self._logger()
             write_whole(self.folder / "config.yaml", text)
             stamps = _stamps(cfg, self.segmenter.grammar)
             write_whole(self.folder / _STAMPS, json.dumps(stamps, indent=2) + "\n")
-            if not (self.folder / "provenance.json").is_file():  # one that goes on is of its first command
+            if not (self.folder / "provenance.json").is_file():  # a resumed one keeps its first command's
                 write_whole(self.folder / "provenance.json", json.dumps(made, indent=2) + "\n")
             self.logger = logger
         signals.check()
         say(f"{cfg.suite.name}: {sum(map(len, self.sets.values()))} samples; results in {self.folder}")
-        if not cfg.testsets:  # a suite's would have been refused
+        if not cfg.testsets:  # `_test_sets` has checked those of a suite
             for line in of_counts(cfg, self.sets):
                 say(f"  {line}")
 
     def _logger(self) -> tuple[Logger, str, dict[str, str]]:
-        """Return the logger of the folder that the configuration names, the configuration, and where the evaluation comes from."""
+        """Return the logger of the folder `paths.run`, the configuration as YAML, and the provenance."""
         text = OmegaConf.to_yaml(self.cfg)
         made = provenance(text)
         logger: Logger = instantiate(self.cfg.logger)(Path(self.cfg.paths.run), made)
         return logger, text, made
 
     def stopped(self, stop: signals.Stopped) -> None:
-        """Say how many answers are on the disk, where they are counted, and how to go on."""
+        """Print how many samples have a line on the disk, and the command that resumes; end the logger."""
         stop.told = True
         if not (self.folder / "config.yaml").is_file():
             say(f"stopped by {stop.name} before anything was written")
             return
         kept = sum(len({row["id"] for row in records.lines(self.folder, name)}) for name in self.sets)
         say(
-            f"stopped; {kept} of {sum(map(len, self.sets.values()))} samples are answered and kept; go on with: "
-            f"python -m segrl.evaluate resume={self.folder}"
+            f"stopped; {kept} of {sum(map(len, self.sets.values()))} samples are answered and kept; "
+            f"go on with: python -m segrl.evaluate resume={self.folder}"
         )
         if self.logger is not None:
             self.logger.finalize("KILLED")
 
     @torch.inference_mode()
     def _segment(self, name: str, samples: SampleSet) -> None:
-        """This rank's share of what nobody has segmented yet; a line on the disk per sample."""
+        """Segment this rank's share of the samples that have no line yet, and write one line per sample."""
         done, ids = {row["id"] for row in records.lines(self.folder, name)}, samples.ids
-        self.fabric.barrier()  # all ranks have seen the same lines before one writes another
+        self.fabric.barrier()  # no rank writes before all have read the lines
         left = [i for i, one in enumerate(ids) if one not in done][
             self.fabric.global_rank :: self.fabric.world_size
         ]
@@ -183,8 +196,10 @@ class Evaluation:
             say(f"  {name}: {len(done)} of {len(ids)} were there")
         settings = self.cfg.suite
         loader = DataLoader(
-            cast("Dataset[Sample]", samples), sampler=left, batch_size=settings.batch_size, num_workers=self.cfg.data.workers,
-            collate_fn=Collate(self.segmenter.policy.encoder, self.segmenter.grammar), worker_init_fn=begin_worker,
+            cast("Dataset[Sample]", samples), sampler=left, batch_size=settings.batch_size,
+            num_workers=self.cfg.data.workers,
+            collate_fn=Collate(self.segmenter.policy.encoder, self.segmenter.grammar),
+            worker_init_fn=begin_worker,
         )  # fmt: skip
         told, count = time.monotonic(), 0
         with records.new_part(self.folder, name, self.fabric.global_rank) as file:
@@ -199,10 +214,10 @@ class Evaluation:
                     answers = self.segmenter(batch.to(self.fabric.device), seeds)
                 seconds = (time.monotonic() - start) / len(batch)
                 for sample, answer in zip(batch.samples, answers, strict=True):
-                    self._draw(name, sample, answer)  # before the line, which says that all is done
+                    self._draw(name, sample, answer)  # first, because the line marks the sample as done
                     file.write(json.dumps(self._line(name, sample, answer, seconds), allow_nan=False) + "\n")
                 file.flush()
-                signals.check()  # where a library has swallowed what the signal raised
+                signals.check()  # in case a library has caught `Stopped`
                 count += len(batch)
                 if time.monotonic() - told > _SECONDS:
                     told = time.monotonic()
@@ -214,7 +229,7 @@ class Evaluation:
         return records.row(name, sample, answer, parts, self.family, seconds)
 
     def _draw(self, name: str, sample: Sample, answer: Answer) -> None:
-        """The mask, and the overlay, where they are asked for."""
+        """Write the mask and the overlay of a sample, if `suite.masks` and `suite.overlays` are set."""
         settings, file = self.cfg.suite, f"{sample.id}.png"
         if settings.masks:
             path = self.folder / "masks" / name / file
@@ -222,22 +237,23 @@ class Evaluation:
             Image.fromarray(answer.mask.astype(np.uint8) * 255).save(path)
         if settings.overlays:
             cell = Cell(
-                image=sample.image,
-                truth=sample.mask,
-                mask=answer.mask,
-                prompt=answer.parsed.prompt,
-                caption=answer.text,
-            )
+                image=sample.image, truth=sample.mask, mask=answer.mask,
+                prompt=answer.parsed.prompt, caption=answer.text,
+            )  # fmt: skip
             sheet([[cell]], self.folder / "overlays" / name / file)
 
     def _conclude(self) -> dict[str, float]:
-        """Join the lines, score, print and write. Raises ValueError naming samples that were not scored."""
+        """Score all lines, print the table, write the results, and return scores by logged name, without NaN.
+
+        Raise ValueError naming the first sample that has no line.
+        """
         rows: dict[str, list[dict[str, Any]]] = {}
         for name, samples in self.sets.items():
             found = {row["id"]: row for row in records.lines(self.folder, name)}
             if missing := [one for one in samples.ids if one not in found]:
                 raise ValueError(
-                    f"{name}: {len(missing)} samples were not scored, {missing[0]} first (resume={self.folder})"
+                    f"{name}: {len(missing)} samples were not scored, {missing[0]} first "
+                    f"(resume={self.folder})"
                 )
             rows[name] = [found[one] for one in samples.ids]
         joined = {
@@ -270,7 +286,8 @@ class Evaluation:
             **self._identity(), "seconds": round(time.monotonic() - self.began, 1),
             "datasets": {
                 name: {
-                    "n": counts[name], "images": images[name], "published": published(self.cfg, name), "fault_rate": faults[name],
+                    "n": counts[name], "images": images[name], "published": published(self.cfg, name),
+                    "fault_rate": faults[name],
                     "scores": {key: score.as_json() for key, score in table.items()},
                 }
                 for name, table in tables.items()
@@ -287,22 +304,24 @@ class Evaluation:
         return {name: value for name, value in values.items() if not np.isnan(value)}
 
     def _identity(self) -> dict[str, Any]:
-        """What was scored, and how: all that tells one table from another."""
+        """Return the settings that distinguish one table from another: what was scored, and how."""
         cfg = self.cfg
         return {
             "suite": cfg.suite.name, "weights": Path(cfg.policy.weights).name,
             "checkpoint": None if cfg.init_from is None else str(cfg.init_from),
             "grammar": str(cfg.grammar._target_).rpartition(".")[2],
-            "instructions": instructions.digest(self.segmenter.grammar), "head": Path(str(cfg.head.checkpoint)).name,
-            "image_side": cfg.policy.image_side, "precision": str(cfg.trainer.precision), "head_precision": cfg.head.get("precision", "float32"),
-            "answers": "greedy" if cfg.suite.greedy else f"sampled, seed {cfg.seed}", "convention": self.family.convention,
+            "instructions": instructions.digest(self.segmenter.grammar),
+            "head": Path(str(cfg.head.checkpoint)).name, "image_side": cfg.policy.image_side,
+            "precision": str(cfg.trainer.precision), "head_precision": cfg.head.get("precision", "float32"),
+            "answers": "greedy" if cfg.suite.greedy else f"sampled, seed {cfg.seed}",
+            "convention": self.family.convention,
         }  # fmt: skip
 
 
 def _stamps(cfg: DictConfig, grammar: Grammar) -> dict[str, list[str | int]]:
-    """Name, size and time of the files that decide what is answered, and a digest of what is asked.
+    """Return the state of all that determines the answers; a resumed evaluation must have the same.
 
-    An evaluation goes on only with the same.
+    By path, size in bytes and modification time in ns of the files of weights; also the instructions' digest.
     """
     weights = Path(cfg.policy.weights)
     files = [
@@ -317,7 +336,12 @@ def _stamps(cfg: DictConfig, grammar: Grammar) -> dict[str, list[str | int]]:
 
 
 def _test_sets(cfg: DictConfig, family: Family) -> dict[str, SampleSet]:
-    """Those of the suite, or of the data where the suite names none; ValueError where one is not what its owners publish."""
+    """Return the test sets in `testsets` or, if there are none, those of `data`, by name.
+
+    Raises:
+        ValueError: if there are no test sets, a root does not exist, or `family` cannot score a set's ignored
+            regions. Also if ids are unfit (`_check_ids`), or a set of `testsets` has not the published size.
+    """
     nodes = {name: one.samples for name, one in cfg.testsets.items()} or cfg.data.module.test
     if not nodes:
         raise ValueError(
@@ -338,14 +362,15 @@ def _test_sets(cfg: DictConfig, family: Family) -> dict[str, SampleSet]:
         owners = published(cfg, name)
         if cfg.testsets and owners is not None and owners != len(samples):
             raise ValueError(
-                f"testsets.{name}: {owners} samples are published, {len(samples)} are here (python -m segrl.prepare check "
-                f"looks into a download; testsets.{name}.published=null scores what is here)"
+                f"testsets.{name}: {owners} samples are published, {len(samples)} are here "
+                f"(python -m segrl.prepare check looks into a download; "
+                f"testsets.{name}.published=null scores what is here)"
             )
     return sets
 
 
 def _check_objective(cfg: DictConfig, family: Family, sets: Sequence[str]) -> None:
-    """Raise ValueError if what a sweep compares is no score of this evaluation."""
+    """Raise ValueError if `objective_metric` is set and names no score of this evaluation."""
     wanted = cfg.objective_metric
     names = [
         f"test/{one}/{name}" for one in (*sets, *cfg.suite.unions) for name in (*family.names, "fault_rate")
@@ -355,7 +380,13 @@ def _check_objective(cfg: DictConfig, family: Family, sets: Sequence[str]) -> No
 
 
 def _check_ids(name: str, ids: Sequence[str], files: str | None) -> None:
-    """Raise ValueError if an id is there twice, or names no file inside the folder that `suite.FILES` asks for."""
+    """Raise ValueError if an id is not unique, or cannot name a file although `files` is not None.
+
+    Args:
+        name: name of the test set.
+        ids: ids of its samples.
+        files: "masks" or "overlays", the key of `suite` that asks for files named by ids.
+    """
     seen: set[str] = set()
     for one in ids:
         if one in seen:

@@ -1,4 +1,4 @@
-"""Write a trained policy as a Hugging Face folder, with `segrl.json` and a model card."""
+"""Export a trained policy as a Hugging Face folder, with `segrl.json` and a model card."""
 
 from __future__ import annotations
 
@@ -16,31 +16,34 @@ if TYPE_CHECKING:
     from segrl.models.hf_vlm import HFPolicy
     from segrl.protocols import Grammar
 
-# By loader, the queries that a card shows: its samples have one each, or may; those of others have none.
+# Queries for which a model card shows the chat text, by loader of the training data; None: no query.
 _QUERIES: dict[str, tuple[str | None, ...]] = {
     "ReferringExpressions": ("QUERY",), "ReasonSeg": ("QUERY",), "Listed": (None, "QUERY"),
 }  # fmt: skip
-# Keys that a card, or `segrl.json`, is written from.
+# Keys that the model card and `segrl.json` are made from.
 _CARD = (
-    "name", "policy._target_", "grammar._target_", "head._target_", "stage._target_", "reward", "rollout.max_tokens",
-    "trainer.precision", "data.module.train._target_", "policy.weights",
+    "name", "policy._target_", "grammar._target_", "head._target_", "stage._target_", "reward",
+    "rollout.max_tokens", "trainer.precision", "data.module.train._target_", "policy.weights",
 )  # fmt: skip
 
 
 def export_policy(
     ckpt: Path, out: Path, note: str, head_checkpoint: str | None = None, licence: str | None = None
 ) -> None:
-    """Write the policy of a checkpoint as weights, processor, generation config, instructions, `segrl.json` and model card.
+    """Write the policy of a checkpoint to a folder that transformers and segrl can load.
+
+    The folder holds weights, processor, generation config, instructions, `segrl.json` and model card.
 
     Args:
-        ckpt: in the `checkpoints` folder of a run.
+        ckpt: checkpoint in the `checkpoints` folder of a run.
         out: folder to write.
         note: first paragraph of the model card.
-        head_checkpoint: of the mask head, as `segrl.json` names it; None takes the run's.
-        licence: of the weights, for whoever owns them; None says what follows from the base model and the data.
+        head_checkpoint: the mask head's checkpoint, as `segrl.json` names it; if None, the run's is named.
+        licence: licence of the weights; if None, it follows from base model and data (`licences.of`).
 
     Raises:
-        ValueError: if `ckpt` is no checkpoint of a run, or holds no policy.
+        ValueError: if `ckpt` is not in a run's folder, is damaged or holds no policy, or if a file of the run
+            is damaged.
     """
     from hydra.utils import instantiate
 
@@ -55,7 +58,8 @@ def export_policy(
         )
     if not (run / "config.yaml").is_file():
         raise ValueError(
-            f"ckpt: a checkpoint in a run's folder is needed, RUN/checkpoints/last.ckpt; two folders above {ckpt} is no config.yaml of a run"
+            f"ckpt: a checkpoint in a run's folder is needed, RUN/checkpoints/last.ckpt; "
+            f"two folders above {ckpt} is no config.yaml of a run"
         )
     check_kinds(run, "ckpt")
     cfg = read(run / "config.yaml", "ckpt")
@@ -63,26 +67,33 @@ def export_policy(
     learned = learned_policy(ckpt, "ckpt")
     parts = policy_card.checked(described(cfg, head_checkpoint), run / "config.yaml")
     grammar = instantiate(own.grammar)
-    parts["grammar"]["instructions"] = {grammar.section: grammar.texts}  # the texts, not where they stood
+    parts["grammar"]["instructions"] = {grammar.section: grammar.texts}  # the texts instead of their file
     policy = instantiate(own.policy)
     policy.take_over(learned)
     asked = _asked(policy, grammar, str(cfg.data.module.train._target_))
     text = card(run, note, ckpt, asked, licence)
     policy.save(out, own.max_tokens)
-    # Of the other grammars, too, where the run was given them
+    # The file also holds the texts of other grammars, if the run was given them.
     given = OmegaConf.select(own, "grammar.instructions")
     others: Any = OmegaConf.to_container(given) if isinstance(given, DictConfig) else {}
     beside = instructions.written({**others, grammar.section: grammar.texts})
     (out / instructions.NAME).write_text(beside, encoding="utf-8")
-    policy_card.write(out, parts)  # and the digests of all that is there by now
+    policy_card.write(out, parts)  # and digests of the files written so far
     (out / "README.md").write_text(text)
 
 
 def _own(cfg: DictConfig, path: Path) -> DictConfig:
-    """Return, without references, what is made of a run's configuration, which may come from anyone; the rest is only described.
+    """Return the parts that the export instantiates, resolved: policy, grammar, head; and `max_tokens`.
+
+    The configuration may come from anyone, so it is checked first. Its other parts are not instantiated.
+
+    Args:
+        cfg: saved configuration of the run, unresolved.
+        path: its file, for error messages.
 
     Raises:
-        ValueError: if that names anything but segrl's parts and plain values, or the card's part of the rest is not there.
+        ValueError: if these parts hold anything but segrl's classes and plain values, or a key of `_CARD` is
+            missing.
     """
     from segrl.runs.schema.commands import Weights
     from segrl.runs.schema.walk import faults
@@ -100,14 +111,20 @@ def _own(cfg: DictConfig, path: Path) -> DictConfig:
 
 
 def described(cfg: DictConfig, head_checkpoint: str | None) -> dict[str, dict[str, Any]]:
-    """What stands around the weights, as `segrl.json` says it: no path of one machine."""
+    """Return the parts that `segrl.json` describes, without paths of this machine.
+
+    Args:
+        cfg: saved configuration of the run, unresolved.
+        head_checkpoint: see `export_policy`.
+    """
     parts = {
         part: dict(OmegaConf.to_container(cfg[part], resolve=False))  # type: ignore[arg-type]
         for part in ("policy", "grammar", "head", "rollout")
     }
-    parts["grammar"].pop("instructions", None)  # whoever writes the card knows the texts
-    parts["policy"] |= {"weights": ".", "lora": None}  # an adapter was merged
-    parts["rollout"] = {  # whatever sampled in training: it needs no more than segrl itself
+    parts["grammar"].pop("instructions", None)  # `export_policy` adds the texts
+    parts["policy"] |= {"weights": ".", "lora": None}  # an adapter is merged into the weights
+    # In place of the engine of the training, which may need vLLM or servers.
+    parts["rollout"] = {
         "_target_": "segrl.rollout.shared_prefix.SharedPrefixEngine", "max_tokens": cfg.rollout.max_tokens
     }  # fmt: skip
     parts["precision"] = {"passes": str(cfg.trainer.precision)}
@@ -119,7 +136,7 @@ def described(cfg: DictConfig, head_checkpoint: str | None) -> dict[str, dict[st
 
 
 def _named(path: str) -> str:
-    """A file that ships with segrl or with sam2, or one of the folder of weights, by its name."""
+    """Return `asset:NAME` for a file of segrl, a configuration of sam2 unchanged, else `weights:NAME`."""
     name = path.removeprefix("${asset:").removesuffix("}")
     if path != name or Path(path) == Path(asset(Path(path).name)):
         return f"asset:{Path(name).name}"
@@ -127,7 +144,7 @@ def _named(path: str) -> str:
 
 
 def _asked(policy: HFPolicy, grammar: Grammar, loader: str) -> str:
-    """The text in front of a completion, for other tools; with a query only where it was trained with some."""
+    """Return Markdown with the chat text that precedes a completion, for each of the loader's `_QUERIES`."""
     side = policy.encoder.image_side
     squashed = "" if side is None else f", with the image resized to {side}x{side} (bicubic)"
     told = []
@@ -141,17 +158,20 @@ def _asked(policy: HFPolicy, grammar: Grammar, loader: str) -> str:
 
 
 def card(run: Path, note: str, ckpt: Path | None = None, asked: str = "", licence: str | None = None) -> str:
-    """Return Markdown: what it is and is asked, its licence, data, command, scores and configuration.
+    """Return a model card in Markdown: front matter, note, licence, scores, command, chat, configuration.
 
     Args:
         run: run folder.
         note: first paragraph.
-        ckpt: what is exported of a policy; None where the card is of a mask head.
-        asked: paragraphs about what a policy is asked.
+        ckpt: exported checkpoint of a policy; None for the card of a mask head.
+        asked: paragraphs about the policy's chat text.
         licence: see `export_policy`.
+
+    Raises:
+        ValueError: naming a file of the run that is damaged.
     """
     loaded = read(run / "config.yaml", "ckpt")
-    config: Any = OmegaConf.to_container(loaded)  # unresolved: no path of one machine
+    config: Any = OmegaConf.to_container(loaded)  # unresolved: references to `paths` stay references
     wanted = ("stage", "rollout", "reward", "data", "trainer")
     settings = OmegaConf.to_yaml(OmegaConf.create({k: config[k] for k in wanted}))
     front, terms = ({"license": licence}, "") if licence is not None else licences.of(loaded)
@@ -163,7 +183,8 @@ def card(run: Path, note: str, ckpt: Path | None = None, asked: str = "", licenc
     lines = [f"---\n{head}---\n# {config['name']}\n\n{note}\n{terms and chr(10) + terms + chr(10)}"]
     if ckpt is not None and not _scored(run, ckpt):
         lines.append(
-            f"Trained by segrl. This checkpoint, `{ckpt.name}`, has not been scored: the run's scores are of another."
+            f"Trained by segrl. This checkpoint, `{ckpt.name}`, has not been scored: "
+            "the run's scores are of another."
         )
     elif (run / "metrics.json").is_file():
         metrics = read_json(run / "metrics.json", "ckpt", "name", "seed", "steps", "seconds", "metrics")
@@ -174,11 +195,12 @@ def card(run: Path, note: str, ckpt: Path | None = None, asked: str = "", licenc
         )
         if not all(isinstance(number, int | float) for number in numbers):
             raise ValueError(
-                f"ckpt: {run / 'metrics.json'} must hold a number for every metric; got {metrics['metrics']!r:.80}"
+                f"ckpt: {run / 'metrics.json'} must hold a number for every metric; "
+                f"got {metrics['metrics']!r:.80}"
             )
         lines.append(
-            f"Trained by segrl, experiment `{metrics['name']}`, seed {metrics['seed']}, {metrics['steps']} updates, "
-            f"{metrics['seconds']:.0f} s.\n\n| metric | value |\n|---|---|"
+            f"Trained by segrl, experiment `{metrics['name']}`, seed {metrics['seed']}, "
+            f"{metrics['steps']} updates, {metrics['seconds']:.0f} s.\n\n| metric | value |\n|---|---|"
         )
         lines += [f"| {name} | {value:.4f} |" for name, value in metrics["metrics"].items()]
     if (run / "provenance.json").is_file():
@@ -193,7 +215,7 @@ def card(run: Path, note: str, ckpt: Path | None = None, asked: str = "", licenc
 
 
 def _scored(run: Path, ckpt: Path) -> bool:
-    """Whether the run's scores are those of this checkpoint."""
+    """Return whether the scores in the run's metrics.json are those of this checkpoint."""
     from segrl.tracking.checkpoints import read_checkpoint
 
     if not (run / "metrics.json").is_file():
@@ -201,13 +223,16 @@ def _scored(run: Path, ckpt: Path) -> bool:
     metrics = read_json(run / "metrics.json", "ckpt", "steps")
     if ckpt.resolve() != scored_checkpoint(run).resolve():
         return False
-    if "scored_step" not in metrics and ckpt.name == "best.ckpt":  # of a run from before, which did not say
+    if "scored_step" not in metrics and ckpt.name == "best.ckpt":  # an old run, without that key
         return True
     return bool(read_checkpoint(ckpt, "ckpt")["global_step"] == metrics.get("scored_step", metrics["steps"]))
 
 
 def _data(cfg: DictConfig) -> str:
-    """What it learned from, and under which terms."""
+    """Return the training data of a run, with its licence."""
     loader = str(OmegaConf.select(cfg, "data.module.train._target_")).rpartition(".")[2]
     data: Any = OmegaConf.to_container(cfg.data)
-    return f"`{loader}` of {data.get('root', 'scenes drawn by segrl')} ({data.get('licence', 'no licence stated')})"
+    return (
+        f"`{loader}` of {data.get('root', 'scenes drawn by segrl')} "
+        f"({data.get('licence', 'no licence stated')})"
+    )

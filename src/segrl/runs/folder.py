@@ -1,4 +1,4 @@
-"""Create a run's folder, and name damaged files of one."""
+"""Create a run's folder, and check and read its files."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Any
 from segrl.host.files import own
 
 _FILES = (
-    "config.yaml", "provenance.json", "history.jsonl", "metrics.json", "metrics.csv", "mlflow_run_id", "weights.json",
-    "per_sample.jsonl", "evaluation/before.jsonl", "evaluation/before.npz", "evaluation/after.jsonl",
-    "evaluation/after.npz", "checkpoints/last.ckpt", "checkpoints/best.ckpt",
+    "config.yaml", "provenance.json", "history.jsonl", "metrics.json", "metrics.csv", "mlflow_run_id",
+    "weights.json", "per_sample.jsonl", "evaluation/before.jsonl", "evaluation/before.npz",
+    "evaluation/after.jsonl", "evaluation/after.npz", "checkpoints/last.ckpt", "checkpoints/best.ckpt",
 )  # fmt: skip
 _FOLDERS = ("evaluation", "checkpoints", "sheets", "per_sample.parts", "masks", "overlays")
 
 
 def create(wanted: Path, alone: bool) -> Path:
-    """Make the folder, or the first of wanted-2, wanted-3 ... that does not exist, lock it, and return its path.
+    """Create and lock a run's folder and return its path: `wanted`, or the first free of wanted-2, -3 ...
 
     Args:
-        wanted: must not exist where other processes count on its name.
-        alone: whether this process may choose another name.
+        wanted: path of the folder; its parents are created, too.
+        alone: whether this process may choose another name; with several ranks all must use `wanted`.
 
     Raises:
-        ValueError: if it exists, and no other name may be chosen.
+        ValueError: if `wanted` exists and no other name may be chosen.
     """
     wanted.parent.mkdir(parents=True, exist_ok=True)
     for name in (wanted.name, *(f"{wanted.name}-{i}" for i in range(2, 10_000))):
         folder = wanted.with_name(name)
         try:
-            folder.mkdir()  # of two processes one makes it
+            folder.mkdir()  # atomic: of two processes only one succeeds
         except FileExistsError:
             if not alone:
                 raise _taken(wanted) from None
@@ -42,24 +42,25 @@ def create(wanted: Path, alone: bool) -> Path:
 
 def _taken(folder: Path) -> ValueError:
     return ValueError(
-        f"paths.run: a new folder is needed, the same for all processes; {folder} exists (resume={folder} goes on)"
+        f"paths.run: a new folder is needed, the same for all processes; {folder} exists "
+        f"(resume={folder} goes on)"
     )
 
 
 def free_name(wanted: Path) -> Path:
-    """Return the name that `create` would choose now."""
+    """Return the path that `create` would choose now."""
     numbered = (wanted.with_name(f"{wanted.name}-{i}") for i in range(2, 10_000))
     return wanted if not wanted.exists() else next(path for path in numbered if not path.exists())
 
 
 def scored_checkpoint(run: Path) -> Path:
-    """Return the checkpoint whose scores a run reports: the best, where one was kept, else the last."""
+    """Return the checkpoint whose scores a run reports: best.ckpt if it exists, else last.ckpt."""
     best = run / "checkpoints" / "best.ckpt"
     return best if best.is_file() else run / "checkpoints" / "last.ckpt"
 
 
 def check_kinds(folder: Path, key: str) -> None:
-    """Raise ValueError if a file of a run stands where its folder is a file, or the other way round."""
+    """Raise ValueError if a run's file is a folder in `folder`, or a run's folder is a file."""
     for name in _FILES:
         if (path := folder / name).exists() and not path.is_file():
             raise ValueError(f"{key}: {path} must be a file; it is a folder")
@@ -69,10 +70,15 @@ def check_kinds(folder: Path, key: str) -> None:
 
 
 def read_json(path: Path, key: str, *names: str) -> dict[str, Any]:
-    """Return what a JSON file of a run holds.
+    """Return the object in a JSON file of a run.
+
+    Args:
+        path: path of the file.
+        key: first word of an error message.
+        names: keys that the object must have.
 
     Raises:
-        ValueError: naming a file that cannot be read, holds no object, or lacks one of `names`.
+        ValueError: naming the file, if it cannot be read, holds no object, or lacks a key.
     """
     try:
         found = json.loads(path.read_bytes())

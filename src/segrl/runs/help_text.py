@@ -1,4 +1,4 @@
-"""`--help`: the head of a command's YAML, its own keys, and the groups that it uses."""
+"""Text of `--help`: the head comment of a command's YAML, its own keys, and the groups that it reads."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ _KEY = re.compile(r"(\s{0,2})([\w]+):\s*([^#]*?)\s*#\s(.*)")
 _GROUP = re.compile(r"\s+- (?:override )?/?([\w]+)(?:: ?(\S+))?")
 _USED = {
     "train": [
-        "experiment", "stage", "policy", "reference", "head", "grammar", "reward", "rollout", "data", "trainer", "logger",
+        "experiment", "stage", "policy", "reference", "head", "grammar", "reward", "rollout", "data",
+        "trainer", "logger",
     ],
-    "evaluate": ["suite", "testset", "experiment", "policy", "head", "grammar", "rollout", "data", "scores", "trainer", "logger"],
+    "evaluate": [
+        "suite", "testset", "experiment", "policy", "head", "grammar", "rollout", "data", "scores", "trainer",
+        "logger",
+    ],
     "score": ["scores"], "prepare_check": ["data", "testset"], "prepare_traces": ["data", "grammar", "head"],
 }  # fmt: skip
-"""Groups that a command reads; others stand in its defaults so that these find their keys."""
+"""Groups that a command reads. Other groups of its defaults only hold keys that these refer to."""
 
 
 def help_of(name: str, conf: Path) -> str:
     """Return the help of a command.
 
     Args:
-        name: of its YAML.
-        conf: folder of the configuration.
+        name: name of its YAML, without suffix.
+        conf: configuration folder.
     """
     lines = (conf / f"{name}.yaml").read_text().splitlines()
     head = [line.removeprefix("#").removeprefix(" ") for line in lines if line.startswith("#")]
@@ -48,7 +52,7 @@ def help_of(name: str, conf: Path) -> str:
 
 
 def _keys(lines: list[str]) -> list[tuple[str, str]]:
-    """The keys of the YAML itself that have a comment, with it."""
+    """Return the commented keys of a YAML, as `key=value`, each with its comment."""
     found, above = [], ""
     for line in lines:
         if line.startswith("hydra:"):
@@ -66,7 +70,7 @@ def _keys(lines: list[str]) -> list[tuple[str, str]]:
 
 
 def _groups(lines: list[str], conf: Path) -> dict[str, str]:
-    """Groups of the defaults list, with the option that is chosen."""
+    """Return the groups of a defaults list, including lists that it includes, and their chosen options."""
     found: dict[str, str] = {}
     inside = False
     for line in lines:

@@ -1,4 +1,4 @@
-"""Under which terms trained weights may be given on: those of base model and data, as far as they are known."""
+"""Determine the licence of trained weights from the known licences of their base model and data."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from omegaconf import DictConfig, OmegaConf
 
 from segrl.runs.resuming import read
 
-_OWN = "SyntheticScenes"  # drawn by segrl: they have no terms of their own
+_OWN = "SyntheticScenes"  # drawn by segrl, so they add no terms
 _HUB = "https://huggingface.co/"
 _TEXTS = {"apache-2.0": r"Apache License\s+Version 2\.0", "mit": r"MIT License"}
 
 
 def of(config: DictConfig) -> tuple[dict[str, Any], str]:
-    """Return what a card's head says of base model and licence, and the sentence that explains it.
+    """Return the licence entries of a model card's front matter, and a sentence that explains them.
 
-    The base model's licence is the card's where its folder states it and all that was learned from was drawn by
-    segrl; else it is `other`, and the sentence names the terms of both, or says that they are not stated.
+    If the base model's folder states its licence and all training data was drawn by segrl, that licence is
+    used and the sentence is empty. Otherwise the licence is `other`, and the sentence names the terms of base
+    model and data, or says that they are not stated.
 
     Args:
-        config: of the run, as it was saved.
+        config: saved configuration of the run.
 
     Raises:
-        ValueError: if the configuration of a run that it started from is none, or more than data.
+        ValueError: if the config.yaml of an earlier run that it started from is damaged, or holds more than
+            plain values.
     """
     base, weights = base_of(config)
     front: dict[str, Any] = {} if base is None else {"base_model": base}
@@ -44,7 +46,7 @@ def of(config: DictConfig) -> tuple[dict[str, Any], str]:
 
 
 def base_of(config: DictConfig) -> tuple[str | None, Path]:
-    """Return the name on the hub of the policy's weights, None where they are from elsewhere, and their folder."""
+    """Return the Hugging Face name of the policy's weights, None if it is unknown, and their folder."""
     weights = Path(str(config.policy.weights))
     source = str(OmegaConf.select(config, "sources", default={}).get("policy.weights", ""))
     hub = source.startswith(_HUB) and source.rpartition("/")[2] == weights.name
@@ -52,7 +54,11 @@ def base_of(config: DictConfig) -> tuple[str | None, Path]:
 
 
 def stated(weights: Path) -> dict[str, Any]:
-    """Return `license`, and its name and link if given, of a weights folder: from its card, or its LICENSE."""
+    """Return `license`, `license_name` and `license_link` of a weights folder, as far as they are stated.
+
+    They are read from the front matter of its README.md; if that has no `license`, the text of its LICENSE is
+    recognised. Without a licence, returns {}.
+    """
     card = weights / "README.md"
     head = (
         re.match(r"---\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL) if card.is_file() else None
@@ -73,14 +79,18 @@ def stated(weights: Path) -> dict[str, Any]:
 
 
 def learned_from(config: DictConfig) -> list[str]:
-    """Return the data, with its terms, that this run and those it started from saw, but for segrl's own scenes."""
+    """Return the training data, with its licence, of a run and of those it started from.
+
+    Scenes drawn by segrl are left out. Data of a run whose config.yaml is missing is listed as not known.
+    """
     found: list[str] = []
     seen: set[Path] = set()
     here: DictConfig | None = config
     while here is not None:
         loader = str(OmegaConf.select(here, "data.module.train._target_")).rpartition(".")[2]
         if loader != _OWN:
-            root = OmegaConf.to_container(here.data).get("root", loader)  # type: ignore[union-attr]  # unresolved
+            # unresolved: a root in `paths.data` stays a reference
+            root = OmegaConf.to_container(here.data).get("root", loader)  # type: ignore[union-attr]
             licence = OmegaConf.select(here, "data.licence")
             found.append(f"data of `{root}` ({licence or 'whose licence is not stated'})")
         start = OmegaConf.select(here, "init_from")

@@ -1,4 +1,4 @@
-"""Turn an error of the user's into one line: the key, what it must be, and the way out."""
+"""Turn a user's mistake into a line that names the key, what it must be, and the way out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HERE = Path(__file__).resolve().parents[1]
 
 
 class Missing(ValueError):
-    """Files and folders that are not there, each with its key and the way to get it."""
+    """Error for missing files and folders; each line has the key and the way to get one."""
 
     def __init__(self, lines: list[str]) -> None:
         super().__init__(lines[0] if len(lines) == 1 else f"{len(lines)} things are missing")
@@ -26,7 +26,7 @@ class Missing(ValueError):
 
 
 class Refused(ValueError):
-    """All that is wrong with the keys of a configuration."""
+    """Error that holds all faults of the keys of a configuration."""
 
     def __init__(self, faults: list[Fault]) -> None:
         super().__init__(str(faults[0]))
@@ -34,11 +34,11 @@ class Refused(ValueError):
 
 
 class Said:
-    """What the command line says, for the words of a refusal.
+    """The command line, as error messages refer to it.
 
     Args:
-        arguments: of the command line.
-        folders: with groups of options, segrl's own first.
+        arguments: arguments of the command line.
+        folders: configuration folders with groups of options, segrl's own first.
     """
 
     def __init__(self, arguments: list[str], folders: list[Path]) -> None:
@@ -46,23 +46,23 @@ class Said:
 
     @property
     def keys(self) -> set[str]:
-        """Keys that are set by value."""
+        """Keys and groups that the command line sets or deletes, without `+`, `++` and `~`."""
         return {
             argument.lstrip("+~").split("=")[0] for argument in self.arguments if not argument.startswith("-")
         }
 
     @property
     def choices(self) -> dict[str, str]:
-        """Group to chosen option."""
+        """Chosen option by group."""
         pairs = [argument.lstrip("+").split("=", 1) for argument in self.arguments if "=" in argument]
         return {key: value for key, value in pairs if any((folder / key).is_dir() for folder in self.folders)}
 
     def options(self, group: str) -> list[str]:
-        """Return all options of a group."""
+        """Return the names of all options of a group, sorted."""
         return sorted({path.stem for folder in self.folders for path in (folder / group).glob("[!_]*.yaml")})
 
     def set_by_experiment(self, key: str) -> str | None:
-        """Return the key, or the nearest above it, that the chosen experiment sets; None where it sets none."""
+        """Return the key, or the nearest node around it, that the experiment sets; None if it sets none."""
         name = self.choices.get("experiment")
         if name is None:
             return None
@@ -75,7 +75,7 @@ class Said:
         return key if key in config else None
 
     def _experiment(self, name: str) -> set[str]:
-        """Return all dotted keys that an experiment, and those that it stands on, set."""
+        """Return all dotted keys that an experiment sets, including the experiments in its defaults."""
         for folder in self.folders:
             path = folder / "experiment" / f"{name}.yaml"
             if path.is_file():
@@ -90,12 +90,12 @@ class Said:
 
 
 def explain(error: BaseException, said: Said, keys: Callable[[], list[str]]) -> list[str] | None:
-    """Return the lines for a mistake of the user's, None where the error is not known to be one.
+    """Return the lines for a user's mistake, or None if the error is not known to be one.
 
     Args:
-        error: that came up.
+        error: the exception.
         said: the command line.
-        keys: gives all dotted keys of the configuration without the user's values.
+        keys: function that returns all dotted keys of the configuration without the user's values.
     """
     from hydra.errors import HydraException, InstantiationException
 
@@ -107,7 +107,7 @@ def explain(error: BaseException, said: Said, keys: Callable[[], list[str]]) -> 
         return cause.lines if len(cause.lines) == 1 else [*many, *(f"  {line}" for line in cause.lines)]
     if isinstance(cause, Refused):
         return [_refused(cause.faults, said)]
-    if type(cause).__name__ == "MisconfigurationException":  # Lightning's word for a trainer that cannot be
+    if type(cause).__name__ == "MisconfigurationException":  # Lightning's, for impossible settings
         return [f"trainer: {' '.join(str(cause).split())}"]
     told = _unbound(str(error), cause) if isinstance(error, InstantiationException) else None
     if told is not None:
@@ -131,21 +131,26 @@ def explain(error: BaseException, said: Said, keys: Callable[[], list[str]]) -> 
 
 
 def _raised_in(error: BaseException) -> str:
-    """Return the package that raised an error: a library's ValueError is a bug, and keeps its traceback."""
+    """Return the top-level package that raised an error, or "" if there is no traceback.
+
+    Only ValueErrors of segrl and Hydra are messages for the user; those of other libraries are bugs.
+    """
     at = error.__traceback__
     while at is not None and at.tb_next is not None:
         at = at.tb_next
     if at is None:
         return ""
-    if (
-        Path(at.tb_frame.f_code.co_filename).resolve().is_relative_to(_HERE)
-    ):  # a command's own module is called __main__
+    # by file, because the module of a command is called __main__
+    if Path(at.tb_frame.f_code.co_filename).resolve().is_relative_to(_HERE):
         return "segrl"
     return str(at.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def _refused(faults: list[Fault], said: Said) -> str:
-    """The first fault; where an experiment meets a group that was replaced, which two do not go together."""
+    """Return the message for the first fault of a key that the user sets or, if none is, the first fault.
+
+    If the user has replaced a group that the experiment sets keys of, the message names the conflict.
+    """
     first = next((one for one in faults if one.key in said.keys), faults[0])
     sets, name = said.set_by_experiment(first.key), said.choices.get("experiment")
     replaced = [
@@ -166,17 +171,23 @@ def _refused(faults: list[Fault], said: Said) -> str:
     those = " ".join(guilty)
     if first.unknown or first.key != sets:
         out = " ".join(f"'~{way}'" for way in dict.fromkeys(ways))
-        return f"{first}: experiment={name} sets {sets} and does not go with {those} alone; write {out} beside it"
-    return f"{first} (experiment={name} sets it and does not go with {those} alone; write {first.key}=... beside it)"
+        return (
+            f"{first}: experiment={name} sets {sets} and does not go with {those} alone; "
+            f"write {out} beside it"
+        )
+    return (
+        f"{first} (experiment={name} sets it and does not go with {those} alone; "
+        f"write {first.key}=... beside it)"
+    )
 
 
 def _beside(experiment: str | None, replaced: list[str]) -> str:
-    """The options that a fault comes from, where no value of the user's or of an experiment's does."""
+    """Return the experiment and the replaced groups in parentheses, to follow a fault that they cause."""
     return f" ({' '.join([f'experiment={experiment}'] * bool(experiment) + replaced)})"
 
 
 def _unbound(message: str, cause: BaseException) -> list[str] | None:
-    """A constructor that could not be called; None where what it raised is a bug."""
+    """Return the line for a constructor that cannot be called, or None if it raised an error itself."""
     where = re.search(r"full_key: (\S+)", message)
     node = where.group(1) if where else "the configuration"
     if (
@@ -203,7 +214,7 @@ def _unbound(message: str, cause: BaseException) -> list[str] | None:
 
 
 def _composition(message: str, said: Said, keys: Callable[[], list[str]]) -> str:
-    """Hydra's and OmegaConf's own errors, with the nearest real key."""
+    """Return the line for an error of Hydra or OmegaConf, with the nearest existing key or option."""
     if missing := re.search(r"Missing mandatory value: (\S+)", message):
         return f"{missing.group(1)}: must be given; it is not set"
     if unknown := (
@@ -234,21 +245,25 @@ def _composition(message: str, said: Said, keys: Callable[[], list[str]]) -> str
 
 
 def _no_key(key: str, said: Said, keys: list[str]) -> str:
-    """A key that there is not, and what may have been meant."""
+    """Return the line for an unknown key, with the way to write it or the nearest existing key."""
     if key in ("experiment", "suite", "testset"):
         return f"{key}: it is added to the defaults: write +{key}=NAME"
     for argument in said.arguments:
         above, _, value = argument.partition("=")
         if value.startswith("{") and key.startswith(f"{above}."):
             return (
-                f"{key}: there is no such key in {above} as it stands, and a node is laid over what stands there; "
+                f"{key}: there is no such key in {above} as it stands, "
+                f"and a node is laid over what stands there; "
                 f"to replace it write '~{above}' '+{argument}'"
             )
     return f"{key}: there is no such key{_nearest_key(key, keys)}"
 
 
 def _nearest_key(key: str, keys: list[str]) -> str:
-    """`; did you mean ...?`: of all keys the one whose last part is nearest, then whose whole is."""
+    """Return `; did you mean ...?` with the most similar key, or "" if none is similar.
+
+    The similarity of the last parts weighs more than that of the whole keys.
+    """
 
     def _likeness(other: str) -> float:
         last, whole = (
@@ -262,7 +277,7 @@ def _nearest_key(key: str, keys: list[str]) -> str:
 
 
 def _nearest(word: str, words: list[str]) -> str:
-    """`; did you mean ...?`, if anything is near."""
+    """Return `; did you mean ...?` with the most similar word, or "" if none is similar."""
     near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -273,7 +288,7 @@ def dotted(config: DictConfig) -> list[str]:
 
 
 def _flat(node: Any, prefix: str) -> Iterator[str]:  # noqa: ANN401 - any value of a configuration
-    """Dotted keys of a nested mapping."""
+    """Yield the dotted keys of a nested mapping, also those of inner nodes."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield f"{prefix}{key}"

@@ -1,4 +1,4 @@
-"""What is kept of every evaluated sample: a line on the disk as soon as it is scored, and the table of them all."""
+"""Lines of JSON, one per evaluated sample, and the table of scores that is made from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from segrl.metrics.functional.bootstrap import numbered
 from segrl.metrics.parts import Family, Parts, Score
 from segrl.types import Answer, Sample
 
-_PARTS = "per_sample.parts"  # one file per process and attempt; joined when all samples are there
+_PARTS = "per_sample.parts"  # one file per rank, attempt and dataset; joined once all samples are scored
 WHOLE = "per_sample.jsonl"
 _NEEDED = {"dataset", "id", "fault", "scores", "parts"}
 
@@ -24,7 +24,16 @@ _NEEDED = {"dataset", "id", "fault", "scores", "parts"}
 def row(
     dataset: str, sample: Sample, answer: Answer, parts: Parts, family: Family, seconds: float
 ) -> dict[str, Any]:
-    """One line: what was asked and answered, pixel counts, the sample's own scores, and what it adds to those of its set."""
+    """Return the line of one sample: query, answer, areas in pixels, own scores, and parts.
+
+    Args:
+        dataset: name of the test set.
+        sample: evaluated sample.
+        answer: its answer.
+        parts: `family.parts` of it, from which the scores of the set are computed.
+        family: way of scoring.
+        seconds: time that it took.
+    """
     fault, prompt = answer.parsed.fault, answer.parsed.prompt
     said = {} if prompt is None else {
         "boxes": prompt.boxes.tolist(), "points": prompt.points.tolist(), "labels": prompt.labels.tolist()
@@ -35,25 +44,30 @@ def row(
         "fault": None if fault is None else fault.name, **said,
         "intersection": int(np.count_nonzero(mask & truth)), "union": int(np.count_nonzero(mask | truth)),
         "mask_area": int(np.count_nonzero(answer.mask)), "truth_area": int(np.count_nonzero(sample.mask)),
-        "scores": {name: None if np.isnan(value) else float(value) for name, value in family.summary(parts).items()},
+        "scores": {
+            name: None if np.isnan(value) else float(value) for name, value in family.summary(parts).items()
+        },
         "parts": {name: _packed(value) for name, value in parts.items()}, "seconds": round(seconds, 4),
     }  # fmt: skip
 
 
 def clustered(sample: Sample) -> dict[str, str]:
-    """Return the key that a sample's line has where other samples are of the same image."""
+    """Return `{"cluster": name}` if the sample shares its image with others, else {}."""
     return {} if sample.cluster is None else {"cluster": sample.cluster}
 
 
 def clusters(lines: Iterable[Mapping[str, Any]]) -> np.ndarray:
-    """Return the number of each line's cluster, int64 `[lines]`: what their intervals draw."""
+    """Return the number of each line's cluster, int64 `[lines]`; intervals resample clusters."""
     return numbered([
         ("image", line["cluster"]) if "cluster" in line else (line["dataset"], line["id"]) for line in lines
     ])  # fmt: skip
 
 
 def _packed(value: np.ndarray) -> float | list[float]:
-    """A number, or a curve; of a mask's curve, which has two levels, these two."""
+    """Return a part as JSON: a scalar as a number, a curve as a list.
+
+    The curve of a binary mask is constant but for its last value: only its first and last value are kept.
+    """
     if len(value) == 1:
         return float(value[0])
     flat = bool((value[:-1] == value[0]).all())
@@ -61,7 +75,7 @@ def _packed(value: np.ndarray) -> float | list[float]:
 
 
 def parts_of(line: dict[str, Any]) -> Parts:
-    """As `Family.parts` made them."""
+    """Return the parts in a line, as `Family.parts` computed them."""
     parts = {}
     for name, value in line["parts"].items():
         listed = value if isinstance(value, list) else [value]
@@ -70,7 +84,10 @@ def parts_of(line: dict[str, Any]) -> Parts:
 
 
 def lines(folder: Path, dataset: str) -> Iterator[dict[str, Any]]:
-    """Of a dataset, whole lines only: a kill may have cut off the last one of a file, and what is damaged is scored again."""
+    """Yield the lines of a dataset from all files of an evaluation.
+
+    Damaged lines, such as one that a kill has cut off, are skipped, so their samples are scored again.
+    """
     for path in (folder / WHOLE, *sorted((folder / _PARTS).glob(f"*.{escape(dataset)}.jsonl"))):
         if not path.is_file():
             continue
@@ -83,7 +100,7 @@ def lines(folder: Path, dataset: str) -> Iterator[dict[str, Any]]:
 
 
 def new_part(folder: Path, dataset: str, rank: int) -> TextIO:
-    """A file of this process's own."""
+    """Create and open a file for the lines that this rank writes."""
     home = folder / _PARTS
     home.mkdir(parents=True, exist_ok=True)
     attempt = len(list(home.glob(f"*-{rank}.{escape(dataset)}.jsonl")))
@@ -91,7 +108,7 @@ def new_part(folder: Path, dataset: str, rank: int) -> TextIO:
 
 
 def join(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
-    """One file in the datasets' order, in place of the processes' own."""
+    """Write all lines to one file in the order of `rows`, and delete the files of the ranks."""
     lines = (json.dumps(line, allow_nan=False) + "\n" for found in rows.values() for line in found)
     write_whole(folder / WHOLE, "".join(lines))
     for path in (folder / _PARTS).glob("*"):
@@ -106,13 +123,14 @@ def tables_text(
     faults: dict[str, float] | None = None,
     images: Mapping[str, int] | None = None,
 ) -> str:
-    """Return a table of plain text: datasets in rows, scores with their 95 % intervals in columns, few a line.
+    """Return a table of plain text: datasets in rows, scores with 95 % intervals in columns, in blocks.
 
     Args:
-        tables: by dataset, its scores.
-        counts: samples of each dataset.
-        faults: share of each dataset's completions that could not be parsed.
-        images: clusters of each dataset, which its intervals draw; if None, they draw samples.
+        tables: scores of each dataset.
+        counts: number of samples of each dataset.
+        faults: share of each dataset's completions that could not be parsed; if None, it is not shown.
+        images: number of clusters of each dataset, which its intervals resample. Where it is not the number
+            of samples, a line says so.
     """
     told, names = list[str](), list(next(iter(tables.values())))
     wide = 11 if all(table[name].interval is None for table in tables.values() for name in names) else 28
@@ -132,7 +150,7 @@ def tables_text(
 
 
 def _cell(score: Score) -> str:
-    """Such as `0.7090 [0.6840, 0.7326]`."""
+    """Return a score as text, such as `0.7090 [0.6840, 0.7326]`."""
     digits = 2 if abs(score.value) >= 10 else 4
     if score.interval is None:
         return f"{score.value:.{digits}f}"

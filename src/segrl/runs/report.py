@@ -1,4 +1,4 @@
-"""Before and after: scores of test sets, their gain with its interval, and the pictures to them."""
+"""Scores of test sets before and after a training: files, gains with intervals, tables and pictures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from segrl.tracking.figures import Cell, sheet
 from segrl.types import MaskPrompt, Sample
 
 _TITLES = {"iou": "IoU", "sm": "S-measure", "mae": "MAE", "fault_rate": "unparsable"}
-_DRAWN = 8
+_DRAWN = 8  # samples whose masks are kept for the picture
 
 Scores = dict[str, dict[str, dict[str, float]]]
 """dataset -> sample id -> metric -> score."""
@@ -31,20 +31,20 @@ Scores = dict[str, dict[str, dict[str, float]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """What is kept of one evaluated sample."""
+    """One evaluated sample, as it is saved."""
 
     line: dict[str, Any]
-    """Dataset, id, scores, text, mask prompt."""
+    """Its line of JSON: dataset, id, cluster, scores, text, mask prompt."""
     mask: np.ndarray | None
-    """Of the few that a sheet draws."""
+    """bool `[H, W]` for the first samples, which the picture shows; None for the others."""
 
 
 Rows = dict[str, list[Row]]
-"""By dataset."""
+"""dataset -> rows in the dataset's order."""
 
 
 def rows(records: Mapping[str, Sequence[Record]]) -> Rows:
-    """The records of this rank."""
+    """Return the rows of one rank's records."""
     return {
         name: [_row(name, record, i) for i, record in enumerate(found)] for name, found in records.items()
     }
@@ -52,7 +52,8 @@ def rows(records: Mapping[str, Sequence[Record]]) -> Rows:
 
 def _row(dataset: str, record: Record, place: int) -> Row:
     line = {
-        "dataset": dataset, "id": record.sample.id, **clustered(record.sample), **record.scores, "text": record.answer.text,
+        "dataset": dataset, "id": record.sample.id, **clustered(record.sample), **record.scores,
+        "text": record.answer.text,
     }  # fmt: skip
     prompt = record.answer.parsed.prompt
     if prompt is not None:
@@ -65,7 +66,7 @@ def _row(dataset: str, record: Record, place: int) -> Row:
 
 
 def interleaved(shares: Sequence[Rows]) -> Rows:
-    """All ranks' rows in the dataset's order: rank r of R has every R-th sample, from the r-th."""
+    """Return the rows of all R ranks in the dataset's order; rank r has the samples r, r + R, r + 2R ..."""
     return {
         name: [
             row for turn in zip_longest(*(share[name] for share in shares)) for row in turn if row is not None
@@ -75,16 +76,19 @@ def interleaved(shares: Sequence[Rows]) -> Rows:
 
 
 def save(found: Rows, path: Path) -> None:
-    """Write one JSON line per evaluated sample, and beside it the masks of the first few."""
+    """Write one line of JSON per sample, and the first dataset's first masks to a .npz beside `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     first = next(iter(found.values()), [])[:_DRAWN]
-    np.savez_compressed(path.with_suffix(".npz"), **{str(i): row.mask for i, row in enumerate(first)})  # type: ignore[arg-type]
-    # Behind the masks: where the lines are, all is there
+    np.savez_compressed(
+        path.with_suffix(".npz"),
+        **{str(i): row.mask for i, row in enumerate(first)},  # type: ignore[arg-type]
+    )
+    # The lines are written last: if they exist, the masks do.
     write_whole(path, "".join(json.dumps(row.line) + "\n" for dataset in found.values() for row in dataset))
 
 
 def scores(found: Rows) -> Scores:
-    """Of rows."""
+    """Return the scores of the rows."""
     return _scores(row.line for dataset in found.values() for row in dataset)
 
 
@@ -105,7 +109,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def readable(path: Path) -> Scores | None:
-    """Return the scores in a file that `save` wrote, or `None` where it, or the masks beside it, is gone or damaged."""
+    """Return the scores in a file that `save` wrote, or None if it or its .npz is missing or damaged."""
     try:
         scored = load(path)
         with np.load(path.with_suffix(".npz"), allow_pickle=False) as masks:
@@ -123,7 +127,7 @@ class Comparison:
     after: float
     gain: float
     interval: tuple[float, float]
-    """Paired-bootstrap 95 % interval of the gain, which draws images, each with all of its samples."""
+    """95 % interval of the gain, from a paired bootstrap over images, each with all of its samples."""
     n: int
     images: int
 
@@ -133,22 +137,27 @@ Table = dict[str, dict[str, Comparison]]
 
 
 def check_same_samples(before: Scores, ids: Mapping[str, Iterable[str]]) -> None:
-    """Raises ValueError unless `ids` (of each dataset) are the samples scored before."""
+    """Raise ValueError unless `ids`, by dataset, are the ids of the samples scored before."""
     for dataset, wanted in ids.items():
         if set(wanted) != set(before.get(dataset, {})):
             raise ValueError(
-                f"data.module.test.{dataset}: must hold the samples scored before (evaluation/before.jsonl); the ids differ"
+                f"data.module.test.{dataset}: must hold the samples scored before "
+                f"(evaluation/before.jsonl); the ids differ"
             )
 
 
 def compare(before: Scores, after: Scores, seed: int, drawn: Mapping[str, np.ndarray]) -> Table:
-    """Compare means over the same samples; raises ValueError if the two did not score the same ones.
+    """Compare the mean scores before and after.
 
     Args:
-        before: scores of the start.
-        after: scores of the end.
+        before: scores before the training.
+        after: scores after it.
         seed: of the bootstrap.
-        drawn: by dataset int64 `[samples]`, the clusters of `after`'s samples in its order (`per_sample.clusters`).
+        drawn: clusters of the samples of `after` by dataset, int64 `[samples]` in its order
+            (`records.clusters`).
+
+    Raises:
+        ValueError: if the two are not scores of the same samples.
     """
     check_same_samples(before, after)
     table: Table = {}
@@ -169,14 +178,19 @@ def compare(before: Scores, after: Scores, seed: int, drawn: Mapping[str, np.nda
 
 
 def conclude(folder: Path, seed: int, updates: int, rate: float, only_scenes: bool) -> Table:
-    """Compare before and after of a run, print the table and why a test set did not move, and write both to `table.txt`.
+    """Compare the scores of a run before and after, and print the table, also to `table.txt`.
+
+    Where the interval of the gain in IoU includes 0, a line below the table lists possible reasons.
 
     Args:
-        folder: of the run; `evaluation/before.jsonl` and `after.jsonl` are there.
+        folder: run folder with `evaluation/before.jsonl` and `after.jsonl`.
         seed: of the bootstrap.
-        updates: that the run made.
-        rate: the highest learning rate of the policy.
-        only_scenes: the policy has seen drawn scenes alone, and the test sets are photographs.
+        updates: number of updates of the run.
+        rate: highest learning rate of the policy.
+        only_scenes: whether the policy has only seen drawn scenes, and a test set holds photographs.
+
+    Raises:
+        ValueError: if the two files do not score the same samples.
     """
     lines = {name: _lines(folder / "evaluation" / f"{name}.jsonl") for name in ("before", "after")}
     after: dict[str, list[dict[str, Any]]] = {}
@@ -196,17 +210,19 @@ def conclude(folder: Path, seed: int, updates: int, rate: float, only_scenes: bo
 
 
 def _unmoved(dataset: str, same: int, count: int, updates: int, rate: float, only_scenes: bool) -> str:
-    """Say why the gain of a test set may hold 0: what changed at all, how far training went, what the policy knows."""
+    """Return the line of possible reasons for no gain: same answers, few updates, only drawn scenes."""
     why = (
-        f"\n{dataset}: the interval of its gain in IoU holds 0. {same} of {count} answers are the same text as before; "
-        f"{updates} updates at a learning rate of at most {rate:g} (trainer.max_steps or max_epochs, stage.optimizer.lr)"
+        f"\n{dataset}: the interval of its gain in IoU holds 0. "
+        f"{same} of {count} answers are the same text as before; "
+        f"{updates} updates at a learning rate of at most {rate:g} "
+        f"(trainer.max_steps or max_epochs, stage.optimizer.lr)"
     )
     unseen = "; this policy has learned from drawn scenes alone, and these are photographs (policy=nano)"
     return why + (unseen if only_scenes else "")
 
 
 def means(scores: Scores) -> dict[str, float]:
-    """`test/<dataset>/<metric>` to its mean."""
+    """Return the mean of each score, by its logged name `test/<dataset>/<metric>`."""
     return {
         f"test/{dataset}/{name}": float(np.mean([row[name] for row in rows.values()]))
         for dataset, rows in scores.items()
@@ -215,7 +231,7 @@ def means(scores: Scores) -> dict[str, float]:
 
 
 def means_text(metrics: Mapping[str, float]) -> str:
-    """Return scores that are compared with nothing, one a line."""
+    """Return scores as plain text, one per line."""
     return "\n".join(f"  {name:<32}{value:.4f}" for name, value in metrics.items())
 
 
@@ -234,7 +250,7 @@ def table_text(table: Table) -> str:
 
 
 def _row_text(name: str, row: Comparison) -> str:
-    """Return one metric's line; a share in percent."""
+    """Return the line of one metric; `fault_rate` is shown in percent."""
     low, high = row.interval
     if name == "fault_rate":
         scores = f"{row.before:>9.1%}{row.after:>9.1%}{row.gain:>+9.1%}"
@@ -244,13 +260,23 @@ def _row_text(name: str, row: Comparison) -> str:
 
 
 def tell(text: str, path: Path) -> None:
-    """Print a table, and write it beside the figures that it shows."""
+    """Print a text, and write it to a file."""
     print(text)
     path.write_text(text.lstrip("\n") + "\n")
 
 
 def draw(samples: SampleSet, before: Path, after: Path, path: Path) -> Path:
-    """The first samples of a test set, before and after side by side, as one PNG."""
+    """Draw the first samples of a test set, with answers before and after side by side, as one PNG.
+
+    Args:
+        samples: test set.
+        before: lines of the scores before; if there is no such file, only the answers after are drawn.
+        after: lines of the scores after.
+        path: file to write.
+
+    Returns:
+        `path`.
+    """
     columns = [("after", after)] if not before.is_file() else [("before", before), ("after", after)]
     lines = {
         name: {x["id"]: x for x in map(json.loads, file.read_text().splitlines())} for name, file in columns

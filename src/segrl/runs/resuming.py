@@ -1,4 +1,7 @@
-"""Read a run's config.yaml, to resume or export it, without calling anything that it names: it may come from anyone."""
+"""Read the saved configuration of a run, to resume or export it.
+
+A config.yaml may come from anyone, so nothing that it names is called before it has been checked.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from segrl.runs.configuration import asset, refuse_unread
 from segrl.runs.messages import Said
 
-# Parts under the names that older runs wrote.
+# Present names of parts, by the names in configurations of older runs.
 _MOVED = {
     "segrl.stages.tower.TowerStage": "segrl.nano.tower.TowerStage",
     "segrl.stages.mask_head.MaskHeadStage": "segrl.nano.mask_head.MaskHeadStage",
@@ -22,14 +25,15 @@ _MOVED = {
 
 
 def read(path: Path, key: str) -> DictConfig:
-    """Return the configuration in a file that may come from anyone, unresolved; nothing that it names is called or looked up.
+    """Return the configuration in a file, unresolved; nothing that it names is imported, called or resolved.
 
     Args:
-        path: of `config.yaml`.
-        key: that led here, for the refusal.
+        path: path of `config.yaml`.
+        key: key that names the file, for error messages.
 
     Raises:
-        ValueError: if the file is no configuration, or holds more than plain values and references to its own keys.
+        ValueError: if the file is no configuration, or holds anything but plain values, references to its own
+            keys, and the resolvers of `host.foreign`.
     """
     import yaml
 
@@ -52,7 +56,7 @@ def read(path: Path, key: str) -> DictConfig:
 
 
 def _renamed(node: object) -> Any:  # noqa: ANN401 - a node of the kind that came
-    """Return plain containers with today's names of parts that have moved since the file was written."""
+    """Return plain containers in which the old names of parts are replaced by the present ones."""
     if isinstance(node, dict):
         return {key: _renamed(value) for key, value in node.items()}
     if isinstance(node, list):
@@ -61,17 +65,17 @@ def _renamed(node: object) -> Any:  # noqa: ANN401 - a node of the kind that cam
 
 
 def saved(path: Path, key: str, command: str, overrides: list[str] | None = None) -> DictConfig:
-    """Return the configuration of a run or an evaluation that is gone on with, with values of it changed.
+    """Return the checked configuration of a run or an evaluation that is resumed, with overrides applied.
 
     Args:
-        path: of `config.yaml`, which may be anybody's.
-        key: that led here, for the refusal.
-        command: that the configuration is for.
-        overrides: `a.b=c`, of the user's own command line; those of an evaluation may only say what stands there.
+        path: path of `config.yaml`, which may come from anyone.
+        key: key that names the file, for error messages.
+        command: command that resumes, "train" or "evaluate".
+        overrides: `a.b=c` from the command line; for an evaluation they must equal the saved values.
 
     Raises:
-        ValueError: if the file is no configuration, or names anything but segrl's parts, plain values, and what
-            the user names himself.
+        ValueError: if the file is no configuration, names a part or a model architecture that is neither
+            segrl's nor given in `overrides`, or an override cannot be applied.
     """
     from segrl.runs.schema.commands import COMMANDS
     from segrl.runs.schema.walk import ForeignPart, faults
@@ -101,21 +105,33 @@ def saved(path: Path, key: str, command: str, overrides: list[str] | None = None
 
 
 def _without_peak(cfg: DictConfig, path: Path, key: str) -> None:
-    """Take away the one rate that a one-cycle schedule once had for all groups, where it is the optimizer's own."""
+    """Remove the key `max_lr` of a one-cycle schedule, which older configurations have.
+
+    Raises:
+        ValueError: if it is not `stage.optimizer.lr`, the rate at which the present schedule peaks.
+    """
     schedule = OmegaConf.select(cfg, "stage.schedule")
     if not isinstance(schedule, DictConfig) or schedule.get("_target_") != "segrl.stages.schedule.one_cycle":
         return
     rate = OmegaConf.select(cfg, "stage.optimizer.lr")
     if "max_lr" in schedule and schedule.max_lr != rate:
         raise ValueError(
-            f"{key}: {path}: stage.schedule.max_lr must be stage.optimizer.lr ({rate}), where every group peaks at its own "
-            f"rate; got {schedule.max_lr} (take it away there: what was saved goes on at its rates)"
+            f"{key}: {path}: stage.schedule.max_lr must be stage.optimizer.lr ({rate}), "
+            f"where every group peaks at its own rate; got {schedule.max_lr} "
+            f"(take it away there: what was saved goes on at its rates)"
         )
     schedule.pop("max_lr", None)
 
 
 def _lay_over(cfg: DictConfig, key: str, overrides: list[str]) -> tuple[set[str], list[str]]:
-    """Set keys of a configuration that are there; return their names, and the overrides that changed something."""
+    """Set existing keys of a configuration in place.
+
+    Returns:
+        The names of the keys, and the overrides that changed a value.
+
+    Raises:
+        ValueError: if an override adds or deletes a key, or names one that the configuration lacks.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     typed, changed = set(), []
@@ -136,7 +152,7 @@ def _lay_over(cfg: DictConfig, key: str, overrides: list[str]) -> tuple[set[str]
 
 
 def _shipped(architecture: str) -> bool:
-    """Whether an architecture's YAML is segrl's or sam2's: any other would say which code is called."""
+    """Return whether an architecture's YAML is segrl's or sam2's; any other could name code to call."""
     return (
         Path(architecture).parent == Path(asset(""))
         or re.fullmatch(r"configs/sam2(\.1)?/[\w.+]+\.yaml", architecture) is not None
@@ -144,10 +160,15 @@ def _shipped(architecture: str) -> bool:
 
 
 def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
-    """Return the configuration of the run folder `cfg.resume`, with plain values of it changed.
+    """Return the saved configuration of the run folder `cfg.resume`, with overrides applied.
+
+    Args:
+        cfg: composed configuration of the command line.
+        overrides: overrides of the command line.
 
     Raises:
-        ValueError: if the folder holds no run, or an override is not a value of that run.
+        ValueError: if the folder holds no run or has lost its checkpoint, or if an override names a key that
+            the run lacks, or one of optimizer, schedule or critic.
     """
     home = Path(cfg.resume)
     config, checkpoint = home / "config.yaml", home / "checkpoints" / "last.ckpt"
@@ -170,7 +191,11 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 
 
 def _begin_anew(home: Path, cfg: DictConfig) -> None:
-    """Say that a run without a checkpoint begins at its first update; raise ValueError if it has had one."""
+    """Print that a run without last.ckpt begins at its first update.
+
+    Raises:
+        ValueError: if the run is finished, or must have saved a checkpoint before.
+    """
     from segrl.runs.training import say
     from segrl.tracking.callbacks import read_history
 
@@ -181,10 +206,10 @@ def _begin_anew(home: Path, cfg: DictConfig) -> None:
     if (home / "metrics.json").exists():
         raise ValueError(f"resume: must have the checkpoint of a finished run; {last} is gone")
     steps = [line["step"] for line in read_history(home / "history.jsonl")]
-    before = int(max(steps[:-1], default=0))  # whatever was due then was saved before the next line
+    before = int(max(steps[:-1], default=0))  # a checkpoint due then was saved before the next line
     if (home / "checkpoints" / "best.ckpt").exists() or (isinstance(every, int) and before >= every):
         raise ValueError(
-            f"resume: must have the checkpoint of a run that has learned; {last} is gone (to begin anew, take "
-            f"history.jsonl and checkpoints away there)"
+            f"resume: must have the checkpoint of a run that has learned; {last} is gone "
+            f"(to begin anew, take history.jsonl and checkpoints away there)"
         )
     say(f"{home} holds no checkpoint: the run begins anew, at its first update")

@@ -1,4 +1,4 @@
-"""Write chat traces of masks, as `segrl.prepare traces` does."""
+"""Write chat traces from images and masks, for `segrl.prepare traces`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ if TYPE_CHECKING:
 
 
 def traces(cfg: DictConfig) -> None:
-    """Write one JSON line per sample whose mask the mask head finds again from the trace's own prompt."""
+    """Write one line of JSON for each sample whose mask the mask head draws from the trace's own mask prompt.
+
+    A sample is kept if the IoU of the two masks is at least `least_iou`. Judged samples are kept in
+    `OUT.partial`, so that the same command resumes after a stop.
+
+    Raises:
+        ValueError: if `out` cannot be written, or no sample is kept.
+        Stopped: after a signal, once the current sample is written.
+    """
     check_keys(cfg, "prepare_traces")
     out = _checked_out(cfg)
     check_all(cfg, "prepare_traces")
@@ -52,10 +60,14 @@ def traces(cfg: DictConfig) -> None:
                 print(f"stopped by {stop.name}; {said}; the same command goes on", flush=True)
                 stop.told = True
                 raise stop
-        left_out = f"{judged.unsolved} below IoU {cfg.least_iou} as {head_name} draws them, {judged.empty} without an object"
+        left_out = (
+            f"{judged.unsolved} below IoU {cfg.least_iou} as {head_name} draws them, "
+            f"{judged.empty} without an object"
+        )
         if not judged.lines:
             raise ValueError(
-                f"least_iou: a mask head that finds masks again is needed; of {len(samples)} it found none ({left_out})"
+                f"least_iou: a mask head that finds masks again is needed; "
+                f"of {len(samples)} it found none ({left_out})"
             )
         write_whole(out, "".join(json.dumps(line) + "\n" for line in judged.lines))
         partial.unlink()
@@ -64,7 +76,7 @@ def traces(cfg: DictConfig) -> None:
 
 
 def _command(cfg: DictConfig, ids: Sequence[str]) -> str:
-    """The first line of a partial file: what was asked for, and of which samples."""
+    """Return the first line of a partial file: a digest of the settings and of the samples' ids."""
     parts = {
         part: OmegaConf.to_container(cfg[part], resolve=True)
         for part in ("data", "head", "grammar", "annotator")
@@ -75,13 +87,20 @@ def _command(cfg: DictConfig, ids: Sequence[str]) -> str:
 
 @contextmanager
 def _going_on(partial: Path, command: str, judged: Judged) -> Iterator[TextIO]:
-    """Count in `judged` what a partial file holds, and open it to append; what is refused leaves none.
+    """Add the lines of a partial file to `judged`, and open it to append to.
+
+    A ValueError inside deletes the file and the folders that were created for it.
+
+    Args:
+        partial: path of the file; created with its folders if it does not exist.
+        command: its first line.
+        judged: counts the samples.
 
     Raises:
-        ValueError: if it is of another command, or damaged.
+        ValueError: if the file belongs to another command or is damaged.
     """
     whole = partial.read_bytes() if partial.is_file() else b""
-    whole = whole[: whole.rfind(b"\n") + 1]  # what a kill cut off is judged again
+    whole = whole[: whole.rfind(b"\n") + 1]  # an incomplete last line is judged again
     first, *rows = whole.decode(errors="replace").splitlines() or [command]
     try:
         for row in rows:
@@ -110,7 +129,7 @@ def _going_on(partial: Path, command: str, judged: Judged) -> Iterator[TextIO]:
 
 
 def _checked_out(cfg: DictConfig) -> Path:
-    """The file to write; ValueError naming the key of what cannot be."""
+    """Return the file to write. Raise ValueError if it is no .jsonl file, or exists without `overwrite`."""
     out = Path(str(cfg.out))
     if out.suffix != ".jsonl" or out.is_dir():
         raise ValueError(f"out: a .jsonl file is needed; got {out}")

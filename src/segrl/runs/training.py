@@ -1,4 +1,4 @@
-"""One training run, from a checked configuration to its report."""
+"""Run a training, from a checked configuration to its report."""
 
 from __future__ import annotations
 
@@ -38,12 +38,13 @@ from segrl.tracking.figures import curves
 from segrl.tracking.mlflow_runs import ARTIFACTS, keep, where
 from segrl.tracking.provenance import provenance
 
-_FOLDER = "SEGRL_RUN_FOLDER"  # processes that Lightning starts find the first one's folder here
+# Environment variable in which ranks that Lightning starts find the first rank's folder.
+_FOLDER = "SEGRL_RUN_FOLDER"
 _CURVES = ("reward/total", "reward/iou", "reward/structure", "rollout/fault_rate", "sft/loss", "head/iou")
 
 
 def quiet() -> None:
-    """Progress is ours to print."""
+    """Silence progress bars, log messages and warnings of the libraries."""
     import logging
     import warnings
 
@@ -53,16 +54,17 @@ def quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # weights are checked by `whole_model`
+    transformers_logging.set_verbosity_error()  # `whole_model` checks the weights itself
     warnings.filterwarnings("ignore", module="lightning|torch|mlflow|transformers")
 
 
 @atexit.register
 def _leave_group() -> None:
-    """Close the ranks' group while Python still runs: a thread of gloo's that lets go of a tensor later aborts the process.
+    """Destroy the process group at exit, while Python still runs.
 
-    Lightning does so for NCCL alone. The threads end with the last reference to the group: DDP's wrapper has one, and
-    `torch.distributed.nn` keeps one for good where it is imported beside a group, so it is imported here before there is any.
+    A gloo thread that releases a tensor later aborts the process; Lightning only destroys NCCL groups. Gloo's
+    threads end with the last reference to the group. DDP's wrapper holds one, hence the garbage collection.
+    `torch.distributed.nn` keeps one if it is imported while a group exists, so this module imports it before.
     """
     if torch.distributed.is_initialized():
         gc.collect()
@@ -71,27 +73,33 @@ def _leave_group() -> None:
 
 @contextmanager
 def memory_said(key: str) -> Iterator[None]:
-    """Inside, a GPU whose memory runs out is a ValueError that names what takes less of it, `key` first."""
+    """Turn an out-of-memory error of the GPU inside the context into a ValueError.
+
+    Args:
+        key: key to lower, which the error names first.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"{key}: what is done at once must fit the GPU's memory, which ran out ({str(error).splitlines()[0][:160]}); "
+            f"{key}: what is done at once must fit the GPU's memory, which ran out "
+            f"({str(error).splitlines()[0][:160]}); "
             "lower it, or see docs/speed.md, Memory, for the keys that take less"
         ) from error
 
 
 def say(line: str) -> None:
-    """On stdout, once for all ranks."""
+    """Print a line to stdout, on the first rank only."""
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         print(line, flush=True)
 
 
 def run_folder(cfg: DictConfig) -> Path:
-    """Return the folder that the run will have, or goes on in; the first rank locks one that is there.
+    """Return the folder of a new run, which is not created, or of a resumed run, which the first rank locks.
 
     Raises:
-        ValueError: if it is used by another process, is none, or holds something else under the name of a file of a run.
+        ValueError: if a resumed folder is used by another process, or holds a folder in place of a file or a
+            file in place of a folder. Also if a new run of several ranks finds its folder taken.
     """
     if cfg.resume is not None:
         folder = Path(cfg.resume)
@@ -103,13 +111,13 @@ def run_folder(cfg: DictConfig) -> Path:
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         return Path(os.environ.get(_FOLDER, folder))
     if folder.exists() and signals.ranks() > 1:
-        return folders.create(folder, alone=False)  # says that it is taken
+        return folders.create(folder, alone=False)  # raises, because the folder exists
     return folders.free_name(folder)
 
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """Everything of one run, built; nothing is on the disk before all of it could be built."""
+    """One run with all its parts. `build` creates no folder, so an error there leaves none behind."""
 
     cfg: DictConfig
     folder: Path
@@ -117,17 +125,21 @@ class Run:
     data: SegDataModule
     trainer: lightning.Trainer
     logger: Logger | None
-    before: str | None  # the configuration of a run that is gone on with
-    scored_before: bool  # its start, and the scores can be read
-    begun_at: int  # update of the checkpoint that is gone on from
+    before: str | None  # text of config.yaml in a resumed run's folder
+    scored_before: bool  # whether it has readable scores from before the training
+    begun_at: int  # update of the loaded checkpoint
     trained: bool = False
     scored: bool = False
-    scored_step: int | None = None  # of the checkpoint that is scored, where it is not the last
+    scored_step: int | None = None  # update of best.ckpt, if that is scored
     began: float = field(default_factory=time.monotonic)
 
     @classmethod
     def build(cls, cfg: DictConfig) -> Run:
-        """Instantiate data, stage, trainer; then create the run folder. Raises ValueError on what does not fit."""
+        """Instantiate data, stage and trainer, and load the checkpoints that the run starts from.
+
+        Raises:
+            ValueError: if they do not fit each other, or a file is damaged.
+        """
         quiet()
         torch.manual_seed(cfg.seed)
         folder = run_folder(cfg)
@@ -157,7 +169,7 @@ class Run:
 
     @staticmethod
     def _trainer(cfg: DictConfig) -> lightning.Trainer:
-        """Of the run, in its folder."""
+        """Return the trainer of the run; its callbacks write into the run folder."""
         trainer: lightning.Trainer = instantiate(
             cfg.trainer, logger=False, callbacks=[*(instantiate(c) for c in cfg.callbacks.values()), Stop()],
             plugins=[AtomicCheckpointIO()], default_root_dir=str(cfg.paths.run),
@@ -165,39 +177,38 @@ class Run:
         return trainer
 
     def open(self) -> None:
-        """Create the run folder and its logger, on the first rank; all that could be wrong has been built by now."""
+        """Create the run folder and its logger, on the first rank."""
         if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
             return
         cfg = self.cfg
         with signals.held():
-            logger, text, made = self._logger()  # refuses before anything is made
+            logger, text, made = self._logger()  # raises before anything is created
             if cfg.resume is None:
                 self.folder = folders.create(Path(cfg.paths.run), signals.ranks() == 1)
                 os.environ[_FOLDER] = str(self.folder)
-                if str(self.folder) != cfg.paths.run:  # another process has taken the name meanwhile
+                if str(self.folder) != cfg.paths.run:  # another process has created that folder meanwhile
                     cfg.paths.run = str(self.folder)
                     self.trainer = self._trainer(cfg)
                     logger, text, made = self._logger()
             write_whole(self.folder / "config.yaml", text)
             if not (self.folder / "provenance.json").is_file():
                 write_whole(self.folder / "provenance.json", json.dumps(made, indent=2) + "\n")
-            # MLflow's parameters are written once; a resumed run has its changes in config.yaml
+            # MLflow keeps the first values; changes of a resumed run are only in config.yaml
             logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
             self.logger = self.trainer.logger = logger
         signals.check()
 
     def _logger(self) -> tuple[Logger, str, dict[str, str]]:
-        """Return the logger of the folder that the configuration names, the configuration, and where the run comes from."""
-        text = OmegaConf.to_yaml(
-            self.cfg
-        )  # unresolved, so that an override of a resumed run reaches all that refers to it
+        """Return the logger of the folder `paths.run`, the configuration as YAML, and the provenance."""
+        # Unresolved, so that an override of a resumed run also changes the keys that refer to it.
+        text = OmegaConf.to_yaml(self.cfg)
         made = provenance(text)
         logger: Logger = instantiate(self.cfg.logger)(Path(self.cfg.paths.run), made)
         return logger, text, made
 
     @staticmethod
     def _start_from(stage: Stage, checkpoint: Path) -> None:
-        """Take over the policy of an earlier stage."""
+        """Load the policy of an earlier stage. Raise ValueError if stage or architecture does not fit."""
         if not isinstance(stage, SegStage):
             raise ValueError(
                 "init_from: a stage that trains a policy to segment is needed; this one does not"
@@ -214,11 +225,11 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Updates done."""
+        """Number of updates done."""
         return self.trainer.global_step
 
     def announce(self) -> None:
-        """Say what runs where."""
+        """Print what is trained and where, and remarks on batch, test sets, history and reference."""
         learned = sum(p.numel() for p in self.stage.parameters() if p.requires_grad)
         say(f"{self.cfg.name}: {learned / 1e6:.1f} M parameters learn; results in {self.folder}")
         for line in (*of_batch(self.cfg, self.trainer.world_size), *of_counts(self.cfg, self.data.test)):
@@ -234,17 +245,17 @@ class Run:
 
     @property
     def _seg_stage(self) -> SegStage | None:
-        """The stage, if it can be scored on test sets."""
+        """The stage if it is a SegStage and there are test sets, else None."""
         return self.stage if isinstance(self.stage, SegStage) and self.data.test else None
 
     @property
     def _only_scenes(self) -> bool:
-        """Whether the policy is the one that ships, which has seen drawn scenes alone, and a test set is of photographs."""
+        """Whether a test set is read from files, and the policy is the shipped one, of drawn scenes."""
         photographs = any(isinstance(samples, OnDisk) for samples in self.data.test.values())
         return photographs and str(self.cfg.policy.weights) == asset("policy_nano")
 
     def _test(self, stage: SegStage, name: str) -> report.Scores:
-        """Score the test sets, one line per sample into the run folder; on every rank the scores of all."""
+        """Score the test sets, save a line per sample, and return the scores of all samples on every rank."""
         say(f"scoring the test sets ({name}) ...")
         with memory_said("data.module.eval_batch_size"):
             self.trainer.test(stage, self.data, verbose=False)
@@ -258,30 +269,35 @@ class Run:
         return report.scores(rows)
 
     def test_before(self) -> None:
-        """Score the start, unless a run that is gone on with already has."""
+        """Score before the training, unless `test_before` is false or a resumed run has the scores."""
         if self._seg_stage is not None and self.cfg.test_before and not self.scored_before:
             self._test(self._seg_stage, "before")
 
     def fit(self) -> None:
-        """Train. Raises `Stopped` if the process was asked to stop, after saving."""
+        """Train.
+
+        Raises:
+            ValueError: if the checkpoint does not fit, or the training fails; a resumed run that has made no
+                update gets its old config.yaml back.
+            Stopped: after a signal.
+        """
         try:
             with memory_said("stage.micro_batch_size"), signals.held():
                 self.trainer.fit(self.stage, self.data, ckpt_path=self.cfg.ckpt_path, weights_only=True)
         except ValueError:
-            if self.before is not None and not self.stage.latest:  # refused: the run stays as it was
+            if self.before is not None and not self.stage.latest:  # no update: leave the run as it was
                 if self.trainer.is_global_zero:
                     write_whole(self.folder / "config.yaml", self.before)
             elif (self.folder / "checkpoints" / "last.ckpt").is_file():
                 say(f"go on, when it is mended, with: python -m segrl.train resume={self.folder}")
             raise
         self.trained = True
-        self.folder = Path(
-            self.trainer.strategy.broadcast(str(self.folder))
-        )  # started from outside, ranks know their own
+        # Ranks that a launcher started have each composed a name of their own: take the first rank's.
+        self.folder = Path(self.trainer.strategy.broadcast(str(self.folder)))
         signals.check()
 
     def stopped(self, stop: signals.Stopped) -> None:
-        """Say what is on the disk, which is read for it, and how to go on; the tracker learns that the run was ended."""
+        """Print what is saved, as read from the disk, and the command that resumes; end the logger."""
         say(self._kept(stop))
         stop.told = True
         if self.logger is not None:
@@ -292,7 +308,10 @@ class Run:
         if not (self.folder / "config.yaml").is_file():
             return f"stopped by {stop.name} before anything was written"
         if not last.is_file() and self.step == 0:
-            return f"stopped before its first update: nothing was learned that could be lost; go on with: {go_on}"
+            return (
+                f"stopped before its first update: nothing was learned that could be lost; "
+                f"go on with: {go_on}"
+            )
         try:
             step = saved_step(last)
         except ValueError as error:
@@ -300,13 +319,16 @@ class Run:
         if step < self.step:
             return f"stopped at step {self.step}; the last that is saved is step {step}; go on with: {go_on}"
         if self.scored:
-            return f"trained, saved at step {step} and scored; it was stopped while results were copied; again with: {go_on}"
+            return (
+                f"trained, saved at step {step} and scored; "
+                f"it was stopped while results were copied; again with: {go_on}"
+            )
         if self.trained:
             return f"trained and saved at step {step}, not scored; go on with: {go_on}"
         return f"stopped and saved at step {step}; go on with: {go_on}"
 
     def score(self) -> float | None:
-        """Score without training: the means on stdout, one line per sample and metrics.json in the run folder."""
+        """Score without training: print the means, and save a line per sample and metrics.json."""
         if self._seg_stage is None:
             raise ValueError("data: test sets are needed to score a policy; this dataset has none")
         metrics = report.means(self._test(self._seg_stage, "after"))
@@ -315,7 +337,7 @@ class Run:
         return self._keep(metrics, {})
 
     def _take_best(self, stage: SegStage) -> None:
-        """Go back to the checkpoint that validated best, where one was kept."""
+        """Load the weights of best.ckpt, the best in validation, if it exists."""
         chosen = scored_checkpoint(self.folder)
         if chosen.name == "best.ckpt":
             saved = read_checkpoint(chosen, "callbacks.best")
@@ -324,7 +346,11 @@ class Run:
             say(f"scoring {chosen}, of update {self.scored_step}")
 
     def finish(self) -> float | None:
-        """Score, compare, draw, keep; print the table and where everything is."""
+        """Score after the training, compare with before, draw, and save the results.
+
+        Returns:
+            The score `objective_metric`; None if it is unset or unknown, and on all ranks but the first.
+        """
         folder, stage = self.folder, self._seg_stage
         metrics: dict[str, float] = {}
         table: report.Table = {}
@@ -347,7 +373,7 @@ class Run:
         return self._keep(metrics, table)
 
     def _keep(self, metrics: dict[str, float], table: report.Table) -> float | None:
-        """Write metrics.json, copy everything to the tracker, say where it is."""
+        """Write metrics.json, log the results, print where they are; return the score `objective_metric`."""
         folder = self.folder
         objective = metrics.get(self.cfg.objective_metric or "")
         if not self.trainer.is_global_zero or self.logger is None:

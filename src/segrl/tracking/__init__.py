@@ -1,1 +1,1 @@
-"""What is remembered."""
+"""Records of runs: history, pictures, checkpoints, alarms, provenance, MLflow."""

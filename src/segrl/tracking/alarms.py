@@ -1,4 +1,4 @@
-"""Alarms: what goes wrong in reinforcement learning is seen while it goes wrong."""
+"""Alarms: rules about logged scalars that warn, or stop the run, while it trains."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from segrl.stages.base import Stage
 
 
 class Rule(TypedDict):
-    """When the mean of a scalar over the last updates is out of bounds."""
+    """Bounds of a scalar's mean over the last updates; each bound is optional."""
 
     scalar: str
     stop: bool
-    """Whether the run stops, after saving; else it is warned of, once."""
+    """If true, the run stops after saving; if false, one warning is printed."""
     above: NotRequired[float]
     below: NotRequired[float]
     collapse: NotRequired[float]
-    """Share of its best mean under which it may not fall."""
+    """The mean must not fall below this share of its largest value so far."""
     explosion: NotRequired[float]
-    """Multiple of its first mean that it may not pass."""
+    """The mean must not exceed this multiple of its first value."""
 
 
 class Alarms(lightning.Callback):
-    """Warns of a scalar that is out of bounds, or stops the run after saving.
+    """Callback that warns if a scalar is out of bounds, or stops the run after saving.
 
     Args:
-        window: updates that a mean is taken over.
-        rules: by name.
+        window: number of updates that a mean is taken over.
+        rules: rules by name.
     """
 
     def __init__(self, window: int, rules: Mapping[str, Rule]) -> None:
@@ -42,18 +42,18 @@ class Alarms(lightning.Callback):
         self.warned: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: a resumed run raises the same alarms."""
+        """Return the state for a checkpoint, so that a resumed run raises the same alarms."""
         recent = {name: list(values) for name, values in self.recent.items()}
         return {"recent": recent, "first": self.first, "best": self.best, "warned": sorted(self.warned)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From a checkpoint."""
+        """Restore the state from a checkpoint."""
         self.recent = {name: deque(v, maxlen=self.window) for name, v in state_dict["recent"].items()}
         self.first, self.best = dict(state_dict["first"]), dict(state_dict["best"])
         self.warned = set(state_dict["warned"])
 
     def reasons(self, scalars: Mapping[str, float]) -> dict[str, str]:
-        """Take in one update's scalars; the rules that are broken, and how."""
+        """Add one update's scalars, and return the broken rules with their reasons."""
         means: dict[str, float] = {}
         for scalar in {rule["scalar"] for rule in self.rules.values()} & set(scalars):
             recent = self.recent.setdefault(scalar, deque(maxlen=self.window))
@@ -66,7 +66,7 @@ class Alarms(lightning.Callback):
         return {name: reason for name, reason in broken.items() if reason}
 
     def _broken(self, rule: Rule, means: Mapping[str, float]) -> str:
-        """How a rule is broken; empty where it is not."""
+        """Return how a rule is broken, or an empty string."""
         if rule["scalar"] not in means:
             return ""
         now, first, best = (known[rule["scalar"]] for known in (means, self.first, self.best))
@@ -83,7 +83,7 @@ class Alarms(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
     ) -> None:
-        """Every rank sees the same scalars, so all stop together."""
+        """Check the rules. All ranks see the same scalars, so all stop at the same update."""
         if not isinstance(pl_module, Stage):
             return
         for name, reason in self.reasons(pl_module.latest).items():

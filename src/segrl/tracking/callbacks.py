@@ -1,4 +1,4 @@
-"""What is shown and kept while a stage trains."""
+"""Callbacks that print progress and write history and pictures while a stage trains."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _SHOWN = ("reward/total", "sft/loss", "head/iou", "tower/box_loss")
 
 
 class Progress(lightning.Callback):
-    """One line now and then: update, headline scalar, share of unparsable completions, time left.
+    """Callback that prints update, headline scalars, share of unparsable completions and time left.
 
     Args:
-        every_seconds: between lines.
+        every_seconds: least time between lines.
     """
 
     def __init__(self, every_seconds: float) -> None:
@@ -36,7 +36,7 @@ class Progress(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
     ) -> None:
-        """Tell, if it is time."""
+        """Print the line, if it is due."""
         if not isinstance(pl_module, Stage):
             return
         now, step, total = time.monotonic(), trainer.global_step, pl_module.total_updates
@@ -53,17 +53,17 @@ class Progress(lightning.Callback):
 
 
 class History(lightning.Callback):
-    """Every scalar of every update as one line of JSON, in the run folder.
+    """Callback that writes the scalars of each update as a line of JSON.
 
     Args:
-        folder: gets `history.jsonl`.
+        folder: run folder, in which `history.jsonl` is written.
     """
 
     def __init__(self, folder: str) -> None:
         self.path = Path(folder) / "history.jsonl"
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """After a resume, forget what the killed run wrote beyond its checkpoint."""
+        """Drop lines beyond the checkpoint, which the killed run wrote."""
         if not trainer.is_global_zero:
             return
         kept = [line for line in read_history(self.path) if line["step"] <= trainer.global_step]
@@ -73,14 +73,14 @@ class History(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
     ) -> None:
-        """Append."""
+        """Append the scalars of the update."""
         if isinstance(pl_module, Stage) and trainer.is_global_zero:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": trainer.global_step, **pl_module.latest}) + "\n")
 
 
 def cut_history(path: Path, step: int) -> str | None:
-    """Return a line about a `history.jsonl` that cannot be read up to the update `step`, or None."""
+    """Return a message if a `history.jsonl` cannot be read up to the update `step`, else None."""
     if not path.is_file():
         return None
     last = max((int(line["step"]) for line in read_history(path)), default=0)
@@ -90,7 +90,7 @@ def cut_history(path: Path, step: int) -> str | None:
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
-    """Return the lines of a `history.jsonl` up to the first that cannot be read: a kill may have cut off the last."""
+    """Return the lines of a `history.jsonl` up to the first unreadable one: a kill may truncate the last."""
     if not path.is_file():
         return []
     lines: list[dict[str, float]] = []
@@ -108,11 +108,13 @@ def read_history(path: Path) -> list[dict[str, float]]:
 
 
 class SampleSheets(lightning.Callback):
-    """Now and then a picture of a rollout: one row per sample, its completions side by side, best first.
+    """Callback that draws a rollout: one row per sample, its completions side by side, best first.
+
+    At most 4 samples and 4 completions of each are drawn.
 
     Args:
-        folder: gets `step_000050.png` and so on.
-        every_n_steps: between sheets.
+        folder: folder in which `step_000050.png` and so on are written.
+        every_n_steps: number of updates between sheets.
     """
 
     def __init__(self, folder: str, every_n_steps: int) -> None:
@@ -122,7 +124,7 @@ class SampleSheets(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
     ) -> None:
-        """Draw, if it is time."""
+        """Draw the last rollout, if a sheet is due."""
         if not isinstance(pl_module, PolicyGradientStage) or pl_module.last_rollout is None:
             return
         if not trainer.is_global_zero:

@@ -1,4 +1,4 @@
-"""Checkpoints that a kill cannot spoil."""
+"""Checkpoints: atomic writes with a digest, callbacks that save, and stopping on signals."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ from torch import Tensor
 from segrl.host import digests, signals
 from segrl.metrics.direction import better, worst
 
-_MARK = b"segrl sha256 "  # and 64 digits, as the comment of torch's zip file
-_COMMENT, _END = (
-    len(_MARK) + 64,
-    22,
-)  # bytes of the comment, and of the zip's last record, which ends with its length
+# torch writes a zip file; its comment is the mark and 64 hexadecimal digits
+_MARK = b"segrl sha256 "
+# bytes of the comment, and of the zip's end record without it, which ends with the comment's length
+_COMMENT, _END = len(_MARK) + 64, 22
 
 
 class _Hashed:
-    """A file that is hashed as it is written.
+    """Writer that computes the SHA-256 of what it writes.
 
     Args:
-        file: to write to.
+        file: open file to write to.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest = file, hashlib.sha256()
 
     def write(self, data: bytes) -> int:
-        """Write and hash."""
+        """Write and hash the data; return the number of bytes written."""
         self.digest.update(data)
         return self.file.write(data)
 
@@ -45,25 +44,25 @@ class _Hashed:
         self.file.flush()
 
     def seal(self) -> None:
-        """Put the digest of all bytes behind them."""
+        """Append the digest of all bytes as the comment of the zip file."""
         self.file.seek(-2, os.SEEK_END)
         self.file.write(_COMMENT.to_bytes(2, "little") + _MARK + self.digest.hexdigest().encode())
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the file and renames, so what was saved before is intact until the new one is whole."""
+    """Checkpoint I/O that writes to a temporary file and renames it: a kill leaves the earlier checkpoint."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None
     ) -> None:
-        """Save, flush to the disk, rename. Raises OSError if the disk is full; the earlier file then stays."""
+        """Save, sync to the disk, rename. Raise OSError if the disk is full; the earlier file then stays."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.partial")
         try:
             with partial.open("wb") as file:
                 hashed = _Hashed(file)
-                torch.save(checkpoint, hashed)  # type: ignore[arg-type]  # whatever can write will do
+                torch.save(checkpoint, hashed)  # type: ignore[arg-type]  # needs only write and flush
                 hashed.seal()
                 file.flush()
                 os.fsync(file.fileno())
@@ -79,14 +78,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: object = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load tensors and plain values only. Raises ValueError naming a file that is cut off or no checkpoint."""
+        """Load a checkpoint; see `read_checkpoint`. `map_location` and `weights_only` are ignored."""
         return read_checkpoint(Path(path), "ckpt_path")
 
 
 def _check_bytes(path: Path, key: str) -> None:
-    """Raise ValueError unless a file holds the bytes that were written: by its digest, or by the sums of a zip that has none.
+    """Raise ValueError unless the file matches its digest or, without one, the zip's own checksums.
 
-    It reads the whole file, once in a process: 45 GB take about half a minute of one core.
+    The whole file is read, once per process: 45 GB take about half a minute on one core.
     """
     if digests.unchanged(path):
         return
@@ -102,10 +101,10 @@ def _check_bytes(path: Path, key: str) -> None:
                 part = file.read(min(left, 1 << 22))
                 digest.update(part)
                 left -= len(part)
-            digest.update(b"\0\0")  # where the length of the comment stands now
+            digest.update(b"\0\0")  # in place of the comment's length, which was 0 when the file was hashed
             whole = digest.hexdigest().encode() == end[-64:]
             whole = whole and int.from_bytes(end[_END - 2 : _END], "little") == _COMMENT
-        elif end[-_END:].startswith(b"PK\5\6"):  # of torch alone
+        elif end[-_END:].startswith(b"PK\5\6"):  # written by torch alone, without a digest
             try:
                 with zipfile.ZipFile(path) as archive:
                     whole = archive.testzip() is None
@@ -115,13 +114,19 @@ def _check_bytes(path: Path, key: str) -> None:
             raise ValueError(f"{key}: a checkpoint is needed; {path} is cut off or is none")
     if not whole:
         raise ValueError(
-            f"{key}: a checkpoint as it was written is needed; the bytes of {path} have changed since (its digest says so)"
+            f"{key}: a checkpoint as it was written is needed; "
+            f"the bytes of {path} have changed since (its digest says so)"
         )
     digests.passed(path)
 
 
 def read_checkpoint(path: Path, key: str) -> dict[str, Any]:
-    """A checkpoint's contents on the CPU; ValueError naming `key` and the file if it is cut off, changed, foreign or unsafe."""
+    """Return a checkpoint's contents on the CPU.
+
+    Raises:
+        ValueError: naming `key` and the file, if it is missing, truncated, changed, of another program, or
+            holds more than tensors and plain values.
+    """
     if not path.is_file():
         raise ValueError(f"{key}: a checkpoint is needed; there is no file {path}")
     _check_bytes(path, key)
@@ -129,7 +134,11 @@ def read_checkpoint(path: Path, key: str) -> dict[str, Any]:
 
 
 def saved_step(path: Path) -> int:
-    """Return the update that a checkpoint on the disk is of, without reading its weights; ValueError if it is none."""
+    """Return the update of a checkpoint file without reading its weights.
+
+    Raises:
+        ValueError: if the file is missing or no checkpoint.
+    """
     if not path.is_file():
         raise ValueError(f"there is no {path}")
     return int(_load(path, "checkpoint")["global_step"])
@@ -149,7 +158,7 @@ def _load(path: Path, key: str) -> dict[str, Any]:
 
 
 def learned_policy(path: Path, key: str) -> dict[str, Tensor]:
-    """The policy's weights in a checkpoint; raises ValueError naming the key if it holds none."""
+    """Return the policy's weights of a checkpoint. Raise ValueError naming `key` if it holds none."""
     weights = read_checkpoint(path, key)["state_dict"]
     learned = {name.removeprefix("policy."): v for name, v in weights.items() if name.startswith("policy.")}
     if not learned:
@@ -158,11 +167,11 @@ def learned_policy(path: Path, key: str) -> dict[str, Tensor]:
 
 
 class EveryNSteps(lightning.Callback):
-    """Saves every n updates, at the end, and when the process is asked to stop (`Stop`).
+    """Callback that saves every n updates, at the end of the training, and for `Stop`.
 
     Args:
-        path: one file, written anew each time.
-        every_n_steps: n.
+        path: file, replaced each time.
+        every_n_steps: number of updates between checkpoints.
     """
 
     def __init__(self, path: str, every_n_steps: int) -> None:
@@ -172,47 +181,51 @@ class EveryNSteps(lightning.Callback):
         self.loops: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """What is loaded need not be saved again."""
+        """Note the loaded update, which needs no new checkpoint."""
         self.saved_at = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
     ) -> None:
-        """Save if it is time."""
+        """Save if it is due, except at an epoch's last batch."""
         self.due = trainer.global_step // self.every_n_steps > self.saved_at // self.every_n_steps
-        # After an epoch's last batch Lightning has not closed the epoch yet: a run resumed from there would repeat it.
+        # At an epoch's last batch Lightning has not ended the epoch: a run resumed there would repeat it.
         if self.due and not trainer.is_last_batch:
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """What was due at the epoch's last batch."""
+        """Save what was due at the epoch's last batch."""
         if self.due:
             self.save(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save the last step."""
+        """Save the last update."""
         self.save(trainer)
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Save what was learned where a server or a file is gone; of several ranks the others do not know of it."""
+        """Save after a ValueError in training, such as a lost server or file, if there is one rank.
+
+        With several ranks the others do not know of the error and would not take part in saving.
+        """
         if isinstance(exception, ValueError) and trainer.training and trainer.world_size == 1:
             self.save(trainer)
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Put the place in the loops at which the run goes on, where it is not the present one."""
+        """Replace the state of the fit loop, if `save` was given another one to resume from."""
         if self.loops is not None:
             checkpoint["loops"]["fit_loop"] = self.loops
 
     def save(self, trainer: lightning.Trainer, loops: dict[str, Any] | None = None) -> None:
-        """Save on all ranks, for a strategy may have shares to gather.
+        """Save; must be called on all ranks, because a strategy may have to gather shards.
 
         Args:
-            trainer: of the run.
-            loops: state of the fit loop to go on from; `None` is its present one, which is not saved twice.
+            trainer: trainer of the run.
+            loops: state of the fit loop to resume from; if None, the present one, and an update that is
+                already saved is not saved again.
         """
         if self.saved_at != trainer.global_step or loops is not None:
             self.saved_at, self.loops = trainer.global_step, loops
@@ -221,10 +234,10 @@ class EveryNSteps(lightning.Callback):
 
 
 class Stop(lightning.Callback):
-    """Leaves the training where SIGINT or SIGTERM asked for it: all ranks at the same point, after saving.
+    """Callback that ends a training after SIGINT or SIGTERM: all ranks at the same point, after saving.
 
-    Its points are the ends of updates, of epochs, and of the batches of a validation, which is done again from its
-    beginning when the run goes on.
+    These points are the ends of batches, of epochs and of validation batches. A run that was stopped in a
+    validation repeats it from the beginning when it is resumed.
     """
 
     def __init__(self) -> None:
@@ -232,7 +245,7 @@ class Stop(lightning.Callback):
         self.validation: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Leave, if there is nothing to save yet."""
+        """Install the signal handlers, and stop without saving if a signal has come already."""
         signals.take()
         if (signum := self._agreed(trainer)) is not None:
             self._leave(trainer, signum)
@@ -240,13 +253,13 @@ class Stop(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
     ) -> None:
-        """Save and leave; at an epoch's last batch when it is closed."""
+        """Save and stop if a signal came; at an epoch's last batch, wait for the end of the epoch."""
         self.pending = self._agreed(trainer)
         if self.pending is not None and not trainer.is_last_batch:
             self._save_and_leave(trainer, self.pending, None)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save and leave."""
+        """Save and stop if a signal came."""
         signum = self.pending or self._agreed(trainer)
         if signum is not None:
             self._save_and_leave(trainer, signum, None)
@@ -255,7 +268,10 @@ class Stop(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: object, batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
-        """Remember the loops as they stand at the first batch: a run that goes on from there validates from its beginning."""
+        """Keep the state of the fit loop at the start of a validation, which a resumed run repeats.
+
+        If a signal came at the epoch's last batch, save and stop here.
+        """
         if trainer.sanity_checking or not trainer.validating or batch_idx or dataloader_idx:
             return
         self.validation = trainer.fit_loop.state_dict()
@@ -266,10 +282,15 @@ class Stop(lightning.Callback):
             self._save_and_leave(trainer, self.pending, self.validation)
 
     def on_validation_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: object, batch: object,
-        batch_idx: int, dataloader_idx: int = 0,
-    ) -> None:  # fmt: skip
-        """Save and leave."""
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Save and stop if a signal came; the resumed run repeats the validation."""
         if trainer.sanity_checking or not trainer.validating:
             return
         if not self._everywhere(trainer, batch_idx, dataloader_idx):
@@ -278,23 +299,23 @@ class Stop(lightning.Callback):
             self._save_and_leave(trainer, signum, self.validation)
 
     def on_test_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Answer signals ourselves."""
+        """Install the signal handlers."""
         signals.take()
 
     def on_test_batch_end(self, *_: object) -> None:
-        """Leave, where the signal came while nothing could be raised."""
+        """Stop if a signal came while signals were held back."""
         signals.check()
 
     @staticmethod
     def _everywhere(trainer: lightning.Trainer, batch_idx: int, dataloader_idx: int) -> bool:
-        """Whether every rank has this batch of a validation set: others are no point to agree at."""
+        """Return whether every rank has this validation batch; only then all ranks can agree to stop."""
         data, ranks = trainer.datamodule, trainer.world_size  # type: ignore[attr-defined]
         least = len(list(data.val.values())[dataloader_idx]) // ranks
         return ranks == 1 or batch_idx < -(-least // data.eval_batch_size)
 
     @staticmethod
     def _agreed(trainer: lightning.Trainer) -> int | None:
-        """The signal that any rank got, on all of them."""
+        """Return the largest number of a signal that a rank got, on all ranks; None if none came."""
         signum = signals.asked() or 0
         if trainer.world_size > 1:
             told = torch.tensor(signum, device=trainer.strategy.root_device)
@@ -311,16 +332,17 @@ class Stop(lightning.Callback):
 
     @staticmethod
     def _leave(trainer: lightning.Trainer, signum: int) -> NoReturn:
-        trainer.loggers = []  # Lightning would call the run failed
+        trainer.loggers = []  # Lightning would report the run as failed to its loggers
         raise signals.Stopped(signum, agreed=True)
 
 
 class KeepBest(lightning.Callback):
-    """Saves whenever a validation metric is better than ever; the run is then scored with that checkpoint.
+    """Callback that saves whenever a validation metric improves; the run is then scored with that checkpoint.
 
     Args:
-        path: one file, written anew each time.
-        monitor: such as `val/synthetic/sm`, whose kind says whether more or less is better; None keeps nothing.
+        path: file, replaced each time.
+        monitor: metric such as `val/synthetic/sm`; `metrics.direction` says whether more or less is better.
+            If None, nothing is saved.
     """
 
     def __init__(self, path: str, monitor: str | None) -> None:
@@ -328,21 +350,21 @@ class KeepBest(lightning.Callback):
         self.best = worst(monitor or "")
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the best value and its metric, for a checkpoint."""
         return {"best": self.best, "monitor": self.monitor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From a checkpoint; the best of another metric says nothing of this one."""
+        """Restore the best value from a checkpoint, unless it is of another metric."""
         if state_dict.get("monitor", self.monitor) == self.monitor:
             self.best = state_dict["best"]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Gone on with in a new folder, the best is still to come."""
+        """Reset the best value if its file is missing, as after a resume in a new folder."""
         if not Path(self.path).is_file():
             self.best = worst(self.monitor or "")
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save, if it is the best; raises ValueError for a metric that was not validated."""
+        """Save if the metric is the best so far. Raise ValueError for a metric that was not validated."""
         if self.monitor is None or trainer.sanity_checking:
             return
         if self.monitor not in trainer.callback_metrics:

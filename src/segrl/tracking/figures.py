@@ -1,4 +1,4 @@
-"""Pictures of what a policy does: overlays, sheets, curves."""
+"""Pictures: overlays of masks and mask prompts, sheets of them, and curves of scalars."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Cell:
 
 
 def _outline(mask: np.ndarray) -> np.ndarray:
-    """True pixels with a false neighbour."""
+    """Return the true pixels that have a false pixel above, below, left or right."""
     inner = np.pad(mask, 1)
     return mask & ~(inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:])
 
@@ -46,7 +46,7 @@ def _grown(mask: np.ndarray) -> np.ndarray:
 
 
 def draw(cell: Cell) -> Image.Image:
-    """Image, tinted mask, outlined truth, box, points, and the caption below."""
+    """Draw image, tinted mask, outlined truth, boxes, points, and the caption below."""
     pixels = _square(cell.image, Image.Resampling.BILINEAR).astype(np.float32)
     if cell.mask is not None:
         tinted = _grown(cell.mask)
@@ -69,7 +69,11 @@ def draw(cell: Cell) -> Image.Image:
 
 
 def sheet(rows: Sequence[Sequence[Cell]], path: Path) -> Path:
-    """Write rows of cells as one PNG. Green outline: truth; red: predicted mask; yellow: box; blue, pink: points."""
+    """Write rows of cells as one PNG, and return its path.
+
+    Colours: green outline, truth; red, predicted mask; yellow, boxes; blue, foreground points; pink,
+    background points.
+    """
     wide, high = _CELL + _MARGIN, _CELL + _CAPTION + _MARGIN
     page = Image.new(
         "RGB", (max(len(row) for row in rows) * wide + _MARGIN, len(rows) * high + _MARGIN), "white"
@@ -83,14 +87,14 @@ def sheet(rows: Sequence[Sequence[Cell]], path: Path) -> Path:
 
 
 def _smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Running mean, over what there is at the ends."""
+    """Return the running mean; at the ends it is taken over the values inside the window."""
     ones = np.ones(window)
     smoothed: np.ndarray = np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
     return smoothed
 
 
 def curves(history: Sequence[dict[str, float]], names: Sequence[str], path: Path) -> Path | None:
-    """Write each named scalar over steps, raw and smoothed, as one PNG; none if none was logged."""
+    """Write each named scalar over updates, raw and smoothed, as one PNG; return None if none was logged."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""A Lightning logger whose MLflow may fail: the run goes on, and its folder keeps what MLflow lacks."""
+"""Lightning logger for MLflow. If MLflow fails, the run continues and its folder keeps all scalars."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ VALIDATION = "validation.jsonl"
 
 
 class MlflowRun(Logger):
-    """Tracks a run folder in MLflow.
+    """Logger that tracks a run folder in MLflow.
 
-    The run in MLflow is made at the first use, when the folder is there. A failure is said once; from then on
-    nothing is asked of MLflow until the run ends. Then what it lacks is brought in, or is left to `segrl.track`.
-    It is RUNNING until `conclude`, then FINISHED; FAILED by an error; KILLED where the process was stopped.
+    The MLflow run is created at the first use, when the folder exists. The first failure is printed and turns
+    MLflow off until `conclude`, which tries again to add what is missing; `segrl.track` can do that later.
+    The MLflow run is RUNNING until `conclude`, then FINISHED. It is FAILED after an error, and KILLED if the
+    process was stopped.
 
     Args:
         place: database and experiment.
-        folder: of the run.
-        tags: of a new run.
-        name: of a new run.
+        folder: folder of the run.
+        tags: tags of a new MLflow run.
+        name: name of a new MLflow run.
         checkpoints: whether checkpoints are copied into the artifacts.
     """
 
@@ -46,29 +47,33 @@ class MlflowRun(Logger):
         self.run: Run | None = None
         self._config: dict[str, Any] = {}
         self._trainer: lightning.Trainer | None = None
-        self._last = (0, 0.0)  # update that was logged, and when
+        self._last = (0, 0.0)  # last logged update, and its time in seconds
 
     @property
     def name(self) -> str:
-        """Of the experiment."""
+        """Name of the experiment."""
         return self.place.experiment
 
     @property
     def version(self) -> str:
-        """Id of the run, if there is one by now."""
+        """Id of the MLflow run; an empty string if there is none yet."""
         return "" if self.run is None else self.run.run_id
 
     def log_graph(self, model: lightning.LightningModule, *_: object) -> None:  # type: ignore[override]
-        """Take the trainer, which counts updates; Lightning calls this before it logs anything."""
+        """Keep the trainer, which counts updates; Lightning calls this before it logs anything."""
         self._trainer = model.trainer
 
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: object) -> None:  # type: ignore[override]
+    def log_hyperparams(  # type: ignore[override]
+        self, params: dict[str, Any] | Namespace, *_: object
+    ) -> None:
         """Log the configuration."""
         self._config = dict(vars(params) if isinstance(params, Namespace) else params)
         self._attempt(lambda run: run.describe(self._config))
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # type: ignore[override]
-        """Log scalars at the updates done by now, as history.jsonl counts them; a validation's also into the folder."""
+    def log_metrics(  # type: ignore[override]
+        self, metrics: Mapping[str, float], step: int | None = None
+    ) -> None:
+        """Log scalars at the trainer's update; also write those of a validation to `validation.jsonl`."""
         at = (step or 0) if self._trainer is None else self._trainer.global_step
         validated = {name: float(value) for name, value in metrics.items() if name.startswith("val/")}
         if validated:
@@ -78,7 +83,7 @@ class MlflowRun(Logger):
         self._attempt(lambda run: run.log([(at, scalars)]))
 
     def _pace(self, at: int) -> dict[str, float]:
-        """The next update's learning rate, of the first group, and seconds an update; for MLflow alone."""
+        """Return the next update's learning rate (first parameter group) and the seconds per update."""
         if self._trainer is None or not self._trainer.training or not self._trainer.optimizers:
             return {}
         now, (before, then) = time.monotonic(), self._last
@@ -89,10 +94,11 @@ class MlflowRun(Logger):
         return pace
 
     def finalize(self, status: str) -> None:
-        """Mark a run that an error ended as FAILED, one that was stopped as KILLED.
+        """Mark the MLflow run as FAILED after an error, or as KILLED if the process was stopped.
 
         Args:
-            status: "failed" or "KILLED"; Lightning's "success" is of a part of the run, and ignored.
+            status: "failed" or "KILLED". Lightning's "success" comes after each part of a run, and is
+                ignored.
         """
         stopped = isinstance(sys.exc_info()[1], SIGTERMException | KeyboardInterrupt | SystemExit)
         if status == "KILLED" or (status == "failed" and stopped):
@@ -101,12 +107,12 @@ class MlflowRun(Logger):
             self._end("FAILED")
 
     def conclude(self, paths: list[Path], metrics: Mapping[str, float]) -> None:
-        """Bring in what MLflow lacks, the final numbers and the files, and mark the run as FINISHED."""
+        """Add what MLflow lacks, the final numbers and the files, and mark the run as FINISHED."""
         step = 0 if self._trainer is None else self._trainer.global_step
         lacking, self.off = self.off, False
 
         def bring(run: Run) -> None:
-            """Add what is missing, then the files."""
+            """Add the configuration and scalars that are missing, then the files."""
             if lacking:
                 run.describe(self._config)
             run.log_missing([*(rows(self.folder) if lacking else []), (step, dict(metrics))])
@@ -118,7 +124,7 @@ class MlflowRun(Logger):
         self._end("FINISHED")
 
     def _attempt(self, act: Callable[[Run], object], said: bool = False) -> None:
-        """Do something with the run in MLflow; after a failure, say it and ask no more."""
+        """Call `act` with the MLflow run; on a failure, print it (unless `said`) and turn MLflow off."""
         if self.off:
             return
         try:
@@ -133,7 +139,7 @@ class MlflowRun(Logger):
                 )
 
     def _begun(self) -> Run:
-        """The run in MLflow: the one that the folder names, or a new one with all that the folder holds."""
+        """Return the MLflow run: the one that the folder names, or a new one with the folder's scalars."""
         if self.run is None:
             file = self.folder / RUN_ID
             known = file.read_text(errors="replace").strip() if file.is_file() else None
@@ -145,14 +151,14 @@ class MlflowRun(Logger):
         return self.run
 
     def _end(self, status: str) -> None:
-        """Say in MLflow how the run ended."""
+        """Set the final status of the MLflow run."""
         atexit.unregister(self._end)
         if self.run is not None:
             self._attempt(lambda run: run.end(status))
 
 
 def rows(folder: Path) -> Rows:
-    """The scalars that a run folder keeps: of every update, and of validations."""
+    """Return the scalars in a run folder: of updates, and of validations."""
     from segrl.tracking.callbacks import read_history
 
     lines = [*read_history(folder / "history.jsonl"), *read_history(folder / VALIDATION)]

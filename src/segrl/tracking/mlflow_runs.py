@@ -1,6 +1,7 @@
-"""MLflow: one run per training, gone on with after a resume; one parent per sweep.
+"""MLflow runs: one per training, continued after a resume, and one parent per sweep.
 
-Its failures stop no run that could go on.
+If MLflow fails, a new run or sweep and `bring_in` raise an error; elsewhere the failure is printed and the
+run continues.
 """
 
 from __future__ import annotations
@@ -19,20 +20,22 @@ if TYPE_CHECKING:
 _PARENT = "SEGRL_PARENT_RUN"
 _JOB = "SEGRL_JOB_NAME"
 ARTIFACTS = (
-    "metrics.json", "table.txt", "config.yaml", "provenance.json", "history.jsonl", "validation.jsonl", "reward_curve.png",
-    "before_after.png", "sheets", "evaluation", "per_sample.jsonl", "overlays", "masks", "checkpoints",
+    "metrics.json", "table.txt", "config.yaml", "provenance.json", "history.jsonl", "validation.jsonl",
+    "reward_curve.png", "before_after.png", "sheets", "evaluation", "per_sample.jsonl", "overlays", "masks",
+    "checkpoints",
 )  # fmt: skip
-"""What of a run folder is copied into the artifacts."""
+"""Files and folders of a run folder that are copied into the artifacts."""
 
 
 def open_logger(
     folder: Path, tags: Mapping[str, str], *, tracking_uri: str, artifacts: str, experiment: str,
     checkpoints: bool = False,
 ) -> Logger:  # fmt: skip
-    """Return the logger of a run folder, which need not be there yet; its run in MLflow is made when it is used.
+    """Return the logger of a run folder, which need not exist yet; it creates its MLflow run when used.
 
     Raises:
-        ValueError: naming the key, if a new run cannot be tracked. A run that is gone on with says so instead.
+        ValueError: naming the key, if a new run cannot be tracked. For a resumed run the logger prints that
+            instead.
     """
     from segrl.tracking.mlflow_logger import RUN_ID, MlflowRun
 
@@ -48,14 +51,14 @@ def open_logger(
 
 
 def open_csv(folder: Path, tags: Mapping[str, str]) -> CSVLogger:
-    """Return a logger that writes scalars into `metrics.csv` of the run folder, and no database."""
+    """Return a logger that writes scalars into `metrics.csv` of the run folder."""
     from lightning.pytorch.loggers import CSVLogger
 
     return CSVLogger(folder, name="", version="")
 
 
 def keep(logger: Logger | None, paths: list[Path], metrics: Mapping[str, float]) -> None:
-    """Log a run's final numbers and, in MLflow, copy files into its artifacts and end it."""
+    """Log a run's final numbers; in MLflow, also copy the files into the artifacts and end the run."""
     from segrl.tracking.mlflow_logger import MlflowRun
 
     if isinstance(logger, MlflowRun):
@@ -65,7 +68,7 @@ def keep(logger: Logger | None, paths: list[Path], metrics: Mapping[str, float])
 
 
 def where(logger: Logger | None, runs: str) -> str:
-    """Return the line that says how a finished run is looked at; empty without MLflow."""
+    """Return the line that says how to open a finished run in MLflow; an empty string without MLflow."""
     from segrl.tracking.mlflow_logger import MlflowRun
 
     if not isinstance(logger, MlflowRun):
@@ -76,7 +79,7 @@ def where(logger: Logger | None, runs: str) -> str:
 
 
 def link(run: Run) -> str:
-    """Return the address of a run's page while `make mlflow` serves; without its end MLflow shows traces of chats."""
+    """Return the URL of a run's page under `make mlflow`; without its query MLflow shows traces of chats."""
     return (
         f"http://127.0.0.1:5000/#/experiments/{run.experiment_id}/runs/{run.run_id}"
         "?workflowType=machine_learning"
@@ -84,18 +87,16 @@ def link(run: Run) -> str:
 
 
 def bring_in(folder: Path, place: Place, config: Mapping[str, object], checkpoints: bool) -> tuple[Run, int]:
-    """Bring what a run folder holds into MLflow; a second call adds nothing.
-
-    Parameters, tags, scalars, final numbers, files.
+    """Add a run folder to MLflow: parameters, tags, scalars, final numbers, files; idempotent.
 
     Args:
-        folder: of a run or an evaluation.
+        folder: folder of a run or an evaluation.
         place: database and experiment.
-        config: the run's configuration, resolved.
+        config: the run's resolved configuration.
         checkpoints: whether checkpoints are copied, too.
 
     Returns:
-        The run in MLflow, and how many scalars it lacked.
+        The MLflow run, and the number of scalars that were added.
 
     Raises:
         ValueError: if MLflow cannot be written, or a file of the folder is damaged.
@@ -123,7 +124,7 @@ def bring_in(folder: Path, place: Place, config: Mapping[str, object], checkpoin
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """Return what a JSON file holds, nothing where there is none; raises ValueError naming a damaged one."""
+    """Return the object in a JSON file, or {} if there is no file. Raise ValueError if it is damaged."""
     if not file.is_file():
         return {}
     try:
@@ -136,7 +137,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def numbers(final: Mapping[str, object]) -> dict[str, float]:
-    """Return the final numbers in a metrics.json, of a run or of an evaluation, by their logged names."""
+    """Return the final numbers of a run's or an evaluation's `metrics.json` by their logged names."""
     found = _node(final.get("metrics")) | {"objective": final.get("objective")}
     for name, scored in _node(final.get("datasets")).items():
         one = _node(scored)
@@ -148,12 +149,12 @@ def numbers(final: Mapping[str, object]) -> dict[str, float]:
 
 
 def _node(value: object) -> dict[str, object]:
-    """Return a mapping as it is, and nothing in place of any other value."""
+    """Return a mapping as a dictionary, and {} for any other value."""
     return dict(value) if isinstance(value, Mapping) else {}
 
 
 def open_parent(place: Place, tags: Mapping[str, str]) -> Run:
-    """Create the run above a sweep's jobs; they find its id in the environment until `close_parent`.
+    """Create the parent run of a sweep's jobs, which find its id in the environment until `close_parent`.
 
     Raises:
         ValueError: naming the key, if the sweep cannot be tracked.
@@ -170,7 +171,7 @@ def open_parent(place: Place, tags: Mapping[str, str]) -> Run:
 
 
 def close_parent(run: Run, best: str, objective: float | None, status: str) -> None:
-    """End the run above a sweep's jobs, with the best job as a tag; what MLflow refuses is said in one line."""
+    """End the parent run of a sweep, with the best job as a tag; print a failure of MLflow."""
     os.environ.pop(_PARENT, None)
     try:
         if best:
@@ -183,7 +184,7 @@ def close_parent(run: Run, best: str, objective: float | None, status: str) -> N
 
 
 def name_job(name: str | None) -> None:
-    """Name the run that the next `open_logger` of this process makes; None takes its folder's name."""
+    """Set the name of the run that the next `open_logger` creates; if None, it is the folder's name."""
     if name is None:
         os.environ.pop(_JOB, None)
     else:
@@ -191,7 +192,7 @@ def name_job(name: str | None) -> None:
 
 
 def fail_job(place: Place, folder: Path) -> None:
-    """Mark the run of a job that an error ended as FAILED, where MLflow has one and takes it."""
+    """Mark the MLflow run of a failed job as FAILED, if there is one; print a failure of MLflow."""
     named = folder / "mlflow_run_id"
     if named.is_file():
         try:

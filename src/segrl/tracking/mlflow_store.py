@@ -1,6 +1,6 @@
-"""MLflow's database or server: opened once at a time, and what a run writes into it.
+"""Access to MLflow's database or server, which one process opens at a time, and the writes of a run.
 
-Everything here may raise one of `failures()`; who calls it says so, and goes on.
+Every access to MLflow may raise one of `failures()`, which callers handle.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-_PARAMS, _METRICS = 100, 1000  # that MLflow takes in one call
-_VALUE = 250  # characters that it keeps of a parameter
-_SECONDS = 10.0  # that a locked database is waited for at the start
+_PARAMS, _METRICS = 100, 1000  # most parameters and metrics in one call of MLflow
+_VALUE = 250  # characters that are kept of a parameter
+_SECONDS = 10.0  # to wait for a locked database at the start
 
 Rows = list[tuple[int, dict[str, float]]]
-"""Scalars by update."""
+"""Pairs of an update and its scalars by name."""
 
 
 def quiet() -> None:
-    """Turn off telemetry, log lines of migrations and tracebacks of what is told in one line; wait less for servers."""
+    """Silence MLflow: no telemetry, no log lines of migrations, no logged tracebacks; wait less for servers.
+
+    Environment variables that are set already are kept.
+    """
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
@@ -44,7 +47,7 @@ def quiet() -> None:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """Return what MLflow, its database, migrations and server raise, and what `Place.connect` makes of it."""
+    """Return the exceptions of MLflow, its database, migrations and server, and of `Place.connect`."""
     from alembic.util.exc import CommandError
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -53,23 +56,23 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 class CannotTrackError(ValueError):
-    """No run can begin where `logger.tracking_uri` points; one line that names the key."""
+    """Error of a new run that cannot be tracked; its message is one line that names the key."""
 
 
 def reason(error: BaseException) -> str:
-    """One short line."""
+    """Return an error's message as one line of at most 200 characters."""
     text = str(error).partition("(Background on this error")[0].partition("[SQL:")[0]
     return " ".join(text.split())[:200].rstrip(" .") or type(error).__name__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where runs are tracked.
+    """Database or server, and experiment, in which runs are tracked.
 
     Args:
-        tracking_uri: `sqlite:///PATH`, the path as it is, or anything else that MLflow takes.
-        artifacts: folder of a new experiment's files.
-        experiment: name.
+        tracking_uri: `sqlite:///PATH` with an unescaped path, or any other URI that MLflow accepts.
+        artifacts: folder for the files of a new experiment.
+        experiment: name of the experiment.
     """
 
     tracking_uri: str
@@ -78,15 +81,15 @@ class Place:
 
     @property
     def database(self) -> Path | None:
-        """The file of an sqlite database; None for a server."""
+        """File of an sqlite database; None for other URIs."""
         path = self.tracking_uri.removeprefix("sqlite:///")
         return None if path == self.tracking_uri else Path(path)
 
     @property
     def url(self) -> str:
-        """The address as SQLAlchemy reads it: it decodes `%`, and cuts a path at `?`.
+        """URI in which `%` and `?` of the database's path are escaped, as SQLAlchemy requires.
 
-        With a driver in it, MLflow makes no folder of the encoded name.
+        It names the driver, so that MLflow does not create a folder with the escaped name.
         """
         if self.database is None or not {"%", "?"} & set(self.tracking_uri):
             return self.tracking_uri
@@ -95,7 +98,7 @@ class Place:
         return URL.create("sqlite+pysqlite", database=str(self.database)).render_as_string()
 
     def connect(self) -> tuple[MlflowClient, str]:
-        """Return a client and the experiment's id; both are made if missing, a deleted experiment is restored.
+        """Return a client and the experiment's id; create the experiment if missing, restore it if deleted.
 
         Raises:
             CannotTrackError: naming the key, if runs cannot be tracked there.
@@ -110,20 +113,21 @@ class Place:
                 "paths.runs: it must be a folder that can be written, for MLflow's database stands in it; "
                 f"{file} cannot be made ({str(error.strerror).lower()})"
             ) from None
-        if file is not None:  # takes seconds; others shall wait for the database alone
+        if file is not None:  # slow import: do it before locking the database
             importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
         try:
             with _one_at_a_time(file):
                 return self._opened()
         except failures() as error:
             raise CannotTrackError(
-                f"logger.tracking_uri: MLflow must be able to begin a run in {self.tracking_uri}; {reason(error)} "
+                f"logger.tracking_uri: MLflow must be able to begin a run in {self.tracking_uri}; "
+                f"{reason(error)} "
                 "(mend it, name another with logger.tracking_uri, or go without MLflow: logger=csv)"
             ) from None
 
     def _opened(self) -> tuple[MlflowClient, str]:
         if self.database is not None:
-            # A connection that is kept would go on writing into a file that is deleted.
+            # A pooled connection would continue to write into a database file that was deleted.
             os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
             _probe(self.database)
         from mlflow.tracking import MlflowClient
@@ -132,7 +136,7 @@ class Place:
         return client, self._experiment(client)
 
     def _experiment(self, client: MlflowClient) -> str:
-        """Id of the experiment."""
+        """Return the experiment's id; create or restore the experiment if needed."""
         from mlflow.exceptions import MlflowException
 
         known = client.get_experiment_by_name(self.experiment)
@@ -140,7 +144,7 @@ class Place:
             try:
                 made: str = client.create_experiment(self.experiment, Path(self.artifacts).resolve().as_uri())
                 return made
-            except MlflowException:  # another machine's run made it in between
+            except MlflowException:  # a run on another machine has created it meanwhile
                 known = client.get_experiment_by_name(self.experiment)
                 if known is None:
                     raise
@@ -153,20 +157,20 @@ class Place:
 
 @contextlib.contextmanager
 def _one_at_a_time(file: Path | None) -> Iterator[None]:
-    """Inside, no other process of this machine opens the database: the first one makes its tables."""
+    """Lock the database against other processes of this machine: the first one creates its tables."""
     if file is None:
         yield
         return
     import fcntl
 
     with file.with_name(f".{file.name}.lock").open("w") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks
+        with contextlib.suppress(OSError):  # the file system has no locks
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _probe(file: Path) -> None:
-    """Raise sqlite3.Error where nothing can be written; MLflow would try for minutes."""
+    """Raise sqlite3.Error if the database cannot be written; MLflow would retry for minutes."""
     connection = sqlite3.connect(file, timeout=_SECONDS, isolation_level=None)
     try:
         connection.execute("BEGIN IMMEDIATE")
@@ -177,7 +181,7 @@ def _probe(file: Path) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One run of an experiment."""
+    """MLflow run of an experiment."""
 
     client: MlflowClient
     experiment_id: str
@@ -185,7 +189,7 @@ class Run:
 
     @classmethod
     def begin(cls, place: Place, folder: Path, tags: Mapping[str, str], run_id: str | None, name: str) -> Run:
-        """Go on with a run, restored if deleted; create one where `run_id` is None or not in this database."""
+        """Return the run `run_id`, restored if deleted; create one if it is None or not in the database."""
         client, experiment = place.connect()
         known = None if run_id is None else _known(client, run_id)
         if known is not None:
@@ -210,7 +214,7 @@ class Run:
             self.client.log_batch(self.run_id, metrics=some)
 
     def log_missing(self, rows: Rows) -> int:
-        """Log those scalars that the run has no value of at their update; returns how many."""
+        """Log the scalars for which the run has no value at their update; return their number."""
         steps = {
             name: {point.step for point in self.client.get_metric_history(self.run_id, name)}
             for name in {_named(key) for _, row in rows for key in row}
@@ -225,7 +229,7 @@ class Run:
         return len(left)
 
     def describe(self, config: Mapping[str, Any]) -> None:
-        """Log a configuration as parameters; those that the run has stay, for MLflow's are written once."""
+        """Log a configuration as parameters; keep those that the run has: MLflow writes them once."""
         from mlflow.entities import Param
 
         known = self.client.get_run(self.run_id).data.params
@@ -234,7 +238,7 @@ class Run:
             self.client.log_batch(self.run_id, params=some)
 
     def attach(self, paths: Iterable[Path], checkpoints: bool) -> None:
-        """Copy files and folders into the artifacts; of checkpoints the path alone, as a tag, unless wanted."""
+        """Copy files and folders into the artifacts; unless `checkpoints`, only tag the checkpoints' path."""
         for path in paths:
             if path.name == "checkpoints" and not checkpoints:
                 if path.is_dir():
@@ -245,12 +249,12 @@ class Run:
                 self.client.log_artifact(self.run_id, str(path))
 
     def end(self, status: str) -> None:
-        """FINISHED, FAILED or KILLED (stopped, after saving: it may go on)."""
+        """Set the status: FINISHED, FAILED, or KILLED (stopped after saving, so that it can be resumed)."""
         self.client.set_terminated(self.run_id, status)
 
 
 def _known(client: MlflowClient, run_id: str) -> Any:  # noqa: ANN401 - mlflow's Run
-    """The run of an id; None where the database has none."""
+    """Return the MLflow run of an id, or None if the database has none."""
     from mlflow.exceptions import MlflowException
 
     if not re.fullmatch(r"[\w-]+", run_id):
@@ -264,7 +268,7 @@ def _known(client: MlflowClient, run_id: str) -> Any:  # noqa: ANN401 - mlflow's
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of a nested mapping, by keys joined with `/`."""
+    """Return the leaves of a nested mapping by their keys joined with `/`."""
     leaves: dict[str, Any] = {}
     for key, value in node.items():
         if isinstance(value, Mapping) and value:
@@ -275,7 +279,7 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _named(metric: str) -> str:
-    """Return the name as MLflow takes it: `p@.5` loses its sign."""
+    """Return the name without characters that MLflow refuses, such as the `@` of `p@.5`."""
     return re.sub(r"[^a-zA-Z0-9_/. -]+", "", metric)
 
 

@@ -1,4 +1,4 @@
-"""Where a number comes from: code, configuration, versions, machine."""
+"""Provenance of a run: command, code, configuration, versions, machine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 JOB_OVERRIDES = "SEGRL_JOB_OVERRIDES"
-"""Variable that holds the overrides of a sweep's job, as JSON, while it runs."""
+"""Environment variable with the overrides of a sweep's job, as JSON, while the job runs."""
 
 
 def _git(*arguments: str) -> str:
-    """Output of git in the checkout that this file lies in; empty outside of one."""
+    """Return the output of git in this file's folder; an empty string if git fails."""
     try:
         done = subprocess.run(
             ["git", *arguments],
@@ -33,7 +33,7 @@ def _git(*arguments: str) -> str:
 
 
 def command() -> str:
-    """Return the command line that repeats this run: of a sweep's job, that of the job alone."""
+    """Return the command line that repeats this run; in a sweep, that of the current job."""
     words = sys.argv[1:]
     module = f"segrl.{Path(sys.argv[0]).stem.removeprefix('segrl-')}"
     if JOB_OVERRIDES in os.environ:
@@ -48,7 +48,7 @@ def command() -> str:
 
 
 def _version(package: str) -> str:
-    """Return the version of an installed package; a checkout on the path has none."""
+    """Return the version of an installed package, or "not installed", as for a checkout on the path."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -56,7 +56,7 @@ def _version(package: str) -> str:
 
 
 def provenance(config_yaml: str) -> dict[str, str]:
-    """Return the tags of a run: command, commit, whether the tree differs from it, hash of the configuration, versions."""
+    """Return a run's tags: command, commit and whether files differ from it, configuration hash, versions."""
     packages = ("segrl", "torch", "transformers", "lightning", "sam2")
     return {
         "command": command(),

@@ -1,4 +1,4 @@
-"""One MLflow run above all jobs of a Hydra multirun, and their table; says which job starts, fails, and why."""
+"""Hydra callback of a multirun: parent run in MLflow, messages about jobs, table of results."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ if TYPE_CHECKING:
 
 
 class JobFailedError(ValueError):
-    """A job of a sweep was refused or broke off, for a reason that is told in one line."""
+    """Error of a sweep's job that was refused or failed, with a message of one line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One job that has ended."""
+    """Result of a job that has ended."""
 
     job: int
     differs: str
     objective: float | None
     failed: str
-    """Why; empty where it ended well."""
+    """Reason of a failure; an empty string after a success."""
     folder: str
 
 
 class SweepParent(Callback):
-    """Hydra callback; see `conf/train.yaml`. Does nothing in a single run.
+    """Hydra callback, set in `conf/train.yaml`. It does nothing in a single run.
 
-    A job that fails ends neither the others nor the table: its error is told when it comes, and Hydra's own sweeper,
-    which would raise it again, gets None in place of it. The process then ends with 1. Behind a job that was stopped,
-    no other begins: those leave no row, and the parent run is KILLED. Jobs may run in other
-    processes (hydra-joblib-launcher), so each leaves its row in `jobs.jsonl` of the sweep's folder; a second sweep that
-    runs in the same folder has `jobs-2.jsonl` and `table-2.md`.
+    A failed job does not end the others. Its error is printed at once, and Hydra's BasicSweeper, which would
+    raise it again, gets None as the job's result. The process then exits with 1. After a job that was
+    stopped, the remaining ones are skipped: they have no row, and the parent run is KILLED. Jobs may run in
+    other processes (hydra-joblib-launcher), so each appends its row to `jobs.jsonl` in the sweep's folder. A
+    second sweep that runs in the same folder writes `jobs-2.jsonl` and `table-2.md`.
     """
 
     def __init__(self) -> None:
@@ -59,12 +59,12 @@ class SweepParent(Callback):
         self.swept: list[str] = []
         self.total: int | None = None
         self.failed = False
-        self.jobs = Path("jobs.jsonl")  # of this sweep alone, once it has begun
-        self.skips = False  # the job that Hydra is about to start, for the sweep was stopped
-        self.others = ""  # folder that another run has when a job starts
+        self.jobs = Path("jobs.jsonl")  # rows of this sweep; set to a locked file when it starts
+        self.skips = False  # whether the next job is skipped, because the sweep was stopped
+        self.others = ""  # run folder that existed before the job started
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ANN401 - Hydra's signature
-        """Open the parent run, where MLflow tracks; exit with 2 and one line where it cannot."""
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ANN401 - Hydra's own
+        """Open the parent run if MLflow is used; if that fails, print one line and exit with 2."""
         self.swept, self.total = _swept(config)
         tags = {
             "overrides": " ".join(config.hydra.overrides.task),
@@ -83,7 +83,7 @@ class SweepParent(Callback):
         atexit.register(self._end, config, "KILLED")
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ANN401
-        """Say which job starts, and name its run by what differs."""
+        """Print which job starts, and name its run by the keys that differ."""
         if not self._sweeps:
             return
         self.skips = signals.asked() is not None
@@ -105,10 +105,10 @@ class SweepParent(Callback):
         return bool(self.swept) or self.total is not None
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:  # noqa: ANN401
-        """Take down a job's objective, or why it failed."""
+        """Write the row of a job: its objective, or why it failed."""
         if not self._sweeps or self.skips:
             return
-        value = job_return._return_value  # the property raises where the job failed
+        value = job_return._return_value  # the property return_value raises if the job failed
         folder = "" if job_return.cfg is None else str(job_return.cfg.paths.run)
         if folder == self.others or not Path(folder).is_dir():
             folder = ""
@@ -131,14 +131,14 @@ class SweepParent(Callback):
             file.write(json.dumps(asdict(row)) + "\n")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ANN401
-        """Print the jobs and close the parent run; exit with 1 where one failed, unless the command says how it was stopped."""
+        """Print the table and close the parent run; exit with 1 if a job failed and no signal came."""
         stopped = signals.asked() is not None
         self._end(config, "KILLED" if stopped else "FINISHED")
         if self.failed and not stopped:
             sys.exit(1)
 
     def _end(self, config: DictConfig, status: str) -> None:
-        """Print and write the table, best first, and close the parent run; also where the process is stopped."""
+        """Print and write the table, best job first, and close the parent run; also called at exit."""
         from segrl.tracking.mlflow_runs import close_parent, name_job
 
         atexit.unregister(self._end)
@@ -160,7 +160,10 @@ class SweepParent(Callback):
 
 
 def _claimed(folder: Path) -> Path:
-    """An empty file for the rows of a sweep, locked until this process ends: another sweep may have the same folder."""
+    """Return an empty file for the rows of a sweep, locked until this process ends.
+
+    If another sweep in the same folder has locked `jobs.jsonl`, the next number is tried.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
@@ -172,13 +175,13 @@ def _claimed(folder: Path) -> Path:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 os.close(descriptor)
                 number += 1
-                continue  # any other error: a file system that knows no locks
+                continue  # after any other error: the file system has no locks
         os.ftruncate(descriptor, 0)
         return file
 
 
 def ranked(rows: Sequence[Row], metric: str | None) -> list[Row]:
-    """Return the jobs, the best by the metric first; those without an objective come last, in their order."""
+    """Return the jobs by objective, best first; those without an objective come last, in their order."""
     sign = -1 if higher_is_better(metric or "") else 1
     scored = [row for row in rows if row.objective is not None]
     rest = sorted((row for row in rows if row.objective is None), key=lambda row: row.job)
@@ -186,7 +189,7 @@ def ranked(rows: Sequence[Row], metric: str | None) -> list[Row]:
 
 
 def table(rows: Sequence[Row], metric: str | None) -> str:
-    """Return Markdown, and below it why jobs failed."""
+    """Return a Markdown table of the jobs, and below it the reasons of failures."""
     title = f"{len(rows)} jobs by {metric}"
     if metric is not None:
         title += f" ({'more' if higher_is_better(metric) else 'less'} is better)"
@@ -204,7 +207,7 @@ def table(rows: Sequence[Row], metric: str | None) -> str:
 
 
 def _metrics(rows: Sequence[Row]) -> list[str]:
-    """The scores that a job's metrics.json has, an S-measure first."""
+    """Return the names of the test scores in the first `metrics.json` of a job, S-measures first."""
     from segrl.tracking.mlflow_runs import numbers
 
     for row in rows:
@@ -216,7 +219,7 @@ def _metrics(rows: Sequence[Row]) -> list[str]:
 
 
 def _swept(config: DictConfig) -> tuple[list[str], int | None]:
-    """Keys that differ between the jobs, and how many jobs there are, None where the sweeper decides."""
+    """Return the swept keys, and the number of jobs; None unless the sweeper is Hydra's BasicSweeper."""
     said = list(config.hydra.overrides.task)
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     said += [f"{key}={value}" for key, value in params.items()]
@@ -228,7 +231,7 @@ def _swept(config: DictConfig) -> tuple[list[str], int | None]:
 
 
 def _differs(overrides: Sequence[str], swept: Sequence[str]) -> str:
-    """Such as `group_size=4 seed=1`: the keys that differ, by their last part where no other key has it."""
+    """Return the swept overrides, such as `group_size=4 seed=1`; keys are shortened where unique."""
     last = [key.rpartition(".")[2] for key in swept]
     found = []
     for override in overrides:
@@ -240,13 +243,13 @@ def _differs(overrides: Sequence[str], swept: Sequence[str]) -> str:
 
 
 def _told(error: BaseException) -> str:
-    """One line for an error that is not known to be a user's, whose traceback goes to stderr."""
+    """Print the traceback of an unexpected error to stderr, and return the error as one line."""
     traceback.print_exception(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _place(config: DictConfig) -> Place | None:
-    """Where the sweep is tracked; None without MLflow."""
+    """Return the place in which the sweep is tracked; None without MLflow."""
     if "tracking_uri" not in config.logger:
         return None
     from segrl.tracking.mlflow_store import Place

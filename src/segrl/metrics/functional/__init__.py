@@ -1,1 +1,1 @@
-"""Equations of agreement; pure."""
+"""Equations of the scores; pure functions of arrays."""

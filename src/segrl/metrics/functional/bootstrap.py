@@ -1,4 +1,4 @@
-"""How far a mean could have come out otherwise: percentile bootstrap over clusters of samples that are not independent."""
+"""Percentile bootstrap over clusters of samples that are not independent."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from jaxtyping import Float, Float64, Int64
 
 
 def numbered(names: Sequence[Hashable]) -> Int64[np.ndarray, "n"]:
-    """Return the number of each sample's cluster, clusters counted from 0 in the order in which they first appear.
+    """Return the number of each sample's cluster; clusters are numbered from 0 by first appearance.
 
     Args:
-        names: of each sample's cluster, such as the image that a sentence is about.
+        names: name of each sample's cluster, such as the image to which a referring sentence belongs.
     """
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
@@ -26,18 +26,18 @@ def paired_bootstrap(
     level: float = 0.95,
     clusters: Int64[np.ndarray, "n"] | None = None,
 ) -> tuple[float, float]:
-    """Return the percentile interval of mean(after - before) when the clusters of the n samples are drawn anew.
+    """Return the percentile bootstrap interval of mean(after - before) over resampled clusters.
 
-    Efron 1979; of clusters: Davison and Hinkley 1997, section 3.8. A cluster that is drawn brings all of its samples, so
-    a resample may have more or fewer than n, and its mean is over those that it has.
+    Sources: Efron 1979; for clusters, Davison and Hinkley 1997, section 3.8. A drawn cluster contributes all
+    of its samples, so a resample may have more or fewer than n samples; its mean is over its own samples.
 
     Args:
         before: one score per sample.
-        after: the same, in the same order.
-        seed: of the draws.
-        draws: resamples.
-        level: of the interval.
-        clusters: of `numbered`; if None, every sample is a cluster of its own.
+        after: one score per sample, in the same order.
+        seed: of the resamples.
+        draws: number of resamples.
+        level: coverage of the interval.
+        clusters: cluster of each sample, from `numbered`; if None, every sample is a cluster of its own.
 
     Raises:
         ValueError: if the two differ in length or are empty.
@@ -59,20 +59,20 @@ def paired_bootstrap(
 def bootstrap_weights(
     n: int, draws: int, seed: int, clusters: Int64[np.ndarray, "n"] | None = None
 ) -> Float64[np.ndarray, "draws n"]:
-    """Return the share of each of n samples in every resample: times drawn / all that was drawn; every row sums to 1.
+    """Return the share of each of n samples in every resample: times drawn / size; each row sums to 1.
 
-    `weights @ values` are the means of the resamples. A score of a set that is a function of means (the quotient of two,
-    the maximum of a mean curve) has the quantiles of that function, over the rows, as its interval. The draws are those of
-    `paired_bootstrap` with the same seed and the same clusters.
+    `weights @ values` are the means of the resamples. The interval of a score that is a function of means (a
+    ratio of two, the maximum of a mean curve) is given by the quantiles of that function over the rows.
+    Resamples are the same as in `paired_bootstrap` with the same seed and clusters.
 
     Args:
-        n: samples.
-        draws: resamples; the result takes 8 bytes for each sample of each, and nothing beside it grows with both.
-        seed: of the draws.
-        clusters: of `numbered`; if None, every sample is a cluster of its own.
+        n: number of samples.
+        draws: number of resamples. The result takes 8 bytes per sample and resample.
+        seed: of the resamples.
+        clusters: cluster of each sample, from `numbered`; if None, every sample is a cluster of its own.
 
     Raises:
-        ValueError: if there is no sample.
+        ValueError: if n is less than 1.
     """
     if n < 1:
         raise ValueError(f"at least one sample is needed to draw from; got {n}")

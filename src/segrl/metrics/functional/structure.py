@@ -1,9 +1,9 @@
-"""Structure measure (Fan et al., ICCV 2017): one arithmetic for binary masks and for grey maps.
+"""Structure measure (Fan et al., ICCV 2017) of binary masks and of grey maps.
 
-All means and variances follow from sums of integers over eight cells, so no float image is made and nothing is rounded
-before the last division. Values agree with pysodmetrics 1.6.2, but for two differences: where the centroid lies in the
-last row or column, two quadrants have no pixels, and contribute nothing here, but make the whole score NaN there; and a
-quadrant where both maps are constant counts as alike, where rounding of a grey mean decides there.
+Means and variances are computed from integer sums over eight cells, so no float image is made and the sums
+are exact. Values agree with pysodmetrics 1.6.2, with two exceptions. If the centroid lies in the last row or
+column, two quadrants have no pixels: they contribute 0 here, but make the score NaN there. A quadrant in
+which both maps are constant scores 1 here; there the rounding of a grey mean decides.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _EPS = float(np.spacing(1))
 
 
 class Cell(NamedTuple):
-    """The pixels of one quadrant on one side of the truth: how many, the sum of their levels and of the squares."""
+    """Object (or background) pixels of one quadrant: number, sum of levels, sum of squared levels."""
 
     pixels: int
     total: int
@@ -28,14 +28,14 @@ class Cell(NamedTuple):
 
 
 def structure(mask: Bool[np.ndarray, "H W"], truth: Bool[np.ndarray, "H W"], alpha: float = 0.5) -> float:
-    r"""\( S = \alpha S_o + (1-\alpha) S_r \) in [0, 1] (eq. 8).
+    """Return the S-measure in [0, 1]: `S = α S_o + (1-α) S_r` (eq. 8).
 
-    Empty truth scores the share of pixels left alone; full truth the share of pixels found.
+    With an empty truth it is the share of pixels outside the mask, with a full truth the share inside.
 
     Args:
         mask: prediction.
         truth: ground truth.
-        alpha: weight of the object term; 0.5 in the paper and all its users.
+        alpha: weight α of the object term; 0.5 in the paper.
     """
     both, quadrants = mask & truth, []
     for place in quadrants_of(truth):
@@ -47,10 +47,14 @@ def structure(mask: Bool[np.ndarray, "H W"], truth: Bool[np.ndarray, "H W"], alp
 
 
 def quadrants_of(truth: Bool[np.ndarray, "H W"]) -> list[tuple[slice, slice]]:
-    """The four parts around the truth's centroid, in reading order; its own row and column go to the first of them."""
+    """Return the four quadrants around the truth's centroid, in reading order.
+
+    The centroid's row belongs to the upper quadrants, its column to the left ones. With an empty truth only
+    the first has pixels.
+    """
     counts = np.ascontiguousarray(truth).view(np.uint8)
     cuts = []
-    for axis in (1, 0):  # the sum along one axis gives the centroid on the other
+    for axis in (1, 0):  # the sum along one axis gives the centroid along the other
         along = cv2.reduce(counts, axis, cv2.REDUCE_SUM, dtype=cv2.CV_32S).ravel().astype(np.int64)
         pixels = int(along.sum())
         cuts.append(round(int(along @ np.arange(len(along))) / pixels) + 1 if pixels else len(along))
@@ -59,11 +63,11 @@ def quadrants_of(truth: Bool[np.ndarray, "H W"]) -> list[tuple[slice, slice]]:
 
 
 def structure_of_cells(quadrants: Sequence[tuple[Cell, Cell]], scale: int, alpha: float) -> float:
-    """As `structure`, from sums of levels.
+    """Return the S-measure from sums of levels.
 
     Args:
-        quadrants: per quadrant the cells of background and of object.
-        scale: the level that means 1.
+        quadrants: cells of background and object of each quadrant.
+        scale: level that stands for 1.
         alpha: weight of the object term.
     """
     outside, inside = (Cell(*map(sum, zip(*side, strict=True))) for side in zip(*quadrants, strict=True))
@@ -81,7 +85,7 @@ def structure_of_cells(quadrants: Sequence[tuple[Cell, Cell]], scale: int, alpha
 
 
 def _evenness(cell: Cell, total: int, scale: int) -> float:
-    r"""\( 2m / (m^2 + 1 + \sigma) \), deviation with n-1 in the denominator (eq. 4-7)."""
+    """Return `2m / (m² + 1 + σ)` of a cell, with n - 1 in the denominator of σ (eq. 4-7)."""
     n, deviation = cell.pixels, 0.0
     if n > 1:
         deviation = math.sqrt((n * cell.squares - cell.total**2) / (n * (n - 1))) / scale
@@ -90,7 +94,10 @@ def _evenness(cell: Cell, total: int, scale: int) -> float:
 
 
 def _ssim(background: Cell, object_: Cell, scale: int) -> float:
-    """Structural similarity of the map and the truth in one quadrant, without the constants (eq. 1); 0 without pixels."""
+    """Return the structural similarity of map and truth in one quadrant; 0 without pixels.
+
+    It is SSIM without the stabilising constants (eq. 1).
+    """
     n, real = background.pixels + object_.pixels, object_.pixels
     if n == 0:
         return 0.0

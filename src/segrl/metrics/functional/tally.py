@@ -1,9 +1,9 @@
-"""Scores of a grey map that are functions of its histogram: MAE, S-measure, E-measure, F-measure.
+"""Scores of a grey map that are functions of its histograms: MAE, S-measure, E-measure, F-measure.
 
-A map and its truth are counted once, into eight histograms; every score is arithmetic on 2048 numbers. Definitions are
-those of pysodmetrics 1.6.2 with `normalize=True`: a map is stretched so that its smallest value is 0 and its largest 1,
-unless it is constant. Sums are of integers and exact, so the adaptive threshold (twice the mean, at most 1) decides ties
-as real numbers do.
+A map and its truth are counted once, into eight histograms; every score is computed from these 2048 numbers.
+Definitions are those of pysodmetrics 1.6.2 with `normalize=True`: a map is stretched so that its smallest
+value is 0 and its largest 1, unless it is constant. Integer sums are exact, so no rounding decides which
+values reach the adaptive threshold (twice the mean, at most 1).
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from jaxtyping import Bool, Float64, Int64, UInt8
 from segrl.metrics.functional.structure import Cell, quadrants_of, structure_of_cells
 
 _EPS = float(np.spacing(1))
-_MOST = 2**24  # cv2.calcHist counts in float32
+_MOST = 2**24  # pixels counted at once: cv2.calcHist counts in float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tally:
-    """How many pixels have which value, by quadrant around the truth's centroid and by side of the truth.
+    """Histograms of a map, by quadrant around the truth's centroid and by background or object.
 
-    A map of 2 pixels, values 0 and 255, both object: `counts[0, 1, 0] == counts[0, 1, 255] == 1`, all others 0.
+    Example: for a map of two object pixels with values 0 and 255 in the first quadrant,
+    `counts[0, 1, 0] == counts[0, 1, 255] == 1`, and all other counts are 0.
     """
 
     counts: Int64[np.ndarray, "4 2 256"]  # quadrants in reading order; background, object; value
 
 
 def tally(saliency: UInt8[np.ndarray, "H W"], truth: Bool[np.ndarray, "H W"]) -> Tally:
-    """Count a map against its truth."""
+    """Return the histograms of a map against its truth."""
     grey, side = np.ascontiguousarray(saliency), np.ascontiguousarray(truth).view(np.uint8)
     rows = max(1, _MOST // max(1, grey.shape[1]))
     counts = np.zeros((4, 2, 256), np.int64)
@@ -45,30 +46,31 @@ def tally(saliency: UInt8[np.ndarray, "H W"], truth: Bool[np.ndarray, "H W"]) ->
 
 
 def above_half(saliency: UInt8[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
-    """The mask of a map that a score of masks is given: above one half, after the map is stretched."""
+    """Return the mask of the values above one half, after the map is stretched."""
     low, scale = _stretch(int(saliency.min()), int(saliency.max()))
     return np.asarray(saliency > low + scale // 2)
 
 
 def mean_absolute_error(t: Tally) -> float:
-    """Mean difference of map and truth, in [0, 1]."""
+    """Return the mean absolute difference of map and truth, in [0, 1]."""
     levels, scale = _levels(t)
     background, object_ = t.counts.sum(0)
     return int(background @ levels + object_ @ (scale - levels)) / (scale * int(t.counts.sum()))
 
 
 def structure(t: Tally, alpha: float = 0.5) -> float:
-    """S-measure; see `segrl.metrics.functional.structure`."""
+    """Return the S-measure; see `segrl.metrics.functional.structure`."""
     levels, scale = _levels(t)
     sums = t.counts @ np.stack([np.ones_like(levels), levels, levels**2], 1)
     return structure_of_cells([(Cell(*a), Cell(*b)) for a, b in sums.tolist()], scale, alpha)
 
 
 def enhanced(t: Tally) -> tuple[float, Float64[np.ndarray, "256"]]:
-    """E-measure (Fan et al., IJCAI 2018) at the adaptive threshold, and at every one from 255 down to 0.
+    """Return the E-measure at the adaptive threshold, and at every threshold from 255 down to 0.
 
-    The sum over n pixels is divided by n - 1, as in the authors' MATLAB: a perfect map scores n / (n - 1). At the adaptive
-    threshold a map of zeros counts as all object, as it does there.
+    Source: Fan et al., IJCAI 2018. The sum over n pixels is divided by n - 1, as in the authors' MATLAB code:
+    a perfect map scores n / (n - 1). At the adaptive threshold a map of zeros counts as all object, as in
+    pysodmetrics.
     """
     wrong, hits = _at_or_above(t)
     missed, spared = (int(side.sum()) for side in t.counts.sum(0)[::-1])
@@ -92,13 +94,13 @@ def enhanced(t: Tally) -> tuple[float, Float64[np.ndarray, "256"]]:
 
 
 def f_measure(t: Tally, beta2: float = 0.3) -> tuple[float, Float64[np.ndarray, "256"]]:
-    """F-measure (Achanta et al., CVPR 2009) at the adaptive threshold, and at every one from 255 down to 0.
+    """Return the F-measure at the adaptive threshold, and at every threshold from 255 down to 0.
 
-    Without a hit it is 0, so an empty truth scores 0 whatever was predicted.
+    Source: Achanta et al., CVPR 2009. Without a hit it is 0, so it is 0 for every map if the truth is empty.
 
     Args:
-        t: counts.
-        beta2: weight of precision; 0.3 in the field.
+        t: histograms.
+        beta2: β² in `(1 + β²) precision recall / (β² precision + recall)`; 0.3 in the field.
     """
     wrong, hits = _at_or_above(t)
     precision = hits / np.maximum(wrong + hits, 1)
@@ -108,26 +110,29 @@ def f_measure(t: Tally, beta2: float = 0.3) -> tuple[float, Float64[np.ndarray, 
 
 
 def _stretch(low: int, high: int) -> tuple[int, int]:
-    """The value that means 0, and how far above it 1 lies: a constant map stays as it is."""
+    """Return the value that becomes 0 and its distance to the value that becomes 1; (0, 255) if constant."""
     return (low, high - low) if low < high else (0, 255)
 
 
 def _range(t: Tally) -> tuple[int, int]:
-    """As `_stretch`, of the values that occur."""
+    """Return `_stretch` of the smallest and the largest value that occur."""
     present = np.flatnonzero(t.counts.any((0, 1)))
     return _stretch(int(present[0]), int(present[-1]))
 
 
 def _levels(t: Tally) -> tuple[Int64[np.ndarray, "256"], int]:
-    """What each value is after stretching, in integers, and the integer that means 1."""
+    """Return the stretched level of each value, as integers, and the integer that stands for 1."""
     low, scale = _range(t)
     return np.clip(np.arange(256) - low, 0, scale), scale
 
 
 def _at_or_above(t: Tally) -> tuple[Int64[np.ndarray, "257"], Int64[np.ndarray, "257"]]:
-    """Pixels of background and of object at or above each threshold: from 255 down to 0, and last the adaptive one."""
+    """Return the numbers of background and of object pixels at or above each threshold.
+
+    Thresholds run from 255 down to 0; the last entry is for the adaptive one.
+    """
     (low, scale), levels, sides = _range(t), _levels(t)[0], t.counts.sum(0)
-    # in floats, as there: what rounding leaves below an integer falls to the threshold under it
+    # in floats, as pysodmetrics: a value that rounds to below an integer falls to the next lower threshold
     values = np.arange(256) / 255
     stretched = np.clip((values - values[low]) / (values[low + scale] - values[low]), 0, 1)
     above = np.zeros((2, 257), np.int64)

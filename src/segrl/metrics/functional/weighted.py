@@ -1,8 +1,9 @@
-"""Weighted F-measure (Margolin et al., CVPR 2014): errors count by where they lie.
+"""Weighted F-measure (Margolin et al., CVPR 2014), in which the weight of an error depends on its place.
 
-The published definition looks up the nearest object pixel of every background pixel. It is used in one place alone: the
-blurred error of object pixels, which a 7x7 kernel takes from at most 3 pixels outside. So the look-up is done in a band,
-and the distance, which weighs false pixels, without it; errors stay integers, so both are exact.
+The published definition looks up the nearest object pixel of every background pixel, but needs it only for
+the blurred error of object pixels. The blur's 7x7 kernel reaches at most 3 pixels outside, so here the
+look-up is restricted to that band. The distances that weigh false pixels need no look-up. Errors stay
+integers until they are blurred or weighted.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 _EPS = float(np.spacing(1))
-_RADIUS = 3  # of the kernel
-_FAR = 200  # pixels from the object; what is left of the weight there is below 1e-12
-_WEIGHTS = 2 - np.exp(np.log(0.5) / 5 * np.sqrt(np.arange(_FAR**2 + 1)))  # by squared distance
+_RADIUS = 3  # pixels, of the 7x7 kernel
+_FAR = 200  # pixels from the object; there the weight differs from 2 by less than 1e-12
+# weights of false pixels, by squared distance
+_WEIGHTS = 2 - np.exp(np.log(0.5) / 5 * np.sqrt(np.arange(_FAR**2 + 1)))
 _WEIGHTS[-1] = 2
-_ROWS = 32  # at a time, so that what is made of them stays in the cache
+_ROWS = 32  # rows at a time, so that intermediate arrays stay in the cache
 _KERNEL = np.exp(-(np.arange(-_RADIUS, _RADIUS + 1) ** 2) / (2 * 5**2))
 _KERNEL /= _KERNEL.sum()
-# No nearest object pixel of the band lies farther than sqrt(18). Of equally near ones SciPy's transform names the one in
-# the leftmost column, and there the uppermost.
+# In the band the nearest object pixel is at most sqrt(18) pixels away. Of equally near ones SciPy's transform
+# returns the one in the leftmost column, and in that column the uppermost.
 _REACH = 4
 _NEAR = sorted(
     (dx * dx + dy * dy, dx, dy)
@@ -31,10 +33,10 @@ _NEAR = sorted(
 
 
 def weighted_f(saliency: UInt8[np.ndarray, "H W"], truth: Bool[np.ndarray, "H W"]) -> float:
-    """In [0, 1]; 0 for an empty truth. The map is stretched to its full range unless it is constant.
+    """Return the weighted F-measure in [0, 1]; 0 for an empty truth.
 
-    Pixels beyond the image's edge count as free of error, so a map that misses everything earns a little where the truth
-    touches the edge, as in the published code.
+    The map is stretched to its full range unless it is constant. As in the published code, pixels outside the
+    image count as free of error, so a map that misses a truth which touches the edge scores slightly above 0.
     """
     saliency, truth = np.ascontiguousarray(saliency), np.ascontiguousarray(truth)
     objects = int(np.count_nonzero(truth))
@@ -52,7 +54,7 @@ def weighted_f(saliency: UInt8[np.ndarray, "H W"], truth: Bool[np.ndarray, "H W"
 
 
 def _false(error: UInt8[np.ndarray, "H W"], truth: Bool[np.ndarray, "H W"]) -> float:
-    """The error of background pixels, up to twice as heavy far from the object."""
+    """Return the error of background pixels, weighted by 1 to 2 with growing distance from the object."""
     x, y, width, height = cv2.boundingRect(error)
     if width == 0:
         return 0.0
@@ -73,9 +75,10 @@ def _false(error: UInt8[np.ndarray, "H W"], truth: Bool[np.ndarray, "H W"]) -> f
 
 
 def _missed(error: UInt8[np.ndarray, "H W"], truth: Bool[np.ndarray, "H W"]) -> float:
-    """The error of object pixels, or what is around them where that is smaller; around means a Gaussian of 7x7 pixels.
+    """Return the error of object pixels: of each pixel its own, or the blurred error if that is smaller.
 
-    There a background pixel has the error of the object pixel nearest to it.
+    The blur is a Gaussian of 7x7 pixels; background pixels enter it with the error of the nearest object
+    pixel.
     """
     x, y, width, height = cv2.boundingRect(error)
     if width == 0:
@@ -93,7 +96,7 @@ def _missed(error: UInt8[np.ndarray, "H W"], truth: Bool[np.ndarray, "H W"]) -> 
 
 
 def _fill(error: UInt8[np.ndarray, "H W"], inside: Bool[np.ndarray, "H W"], places: np.ndarray) -> None:
-    """Give the pixels at these places (flat) the error of the object pixel nearest to each."""
+    """Set the errors at these places (flat indices) to that of the nearest object pixel, in place."""
     values, objects, width = error.reshape(-1), inside.reshape(-1), error.shape[1]
     for _, dx, dy in _NEAR:
         if not len(places):

@@ -1,6 +1,11 @@
-"""What a composed configuration must hold, checked before any weight, and any heavy import, is loaded.
+"""Check a composed configuration before any weights are loaded and before any heavy import.
 
-`parts`, `stages` and `around` hold the keys of every part with types and ranges, `table` says which part may
-stand where, `commands` the keys of the top level and what must hold together. `walk` finds the keys of a
-configuration, `kinds` says in words what a key must be, `sources` how a file that is missing is fetched.
+- `parts`, `stages`, `around`: the keys of each part, with types and ranges.
+- `table`: which part may stand at which place of the configuration.
+- `commands`: the top-level keys of each command, and the rules that involve two keys.
+- `walk`: finds each key of a configuration and the field that it must fit.
+- `kinds`: the types of fields, and the words for what a key must be.
+- `interpolations`: what `${key}` refers to, and circles of such references.
+- `unread`: keys that the user sets although nothing reads them.
+- `sources`: how to fetch missing files.
 """

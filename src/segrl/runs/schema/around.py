@@ -1,4 +1,4 @@
-"""The keys of what stands around a training: scores, callbacks, logger, trainer."""
+"""Define the keys of scores, callbacks, logger, trainer and suite, with types and ranges."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from segrl.runs.schema.kinds import MOST, Count, Part, Text, slot
 from segrl.runs.schema.parts import Places
 
 METRICS = Literal[
-    "sm", "wfm", "mae", "adp_e", "mean_e", "max_e", "adp_f", "mean_f", "max_f", "iou", "ciou", "hce", "biou", "mba"
+    "sm", "wfm", "mae", "adp_e", "mean_e", "max_e", "adp_f", "mean_f", "max_f",
+    "iou", "ciou", "hce", "biou", "mba",
 ]  # fmt: skip
 
 
 class Saliency(Part):
-    """`scores`, of grey maps."""
+    """Keys of `scores` for grey maps and masks."""
 
     metrics: list[METRICS] = Field(min_length=1)
 
 
 class ReferringScores(Part):
-    """`scores`, of sentences."""
+    """Keys of `scores` for referring expressions."""
 
     empty: Literal["one", "zero", "skip"]
     ignore: Literal["exclude", "background", "target"]
@@ -29,46 +30,46 @@ class ReferringScores(Part):
 
 
 class Progress(Part):
-    """`callbacks.progress`."""
+    """Keys of `callbacks.progress`."""
 
     every_seconds: float = Field(ge=0, le=86_400)
 
 
 class InFolder(Part):
-    """`callbacks.history`."""
+    """Keys of `callbacks.history`."""
 
     folder: Text
 
 
 class Sheets(InFolder):
-    """`callbacks.sheets`."""
+    """Keys of `callbacks.sheets`."""
 
     every_n_steps: Count
 
 
 class EveryNSteps(Part):
-    """`callbacks.checkpoint`."""
+    """Keys of `callbacks.checkpoint`."""
 
     path: Text
     every_n_steps: Count
 
 
 class KeepBest(Part):
-    """`callbacks.best`."""
+    """Keys of `callbacks.best`."""
 
     path: Text
     monitor: Text | None
 
 
 class Alarms(Part):
-    """`callbacks.alarms`."""
+    """Keys of `callbacks.alarms`."""
 
     window: int = Field(ge=1, le=100_000)
     rules: Annotated[Any, slot("rule", "dict")]
 
 
 class Rule(Part):
-    """`callbacks.alarms.rules.NAME`."""
+    """Keys of `callbacks.alarms.rules.NAME`."""
 
     scalar: Text
     stop: bool
@@ -79,7 +80,7 @@ class Rule(Part):
 
 
 class Tracked(Part):
-    """`logger=mlflow`."""
+    """Keys of `logger=mlflow`."""
 
     tracking_uri: Text
     artifacts: Text
@@ -88,7 +89,7 @@ class Tracked(Part):
 
 
 class Trainer(Part):
-    """`trainer`: of Lightning's keys those that a run of segrl heeds."""
+    """Keys of `trainer`: the arguments of Lightning's Trainer that segrl supports."""
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"]
     devices: (
@@ -111,13 +112,13 @@ class Trainer(Part):
 
 
 class ZeRO(Part):
-    """`trainer.strategy`."""
+    """Keys of `trainer.strategy` (trainer=deepspeed_zero1, 2, 3)."""
 
     zero_stage: Literal[1, 2, 3]
 
 
 class Suite(Part):
-    """`suite`."""
+    """Keys of `suite`."""
 
     name: Text
     batch_size: Places

@@ -18,16 +18,18 @@ Sources = Annotated[
 ]
 
 SCALARS = {
-    "reward/total", "reward/spread", "policy/loss", "policy/ratio", "policy/clip_low", "policy/clip_high", "policy/drift", "policy/kl",
-    "policy/entropy", "policy/mismatch", "policy/grad_norm", "critic/value", "critic/value_loss", "critic/value_clip",
-    "critic/explained_variance", "critic/grad_norm", "rollout/length", "rollout/fault_rate", "rollout/cut_off", "rollout/repeated",
-    "rollout/dead_groups", "sft/loss", "head/loss", "head/iou", "head/quality_loss", "tower/cell_loss", "tower/box_loss",
+    "reward/total", "reward/spread",
+    "policy/loss", "policy/ratio", "policy/clip_low", "policy/clip_high", "policy/drift", "policy/kl",
+    "policy/entropy", "policy/mismatch", "policy/grad_norm",
+    "critic/value", "critic/value_loss", "critic/value_clip", "critic/explained_variance", "critic/grad_norm",
+    "rollout/length", "rollout/fault_rate", "rollout/cut_off", "rollout/repeated", "rollout/dead_groups",
+    "sft/loss", "head/loss", "head/iou", "head/quality_loss", "tower/cell_loss", "tower/box_loss",
 }  # fmt: skip
-"""Scalars that a run logs, beside `reward/TERM` of each term."""
+"""Scalars that the stages log; each reward term adds `reward/TERM`."""
 
 
 class Train(Part):
-    """`python -m segrl.train`."""
+    """Keys of `python -m segrl.train`."""
 
     name: Name
     seed: Seed
@@ -52,7 +54,7 @@ class Train(Part):
 
 
 class Evaluate(Train):
-    """`python -m segrl.evaluate`."""
+    """Keys of `python -m segrl.evaluate`."""
 
     model: Text | None
     suite: Annotated[Any, slot("suite")]
@@ -61,7 +63,7 @@ class Evaluate(Train):
 
 
 class Score(Part):
-    """`python -m segrl.score`."""
+    """Keys of `python -m segrl.score`."""
 
     pred: Text
     gt: Text
@@ -74,14 +76,14 @@ class Score(Part):
 
 
 class Export(Part):
-    """`python -m segrl.export`."""
+    """Keys of `python -m segrl.export`."""
 
     ckpt: Text
     out: Text
 
 
 class Weights(Part):
-    """Of a run's configuration, what exported weights are made with, or name."""
+    """Keys of a run's configuration that an export reads."""
 
     policy: Annotated[Any, slot("policy")]
     grammar: Annotated[Any, slot("grammar")]
@@ -90,7 +92,7 @@ class Weights(Part):
 
 
 class PrepareCheck(Part):
-    """`python -m segrl.prepare check`."""
+    """Keys of `python -m segrl.prepare check`."""
 
     name: Name
     seed: Seed
@@ -105,7 +107,7 @@ class PrepareCheck(Part):
 
 
 class PrepareTraces(Part):
-    """`python -m segrl.prepare traces`."""
+    """Keys of `python -m segrl.prepare traces`."""
 
     name: Name
     seed: Seed
@@ -122,13 +124,18 @@ class PrepareTraces(Part):
 
 
 COMMANDS: dict[str, type[Part]] = {
-    "train": Train, "evaluate": Evaluate, "score": Score, "export": Export, "prepare_check": PrepareCheck, "prepare_traces": PrepareTraces,
+    "train": Train, "evaluate": Evaluate, "score": Score, "export": Export,
+    "prepare_check": PrepareCheck, "prepare_traces": PrepareTraces,
 }  # fmt: skip
 
 
 def together(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield keys, and why they do not go with others, of a configuration whose values are right one by one."""
-    if "stage" in cfg and "suite" not in cfg:  # an evaluation trains nothing
+    """Yield a key and an error message for each rule between two keys that a configuration breaks.
+
+    Args:
+        cfg: resolved; each value already fits its own field.
+    """
+    if "stage" in cfg and "suite" not in cfg:  # a training; an evaluation has `suite`
         yield from _divergence(cfg)
         yield from _batches(cfg)
         yield from _alarms(cfg)
@@ -142,13 +149,14 @@ def together(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _divergence(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """A divergence is paid once, from a reference that there is."""
+    """Check the KL weights, the reference and the mismatch cap against each other."""
     stage, reference = cfg["stage"], cfg["reference"]
     weight, reward = stage.get("kl_weight", 0), stage.get("kl_reward", 0)
     if weight > 0 and reward > 0:
         yield (
             "stage.kl_reward",
-            "must be 0 where stage.kl_weight is not: the divergence stands in the loss or in the reward, not in both; "
+            "must be 0 where stage.kl_weight is not: "
+            "the divergence stands in the loss or in the reward, not in both; "
             f"got {reward}",
         )
     if weight + reward > 0 and reference is None and "reference" in stage:
@@ -161,7 +169,8 @@ def _divergence(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if own and (cap := stage.get("mismatch_cap")) is not None:
         yield (
             "stage.mismatch_cap",
-            "must be null where the policy itself samples, for nothing is to be corrected (rollout=vllm takes it); "
+            "must be null where the policy itself samples, "
+            "for nothing is to be corrected (rollout=vllm takes it); "
             f"got {cap}",
         )
     adapter = cfg["policy"].get("lora") is not None
@@ -173,12 +182,13 @@ def _divergence(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
     ):
         yield (
             "reference",
-            "must be frozen_copy or none without policy.lora: adapter_off turns an adapter off, and there is none",
+            "must be frozen_copy or none without policy.lora: "
+            "adapter_off turns an adapter off, and there is none",
         )
 
 
 def _batches(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Every update has as many samples as the next, and every rollout all of its updates."""
+    """Check that a batch divides evenly into updates, and max_steps into whole rollouts."""
     stage, batch, steps = cfg["stage"], cfg["data"]["batch_size"], cfg["trainer"]["max_steps"]
     live, cuts = stage.get("live_samples"), stage.get("updates_per_rollout", 1)
     if live is not None and live > batch:
@@ -187,7 +197,8 @@ def _batches(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if samples % cuts:
         yield (
             key,
-            f"must be a multiple of stage.updates_per_rollout ({cuts}), so that groups stay whole; got {samples}",
+            f"must be a multiple of stage.updates_per_rollout ({cuts}), "
+            f"so that groups stay whole; got {samples}",
         )
     updates = cuts * stage.get("epochs_per_rollout", 1)
     if steps > 0 and steps % updates:
@@ -198,28 +209,33 @@ def _batches(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _validation(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What watches or compares scores needs sets that are scored."""
+    """Check that monitored metrics belong to sets that are scored."""
     module = cfg["data"]["module"]
     val, test = module.get("val") or {}, module.get("test") or {}
     best = cfg["callbacks"].get("best") or {}
     scored = {"val": val, "test": {**(cfg.get("testsets") or test), **cfg.get("suite", {}).get("unions", {})}}
     compared = ("test",) if "suite" in cfg else ("test", "val")
     for key, wanted, splits in (
-        ("callbacks.best.monitor", best.get("monitor"), ("val",)), ("objective_metric", cfg["objective_metric"], compared),
-    ):  # fmt: skip
+        ("callbacks.best.monitor", best.get("monitor"), ("val",)),
+        ("objective_metric", cfg["objective_metric"], compared),
+    ):
         names = [f"{split}/{name}" for split in splits for name in scored[split]]
         if wanted is not None and wanted.rpartition("/")[0] not in names:
             sets = ", ".join(f"{name}/METRIC" for name in names)
             yield (
                 key,
-                f"must be null{f' or one of {sets}' if sets else ': this dataset has no such set'}; got {shown(wanted)}",
+                f"must be null{f' or one of {sets}' if sets else ': this dataset has no such set'}; "
+                f"got {shown(wanted)}",
             )
     if cfg["trainer"]["val_check_interval"] is not None and not val:
-        yield "trainer.val_check_interval", "must be null without a validation set (data.module.val is empty)"
+        yield (
+            "trainer.val_check_interval",
+            "must be null without a validation set (data.module.val is empty)",
+        )
 
 
 def _alarms(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """An alarm watches a scalar that is logged, for a bound."""
+    """Check that each alarm watches a logged scalar and has a bound."""
     logged = SCALARS | {f"reward/{term}" for term in cfg["reward"].get("terms", {})}
     for name, rule in ((cfg["callbacks"].get("alarms") or {}).get("rules") or {}).items():
         key = f"callbacks.alarms.rules.{name}"

@@ -1,15 +1,21 @@
-"""Look up dotted keys, find what values refer to, and refuse circles: `a: ${b}` beside `b: ${a}`."""
+"""Look up dotted keys, collect the keys that values refer to, and find circles of references."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-REFERENCE = re.compile(r"\$\{([\w.\-\[\]]+)\}")  # one to a key
+REFERENCE = re.compile(r"\$\{([\w.\-\[\]]+)\}")  # a key; resolver calls such as ${now:%Y} do not match
 
 
 class Fault(ValueError):
-    """What is wrong with one key: `key` and `said`, in one line."""
+    """An error of one key, in one line.
+
+    Args:
+        key: dotted.
+        said: the message behind the key.
+        unknown: whether the error is that there is no such key.
+    """
 
     def __init__(self, key: str, said: str, unknown: bool = False) -> None:
         super().__init__(f"{key}: {said}")
@@ -17,7 +23,11 @@ class Fault(ValueError):
 
 
 def lookup(node: Any, key: str) -> Any:  # noqa: ANN401 - any value of a configuration
-    """Return the value under a dotted key of plain containers; raises KeyError where there is none."""
+    """Return the value at a dotted key of plain containers.
+
+    Raises:
+        KeyError: if the key does not exist.
+    """
     for part in re.findall(r"[^.\[\]]+", key):
         try:
             node = node[int(part)] if isinstance(node, list) else node[part]
@@ -27,7 +37,7 @@ def lookup(node: Any, key: str) -> Any:  # noqa: ANN401 - any value of a configu
 
 
 def references(node: object) -> set[str]:
-    """Return all keys that the strings of a node refer to."""
+    """Return all keys that strings inside a node refer to."""
     if isinstance(node, dict):
         return set().union(*map(references, node.values())) if node else set()
     if isinstance(node, list):
@@ -36,10 +46,10 @@ def references(node: object) -> set[str]:
 
 
 def circle(raw: dict[str, Any]) -> Fault | None:
-    """Return a fault that names the keys of one circle of interpolations; None where there is none.
+    """Return a fault that names the keys of one circle of interpolations, or None if there is no circle.
 
     Args:
-        raw: a configuration as plain containers, interpolations as they are written.
+        raw: a configuration as plain containers, with unresolved interpolations.
     """
     done: set[str] = set()
     for start in sorted(references(raw)):
@@ -50,13 +60,16 @@ def circle(raw: dict[str, Any]) -> Fault | None:
 
 
 def _from(raw: dict[str, Any], key: str, path: list[str], done: set[str]) -> list[str] | None:
-    """Return the keys of a circle that is entered from `key`, the first one at both ends; None where there is none.
+    """Search depth first for a circle of references that is reachable from `key`.
 
     Args:
         raw: see `circle`.
-        key: may be one of `path`, and then closes a circle.
-        path: keys that lead here.
-        done: keys that lead into no circle; those found are added.
+        key: where to go on; if it is in `path`, a circle is closed.
+        path: keys on the way here.
+        done: keys from which no circle is reachable; extended in place.
+
+    Returns:
+        The keys of the circle, with the first one repeated at the end; None if there is no circle.
     """
     if key in path:
         return [*path[path.index(key) :], key]
@@ -64,7 +77,7 @@ def _from(raw: dict[str, Any], key: str, path: list[str], done: set[str]) -> lis
         return None
     try:
         value = lookup(raw, key)
-    except KeyError:  # told by the walk over all keys
+    except KeyError:  # reported by `walk`
         return None
     for ref in sorted(references(value)):
         found = _from(raw, ref, [*path, key], done)

@@ -1,4 +1,4 @@
-"""What a key may hold: pydantic models whose fields are keys, and the words that say what a field must be."""
+"""Define base models and field types of keys, and put into words what a field must be."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchema
 from pydantic_core import CoreSchema, core_schema
 
 MOST = 1_000_000_000
-"""No count of a run comes near; above it an int is a mistake of typing."""
+"""Upper bound of counts: no run comes near it, so a larger number is a typing error."""
 
 
 class Part(BaseModel):
-    """A node of the configuration: its keys, each with a type and a range. No other key is taken."""
+    """A node of the configuration: a field per key, with type and range. Other keys are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Open(Part):
-    """A node that may hold more keys, each of which something else must refer to."""
+    """A node that accepts more keys; without `_target_`, a reference must read each of them (see `walk`)."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
 def _rising(pair: list[Any]) -> list[Any]:
-    """Return a range as it is; ValueError where it runs backwards."""
+    """Return a pair unchanged; raise ValueError if its first value is above its second."""
     if pair[0] > pair[1]:
         raise ValueError("the first is above the second")
     return pair
@@ -41,27 +41,32 @@ Rate = Annotated[float, Field(gt=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Rising = AfterValidator(_rising)
 Tokens = Annotated[int, Field(ge=1, le=131_072)]  # half the longest context of Qwen3-VL
-Pixels = Annotated[int, Field(ge=16, le=16_384)]  # a side below 16 holds no shape
+Pixels = Annotated[int, Field(ge=16, le=16_384)]  # a side of an image; below 16 no shape can be seen
 Words = Annotated[list[Text], Field(max_length=10_000)]
 
 
 class slot:  # noqa: N801 - an annotation, written as pydantic's own
-    """Mark a field that holds a node, or (`many`) a "list" or "dict" of nodes, of the parts of a place."""
+    """Annotation of a field that holds a node, or several.
+
+    Args:
+        name: place whose parts may stand there: a key of `table.PARTS` or `table.SHAPES`.
+        many: "list" or "dict" for a list or dict of nodes; "" for one node.
+    """
 
     def __init__(self, name: str, many: str = "") -> None:
         self.name, self.many = name, many
 
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Take what can be a node; `walk` looks into it."""
+        """Accept any dict or list; `walk` checks what is inside."""
         return core_schema.no_info_plain_validator_function(_container)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: object) -> dict[str, Any]:
-        """Return the mark."""
+        """Return the schema that `slot_of` reads."""
         return {"slot": self.name, "many": self.many}
 
 
 def _container(value: object) -> object:
-    """Return a node, or several; ValueError for any other value."""
+    """Return a dict or list unchanged; raise ValueError for any other value."""
     if not isinstance(value, dict | list):
         raise ValueError("no node")
     return value
@@ -75,7 +80,7 @@ def described(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
 
 
 def slot_of(schema: dict[str, Any]) -> tuple[str, str, bool] | None:
-    """Return name, `many` and whether null is allowed, of a field that holds nodes; None of any other."""
+    """Return a slot's name, its `many`, and whether null is allowed; None for a field that is no slot."""
     branches = schema.get("anyOf", [schema])
     for branch in branches:
         if "slot" in branch:
@@ -84,9 +89,9 @@ def slot_of(schema: dict[str, Any]) -> tuple[str, str, bool] | None:
 
 
 def fault(model: type[Part], field: str, value: object) -> str | None:
-    """Return "must be ...; got ..." where a field does not take a value, None where it does."""
+    """Return "must be ...; got ..." if a value does not fit a field, else None."""
     made, schema = model.model_construct(), described(model)[field]
-    if isinstance(value, bool) and not _takes_truth(schema):  # Python takes true for 1
+    if isinstance(value, bool) and not _takes_truth(schema):  # bool is a subclass of int
         return f"must be {needed(schema)}; got {shown(value)}"
     try:
         model.__pydantic_validator__.validate_assignment(made, field, value)
@@ -96,7 +101,7 @@ def fault(model: type[Part], field: str, value: object) -> str | None:
 
 
 def _takes_truth(schema: dict[str, Any]) -> bool:
-    """Whether true and false are among the values that a schema allows."""
+    """Return whether a schema allows true or false."""
     return any(
         branch.get("type") == "boolean"
         or any(isinstance(one, bool) for one in branch.get("enum", [branch.get("const")]))
@@ -105,7 +110,7 @@ def _takes_truth(schema: dict[str, Any]) -> bool:
 
 
 def shown(value: object) -> str:
-    """Return a value as a user would type it, cut at 80 characters."""
+    """Return a value as YAML or Python writes it, at most 80 characters long."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = repr(value)
@@ -113,7 +118,7 @@ def shown(value: object) -> str:
 
 
 def needed(schema: dict[str, Any]) -> str:
-    """Return the words for what a JSON schema allows."""
+    """Return in words which values a JSON schema allows."""
     if "description" in schema:
         return str(schema["description"])
     if "anyOf" in schema:
@@ -136,7 +141,7 @@ def needed(schema: dict[str, Any]) -> str:
 
 
 def _bounds(schema: dict[str, Any]) -> str:
-    """Return " from 1 to 9" or its like; "" where nothing bounds a number."""
+    """Return the bounds of a number in words, such as " from 1 to 9"; "" if there are none."""
     low = f" above {schema['exclusiveMinimum']:.9g}" if "exclusiveMinimum" in schema else ""
     low = f" from {schema['minimum']:.9g}" if "minimum" in schema else low
     high = f" below {schema['exclusiveMaximum']:.9g}" if "exclusiveMaximum" in schema else ""
@@ -144,7 +149,7 @@ def _bounds(schema: dict[str, Any]) -> str:
 
 
 def _listed(schema: dict[str, Any]) -> str:
-    """Return the words for a list."""
+    """Return in words which lists a JSON schema allows."""
     least, most = schema.get("minItems"), schema.get("maxItems")
     item = needed(schema.get("items", {})).removeprefix("a ")
     if least == most == 2:

@@ -1,6 +1,6 @@
-"""The keys of policies, mask heads, grammars, engines, rewards and data: type and range of each.
+"""Define the keys of policies, mask heads, grammars, engines, rewards and data, with types and ranges.
 
-A part of a user's own is held against its constructor instead; see `walk`.
+A part from a user's own package has no model here; `walk` compares its keys with its constructor.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from segrl.runs.schema.kinds import (
     Weight,
     Words,
     slot,
-)  # fmt: skip
+)
 
 Places = Annotated[int, Field(ge=1, le=65_536)]
-"""What is done at once: beyond it no device's memory reaches."""
+"""Number of samples, prefixes or prompts processed at once; the bound is beyond any device's memory."""
 Grammar = Annotated[Any, slot("grammar")]
 Samples = Annotated[Any, slot("samples")]
 
 
 class Nothing(Part):
-    """A part without keys."""
+    """A part without keys of its own."""
 
 
 class Lora(Part):
-    """A low-rank adapter."""
+    """Keys of a low-rank adapter (`policy.lora`, and `lora` of a critic)."""
 
     rank: int = Field(ge=1, le=4096)
     alpha: int = Field(ge=1, le=65_536)
@@ -45,15 +45,23 @@ class Lora(Part):
 
 
 class HFPolicy(Part):
-    """`policy`."""
+    """Keys of `policy`."""
 
     weights: Text
-    image_side: Annotated[int, Field(ge=28, le=8192)] | None  # 28: one token of Qwen2.5-VL's tower
-    pixel_budget: Annotated[
-        list[Annotated[int, Field(ge=784, le=100_000_000)]],
-        Field(min_length=2, max_length=2, description="a list of two whole numbers from 784 to 100000000, the smaller first"), Rising,
-    ] | None  # fmt: skip
-    temperature: float = Field(ge=0.01, le=10)  # below, logits leave float32's range
+    image_side: Annotated[int, Field(ge=28, le=8192)] | None  # 28 px: one image token of Qwen2.5-VL
+    pixel_budget: (
+        Annotated[
+            list[Annotated[int, Field(ge=784, le=100_000_000)]],
+            Field(
+                min_length=2,
+                max_length=2,
+                description="a list of two whole numbers from 784 to 100000000, the smaller first",
+            ),
+            Rising,
+        ]
+        | None
+    )
+    temperature: float = Field(ge=0.01, le=10)  # below 0.01 sampling is practically greedy
     dtype: Literal["float32", "bfloat16", "float16"]
     lora: Annotated[Any, slot("lora")] | None
     train_vision: bool
@@ -61,7 +69,7 @@ class HFPolicy(Part):
 
 
 class Sam2Head(Part):
-    """`head`."""
+    """Keys of `head`."""
 
     architecture: Text
     checkpoint: Text | None
@@ -72,31 +80,31 @@ class Sam2Head(Part):
 
 
 class Asking(Part):
-    """A grammar, which asks."""
+    """Keys that all grammars have."""
 
     instructions: Text | dict[str, Any] | None = None
 
 
 class Points(Asking):
-    """A grammar of points."""
+    """Keys of a grammar with points."""
 
     max_points: int = Field(ge=1, le=4096)
 
 
 class Boxes(Asking):
-    """A grammar of boxes."""
+    """Keys of a grammar with boxes."""
 
     max_boxes: int = Field(ge=1, le=4096)
 
 
 class Tags(Points):
-    """Seg-R1's grammar."""
+    """Keys of Seg-R1's grammars with boxes and points."""
 
     max_boxes: int = Field(ge=1, le=4096)
 
 
 class SharedPrefix(Part):
-    """`rollout=shared_prefix`."""
+    """Keys of `rollout=shared_prefix`."""
 
     max_tokens: Tokens
     graphs: bool | Literal["auto"] = "auto"
@@ -104,7 +112,7 @@ class SharedPrefix(Part):
 
 
 class VLLM(Part):
-    """`rollout=vllm`."""
+    """Keys of `rollout=vllm`."""
 
     max_tokens: Tokens
     max_prefix: Tokens
@@ -114,16 +122,16 @@ class VLLM(Part):
 
 
 class VLLMServer(Part):
-    """`rollout=vllm_server`."""
+    """Keys of `rollout=vllm_server`."""
 
     max_tokens: Tokens
     max_prefix: Tokens
     servers: Annotated[Words, Field(min_length=1)]
-    timeout: float = Field(gt=0, le=86_400)  # a day
+    timeout: float = Field(gt=0, le=86_400)  # seconds; at most one day
 
 
 class Term(Part):
-    """`reward.terms.NAME`."""
+    """Keys of `reward.terms.NAME`."""
 
     fn: Annotated[Any, slot("fn")]
     weight: Positive
@@ -131,25 +139,25 @@ class Term(Part):
 
 
 class RewardMixture(Part):
-    """`reward`."""
+    """Keys of `reward`."""
 
     terms: Annotated[Any, slot("term", "dict")]
 
 
 class Threshold(Part):
-    """A bound of an IoU."""
+    """Keys of a reward with an IoU threshold."""
 
     threshold: Share
 
 
 class Tolerance(Part):
-    """A distance in shares of an image's side."""
+    """Keys of a reward with a distance, as a share of the image's side."""
 
     tolerance: Share
 
 
 class Tiered(Part):
-    """SAM-R1's tiers."""
+    """Keys of SAM-R1's tiered reward."""
 
     tiers: dict[Share, Weight] = Field(
         min_length=1,
@@ -158,28 +166,28 @@ class Tiered(Part):
 
 
 class Quantile(Part):
-    """A rank among the latest answers."""
+    """Keys of the rank among the latest answers."""
 
     of: Annotated[Any, slot("fn")]
     window: int = Field(ge=1, le=10_000_000)
 
 
 class Overlong(Part):
-    """DAPO's punishment of length."""
+    """Keys of DAPO's soft overlong punishment; lengths in tokens."""
 
     budget: Tokens
     margin: Annotated[float, Field(gt=0, le=131_072)] | None
 
 
 class PointCount(Part):
-    """A number of points that is wanted."""
+    """Keys of the reward for a number of points."""
 
     ideal: float = Field(ge=0, le=4096)
     width: Positive
 
 
 class Matched(Part):
-    """VisionReasoner's matching."""
+    """Keys of VisionReasoner's matching reward; tolerances as shares of the image's side."""
 
     overlap: Share
     box_tolerance: Share
@@ -187,7 +195,7 @@ class Matched(Part):
 
 
 class Module(Part):
-    """`data.module`."""
+    """Keys of `data.module`."""
 
     train: Samples
     val: Annotated[Any, slot("samples", "dict")]
@@ -199,7 +207,7 @@ class Module(Part):
 
 
 class Folders(Part):
-    """Images and masks."""
+    """Keys of a dataset of image and mask folders."""
 
     root: Text
     folders: Annotated[Any, slot("folder", "list")]
@@ -207,7 +215,7 @@ class Folders(Part):
 
 
 class FolderPair(Part):
-    """One of `folders`."""
+    """Keys of one entry of `folders`; see `data.image_mask.FolderPair`."""
 
     images: Text
     masks: Text
@@ -220,7 +228,7 @@ class FolderPair(Part):
 
 
 class Listed(Part):
-    """A list of samples."""
+    """Keys of a dataset listed in a JSON Lines file."""
 
     path: Text | None
     root: Text | None
@@ -228,7 +236,7 @@ class Listed(Part):
 
 
 class ReasonSeg(Part):
-    """ReasonSeg."""
+    """Keys of ReasonSeg."""
 
     root: Text
     split: Text
@@ -237,7 +245,7 @@ class ReasonSeg(Part):
 
 
 class Referring(Part):
-    """The RefCOCO family."""
+    """Keys of datasets of the RefCOCO family."""
 
     annotations: Text
     images: Text
@@ -250,14 +258,14 @@ class Referring(Part):
 
 
 class Exclusion(Part):
-    """One of `exclude`."""
+    """Keys of one entry of `exclude`."""
 
     refs: Text
     splits: Annotated[Words, Field(min_length=1)]
 
 
 class Scenes(Part):
-    """Synthetic scenes."""
+    """Keys of synthetic scenes."""
 
     split: Text
     length: Count
@@ -265,16 +273,22 @@ class Scenes(Part):
     size: int = Field(ge=16, le=4096)
     contrast: Annotated[
         list[Share],
-        Field(min_length=2, max_length=2, description="a list of two numbers from 0 to 1, the smaller first"), Rising,
-    ]  # fmt: skip
+        Field(min_length=2, max_length=2, description="a list of two numbers from 0 to 1, the smaller first"),
+        Rising,
+    ]
     objects: Annotated[
         list[Annotated[int, Field(ge=1, le=8)]],
-        Field(min_length=2, max_length=2, description="a list of two whole numbers from 1 to 8, the smaller first"), Rising,
-    ]  # fmt: skip
+        Field(
+            min_length=2,
+            max_length=2,
+            description="a list of two whole numbers from 1 to 8, the smaller first",
+        ),
+        Rising,
+    ]
 
 
 class Traces(Part):
-    """Chat traces."""
+    """Keys of a dataset of chat traces."""
 
     path: Text
     grammar: Grammar
@@ -282,7 +296,7 @@ class Traces(Part):
 
 
 class Annotator(Part):
-    """Writes traces of masks."""
+    """Keys of the annotator, which writes traces from masks."""
 
     looseness: float = Field(ge=0, lt=1)
     grid: int = Field(ge=1, le=100_000)
@@ -290,7 +304,7 @@ class Annotator(Part):
 
 
 class Data(Open):
-    """`data`: what its own YAML refers to, and what is said of the dataset."""
+    """Keys of `data`: facts about the dataset, and keys that its own YAML refers to."""
 
     batch_size: int = Field(ge=1, le=1_000_000)
     global_batch: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
@@ -301,14 +315,14 @@ class Data(Open):
 
 
 class TestSet(Open):
-    """`testsets.NAME`."""
+    """Keys of `testsets.NAME`."""
 
     root: Text | None
     published: Count | None
     ignored: bool = False
     licence: Text
     source: Text
-    # What most `samples` are made of; a user who replaces `samples.folders` leaves it unread.
+    # `samples` refers to these keys; a user who replaces `samples.folders` may leave them unread.
     annotations: Text | None = None
     images: Text | None = None
     keep: Text | None = None
@@ -318,7 +332,7 @@ class TestSet(Open):
 
 
 class Paths(Part):
-    """`paths`."""
+    """Keys of `paths`."""
 
     runs: Text
     datasets: Text

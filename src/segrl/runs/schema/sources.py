@@ -1,4 +1,4 @@
-"""Files that somebody else publishes: whether they are here, and the command that fetches them."""
+"""Find missing weights and datasets, and name the command or the place to get them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 
 def lacks(path: Path) -> str:
-    """Return what is wrong with a file or folder that has to be there; "" where it is there and not empty."""
+    """Return why a file or folder cannot be used, missing or empty; "" if it can."""
     if not path.exists():
         return f"there is no {path}"
     if path.is_dir():
@@ -21,8 +21,8 @@ def way_to(path: Path, owners: str) -> str:
     """Return the command that fetches a file or folder, or the place where its owners publish it.
 
     Args:
-        path: where it is to lie.
-        owners: address, or addresses in words.
+        path: where to save it.
+        owners: a URL, or several in running text.
     """
     if match := re.fullmatch(r"https://huggingface\.co/(datasets/)?([\w.-]+/[\w.-]+)", owners):
         kind = " --repo-type dataset" if match[1] else ""
@@ -33,9 +33,14 @@ def way_to(path: Path, owners: str) -> str:
 
 
 def missing(cfg: DictConfig, files: bool) -> list[str]:
-    """Return a line for each file and folder that is needed and missing, or empty, with the way to get it."""
+    """Return an error line for each needed file or folder that is missing or empty, with the way to get it.
+
+    Args:
+        cfg: composed.
+        files: whether the dataset's files are needed.
+    """
     lines, looked = [], set()
-    unread = not files or bool(cfg.get("testsets"))  # test sets have roots of their own
+    unread = not files or bool(cfg.get("testsets"))  # test sets have their own roots, so `data.*` is not read
     for key, owners in cfg.get("sources", {}).items():
         path = OmegaConf.select(cfg, key)
         looked.add(key)

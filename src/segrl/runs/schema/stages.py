@@ -1,4 +1,4 @@
-"""The keys of stages, and of the functions that they are put together from."""
+"""Define the keys of stages and of the functions that stages are composed of."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Floor = Annotated[float, Field(gt=0, le=1)]
 
 
 class AnyTorch(Open):
-    """An optimizer or a schedule of torch that is not listed here: its keys are torch's business."""
+    """An optimizer or schedule of torch without a model here; its keys are not checked."""
 
 
 class AnyOptimizer(AnyTorch):
-    """Another optimizer of torch."""
+    """An optimizer of torch without a model here; only its learning rate is checked."""
 
     lr: Rate
 
 
 class AdamW(Part):
-    """`stage.optimizer`."""
+    """Keys of `stage.optimizer`."""
 
     lr: Rate
     betas: Annotated[
@@ -39,7 +39,7 @@ class AdamW(Part):
 
 
 class OneCycle(Part):
-    """`stage.schedule`."""
+    """Keys of `stage.schedule`."""
 
     pct_start: Share
     cycle_momentum: bool = True
@@ -49,7 +49,7 @@ class OneCycle(Part):
 
 
 class Stage(Part):
-    """What every stage has."""
+    """Keys that all stages have."""
 
     optimizer: Annotated[Any, slot("optimizer")]
     schedule: Annotated[Any, slot("schedule")] | None
@@ -58,7 +58,7 @@ class Stage(Part):
 
 
 class Segmenting(Stage):
-    """What every stage of a policy that segments has."""
+    """Keys of all stages whose policy segments."""
 
     policy: Annotated[Any, slot("policy")]
     grammar: Grammar
@@ -68,14 +68,14 @@ class Segmenting(Stage):
 
 
 class SFT(Segmenting):
-    """`stage=sft`."""
+    """Keys of `stage=sft` and `stage=sft_traces`."""
 
     trace: Annotated[Any, slot("trace")]
     also: Annotated[Any, slot("grammar", "list")]
 
 
 class Tower(Stage):
-    """`stage=tower`."""
+    """Keys of `stage=tower`."""
 
     policy: Annotated[Any, slot("policy")]
     grammar: Grammar
@@ -83,7 +83,7 @@ class Tower(Stage):
 
 
 class MaskHead(Stage):
-    """`stage=mask_head`."""
+    """Keys of `stage=mask_head`."""
 
     head: Annotated[Any, slot("head")]
     jitter: Share
@@ -91,7 +91,7 @@ class MaskHead(Stage):
 
 
 class PolicyGradient(Segmenting):
-    """What every algorithm has."""
+    """Keys of all reinforcement learning stages."""
 
     reward: Annotated[Any, slot("reward")]
     reference: Annotated[Any, slot("reference")] | None
@@ -108,15 +108,15 @@ class PolicyGradient(Segmenting):
 
 
 class GRPO(PolicyGradient):
-    """`stage=grpo` and its relatives."""
+    """Keys of `stage=grpo` and the other stages without a critic."""
 
-    group_size: int = Field(ge=2, le=4096)  # an advantage relative to a group needs something to compare with
+    group_size: int = Field(ge=2, le=4096)  # an advantage relative to a group needs two completions
     advantage: Annotated[Any, slot("advantage")]
     live_samples: Annotated[int, Field(ge=1, le=1_000_000)] | None
 
 
 class PPO(PolicyGradient):
-    """`stage=ppo`."""
+    """Keys of `stage=ppo` and `stage=ppo_dense`."""
 
     critic: Annotated[Any, slot("critic")]
     critic_lr: Rate
@@ -130,51 +130,51 @@ class PPO(PolicyGradient):
 
 
 class Bounds(Part):
-    """A surrogate with two bounds."""
+    """Keys of a surrogate with two bounds."""
 
     low: Bound
     high: Bound
 
 
 class PPOClip(Bounds):
-    """PPO's surrogate."""
+    """Keys of PPO's surrogate."""
 
     dual: Annotated[float, Field(gt=1, le=1e6)] | None = None
 
 
 class Budget(Part):
-    """Token weights of a fixed budget."""
+    """Keys of token weights with a fixed budget."""
 
     budget: Tokens
 
 
 class Relative(Part):
-    """An advantage that is divided by a deviation."""
+    """Keys of an advantage that is divided by a standard deviation."""
 
     floor: Floor
 
 
 class Critic(Part):
-    """`stage.critic`."""
+    """Keys of `stage.critic`."""
 
     insight: Literal[0, 5]
     prior: float = Field(ge=-1e6, le=1e6)
 
 
 class AdapterCritic(Critic):
-    """A critic with an adapter of its own."""
+    """Keys of a critic with its own adapter."""
 
     lora: Annotated[Any, slot("lora")]
 
 
 class Decay(Part):
-    """`stage.decay`."""
+    """Keys of `stage.decay`."""
 
     decay: Share
 
 
 class Shaping(Part):
-    """`stage.shaping`."""
+    """Keys of `stage.shaping`."""
 
     potential: Annotated[Any, slot("potential")]
     weight: Positive

@@ -1,4 +1,4 @@
-"""What a user sets and nothing reads: values and options of nodes that a stage, or an evaluation, has no use for."""
+"""Find keys that the user sets although the stage, or the evaluation, does not read them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _FABRIC = {"accelerator", "devices", "num_nodes", "precision"}  # keys of the tr
 _BOUNDS = {"stage.surrogate.low", "stage.surrogate.high"}
 _UPDATES = ("updates_per_rollout", "epochs_per_rollout")
 _BUILT = {"policy", "reference", "head", "grammar", "reward", "rollout"}
-_OVERWRITTEN = {"data.batch_size"}  # an evaluation puts a value of its own there
+_OVERWRITTEN = {"data.batch_size"}  # segrl.evaluate sets it to 1
 
 
 def unread(raw: dict[str, Any], keys: Collection[str]) -> Iterator[Fault]:
-    """Yield a fault for each key, of a value or of a group's option, that is set and not read.
+    """Yield a fault for each key that is set and not read.
 
     Args:
-        raw: the configuration of a training or an evaluation, interpolations as they are written.
-        keys: that the command line sets.
+        raw: the configuration of a training or an evaluation, with unresolved interpolations.
+        keys: keys of values, and names of groups, that the command line sets.
     """
     evaluates = "suite" in raw
     for key in sorted(keys):
@@ -30,11 +30,14 @@ def unread(raw: dict[str, Any], keys: Collection[str]) -> Iterator[Fault]:
 
 
 def _in_training(raw: dict[str, Any], key: str) -> str | None:
-    """Return why a key must not be set in a training; None where it may."""
+    """Return why a key must not be set in a training, or None if it may be set."""
     root = key.partition(".")[0]
     if key in _BOUNDS and all(raw["stage"].get(name) == 1 for name in _UPDATES):
-        return f"must not be set with one update per rollout, where the ratio that it bounds is 1 (stage.{_UPDATES[0]}=2)"
-    if root not in _BUILT or raw.get(root) is None:  # reference=none leaves nothing unread
+        return (
+            "must not be set with one update per rollout, "
+            f"where the ratio that it bounds is 1 (stage.{_UPDATES[0]}=2)"
+        )
+    if root not in _BUILT or raw.get(root) is None:  # reference=none sets no keys
         return None
     if root in {ref.split(".")[0] for ref in references(raw)}:
         return None
@@ -42,7 +45,7 @@ def _in_training(raw: dict[str, Any], key: str) -> str | None:
 
 
 def _in_evaluation(raw: dict[str, Any], key: str) -> str | None:
-    """Return why a key must not be set in an evaluation; None where it may."""
+    """Return why a key must not be set in an evaluation, or None if it may be set."""
     root, _, rest = key.partition(".")
     if root in _TRAINING:
         return f"must not be set in an evaluation, which reads no {root}"
@@ -60,7 +63,13 @@ def _in_evaluation(raw: dict[str, Any], key: str) -> str | None:
 
 
 def _reads_data(raw: dict[str, Any], key: str, testsets: dict[str, Any] | None) -> bool:
-    """Whether an evaluation reads a key of `data`: of its test sets, and what they refer to, unless others are scored."""
+    """Return whether an evaluation reads a key of `data`, directly or through references.
+
+    Args:
+        raw: see `unread`.
+        key: `data` or a key in it.
+        testsets: the test sets that are scored; if None or empty, those of `data.module.test` are.
+    """
     found = {"data.workers"} if testsets else {"data.workers", "data.module.test", "data.published"}
     if key == "data":
         return not testsets
@@ -71,7 +80,7 @@ def _reads_data(raw: dict[str, Any], key: str, testsets: dict[str, Any] | None) 
         found.add(ref)
         try:
             waiting |= references(lookup(raw, ref)) - found
-        except KeyError:  # told by the walk over all keys
+        except KeyError:  # reported by `walk`
             continue
     found -= _OVERWRITTEN
     return any(f"{ref}.".startswith(f"{key}.") or f"{key}.".startswith(f"{ref}.") for ref in found)

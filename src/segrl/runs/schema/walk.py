@@ -1,7 +1,7 @@
-"""Every key of a configuration with the part and field that it must fit, found along its interpolations.
+"""Walk over a configuration, follow its interpolations, and check each key against the field that reads it.
 
-`data.module.batch_size: ${data.batch_size}` makes `data.batch_size` a key that must fit
-`SegDataModule.batch_size`: a key has the type of what reads it, and a fault names the key that a user writes.
+Example: `data.module.batch_size: ${data.batch_size}`. The value stands at `data.batch_size`, so that key must
+fit the field `batch_size` of `data.module`, and an error message names `data.batch_size`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TRAINERS = {
 
 
 class ForeignPart(Fault):
-    """A file from elsewhere names a part, `target`, that is not segrl's."""
+    """The fault that a configuration file from elsewhere names a part, `target`, that segrl does not know."""
 
     def __init__(self, key: str, target: str) -> None:
         super().__init__(key, f"must be a part of segrl in a file from elsewhere; got {target}")
@@ -34,7 +34,7 @@ class ForeignPart(Fault):
 
 
 class Typed(NamedTuple):
-    """A key, and the field that its value must fit."""
+    """A key and the field that its value must fit."""
 
     key: str
     model: type[Part]
@@ -42,12 +42,12 @@ class Typed(NamedTuple):
 
     @property
     def schema(self) -> dict[str, Any]:
-        """JSON schema of the field."""
+        """Return the JSON schema of the field."""
         return described(self.model)[self.field]
 
 
 class _Written(Part):
-    """What is written into the middle of a path."""
+    """The field for a value that is interpolated into a longer string, such as a path."""
 
     piece: Text | int | float
 
@@ -56,10 +56,10 @@ class Walk:
     """One walk over an unresolved configuration.
 
     Args:
-        raw: the configuration as plain containers, interpolations as they are written.
-        command: keys of the top level.
-        typed: keys under which a part that is not segrl's may be named, and is imported to look at its
-            constructor; None allows all.
+        raw: the configuration as plain containers, with unresolved interpolations.
+        command: model of the top-level keys.
+        typed: `_target_` keys that may name a part that is not segrl's; such a part is imported, to compare
+            its constructor with the keys. None allows it everywhere.
     """
 
     def __init__(
@@ -70,11 +70,18 @@ class Walk:
         self.referred = references(raw)
 
     def __iter__(self) -> Iterator[Typed | Fault]:
-        """Yield each key once per field that it must fit, and what is wrong with the structure itself."""
+        """Yield each key once per field that it must fit, and a fault for each error of structure."""
         yield from self._fields("", self.raw, self.command)
 
     def _source(self, path: str, value: Any) -> tuple[str, Any]:  # noqa: ANN401
-        """Return where a value stands that is written as `${key}`, and the value; raises Fault where it does not."""
+        """Follow a value `${key}` to the key where its value stands.
+
+        Returns:
+            That key and its value; `path` and `value` themselves if the value is no reference.
+
+        Raises:
+            Fault: if a referenced key does not exist.
+        """
         while isinstance(value, str) and (match := REFERENCE.fullmatch(value)):
             try:
                 path, value = match[1], lookup(self.raw, match[1])
@@ -83,7 +90,7 @@ class Walk:
         return path, value
 
     def _fields(self, path: str, node: dict[str, Any], model: type[Part]) -> Iterator[Typed | Fault]:
-        """The keys of one node."""
+        """Yield what one node holds: its keys, unknown keys and missing keys."""
         fields = model.model_fields
         for key, value in node.items():
             here = f"{path}.{key}" if path else str(key)
@@ -102,13 +109,13 @@ class Walk:
                 yield Fault(here, f"must be given ({needed(described(model)[key])}); it is not set")
 
     def _read(self, key: str) -> bool:
-        """Whether anything refers to a key, to what stands in it, or to the node that it stands in."""
+        """Return whether a reference names a key, a key inside it, or a node around it."""
         return any(
             f"{ref}.".startswith(f"{key}.") or f"{key}.".startswith(f"{ref}.") for ref in self.referred
         )
 
     def _unknown(self, path: str, key: str, model: type[Part], node: dict[str, Any]) -> Fault:
-        """A key that a part does not take."""
+        """Return the fault for a key that a node does not take."""
         here = f"{path}.{key}" if path else key
         if path == "trainer" and key in _TRAINERS:
             return Fault(
@@ -122,9 +129,13 @@ class Walk:
         return Fault(here, f"there is no such key{near_by}", unknown=True)
 
     def _field(
-        self, here: str, value: Any, model: type[Part], field: str  # noqa: ANN401
-    ) -> Iterator[Typed | Fault]:  # fmt: skip
-        """One key: a value, a node, or several nodes."""
+        self,
+        here: str,
+        value: Any,  # noqa: ANN401
+        model: type[Part],
+        field: str,
+    ) -> Iterator[Typed | Fault]:
+        """Yield what one key holds: a value, a node, or several nodes."""
         schema = described(model)[field]
         try:
             source, found = self._source(here, value)
@@ -152,7 +163,7 @@ class Walk:
             )
 
     def _piece(self, path: str, ref: str) -> Iterator[Typed | Fault]:
-        """A key whose value is written into another string."""
+        """Yield a key whose value is interpolated into a longer string."""
         try:
             source, _ = self._source(path, f"${{{ref}}}")
         except Fault as error:
@@ -161,7 +172,7 @@ class Walk:
         yield Typed(source, _Written, "piece")
 
     def _one(self, path: str, value: Any, place: str) -> Iterator[Typed | Fault]:  # noqa: ANN401
-        """One of several nodes."""
+        """Yield what one of several nodes holds."""
         try:
             source, found = self._source(path, value)
         except Fault as error:
@@ -170,7 +181,7 @@ class Walk:
         yield from self._node(source, found, place)
 
     def _node(self, path: str, node: Any, place: str) -> Iterator[Typed | Fault]:  # noqa: ANN401
-        """A node in its place."""
+        """Yield what a node at a place holds, unless it has been reached before."""
         if path in self.reached:
             return
         self.reached.add(path)
@@ -206,7 +217,16 @@ class Walk:
 
 
 def _own(path: str, node: dict[str, Any], target: str) -> Iterator[Fault]:
-    """A part that is not segrl's: it must be there, and take the keys that stand beside its name."""
+    """Check a part that is not segrl's: import it, and compare its parameters with the node's keys.
+
+    Args:
+        path: key of the node.
+        node: with `_target_` and arguments.
+        target: the `_target_`.
+
+    Yields:
+        A fault if Python cannot find or call the part, and one for each key that it does not take.
+    """
     from hydra._internal.utils import _locate
 
     name = target.rpartition(".")[2]
@@ -219,7 +239,7 @@ def _own(path: str, node: dict[str, Any], target: str) -> Iterator[Fault]:
         return
     try:
         taken = inspect.signature(made).parameters
-    except ValueError:  # of a builtin
+    except ValueError:  # some builtins have no signature
         return
     if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values()):
         return
@@ -232,23 +252,24 @@ def _own(path: str, node: dict[str, Any], target: str) -> Iterator[Fault]:
 
 
 def near(word: str, words: Any, path: str) -> str:  # noqa: ANN401 - any collection of names
-    """Return "; did you mean ...?", if anything is near, else ""."""
+    """Return "; did you mean ...?" if a word resembles one of `words`, else ""."""
     found = difflib.get_close_matches(word, [str(one) for one in words], n=1, cutoff=0.6)
     return f"; did you mean {path + '.' if path else ''}{found[0]}?" if found else ""
 
 
 def plain(cfg: DictConfig, resolve: bool = False) -> dict[str, Any]:
-    """Return a configuration as plain containers, with its interpolations as they are written, or resolved."""
+    """Return a configuration as plain containers, with interpolations unresolved unless `resolve`."""
     return cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=resolve))
 
 
 def faults(cfg: DictConfig, command: type[Part], typed: Collection[str] | None = None) -> list[Fault]:
-    """Return all that is wrong with the keys of a configuration, in their order.
+    """Return a fault for each key that is wrong, in the order of the configuration.
 
     Args:
         cfg: composed, or read from a file.
-        command: keys of the top level.
-        typed: of a file from elsewhere, the keys that the user has written himself; None trusts all.
+        command: model of the top-level keys.
+        typed: for a configuration file from elsewhere, the keys that the user sets on the command line: only
+            these may name parts that are not segrl's. None trusts the whole configuration.
     """
     raw = plain(cfg)
     if (looped := circle(raw)) is not None:
@@ -269,23 +290,26 @@ def faults(cfg: DictConfig, command: type[Part], typed: Collection[str] | None =
 
 
 def _misfit(cfg: DictConfig, raw: dict[str, Any], one: Typed) -> str | None:
-    """Return why a key's value does not fit; None where it fits."""
+    """Return why a key's value does not fit its field, or None if it fits."""
     if lookup(raw, one.key) == "???":
         return f"must be given ({needed(one.schema)}); it is not set"
     try:
         value = OmegaConf.select(cfg, one.key)
         if isinstance(value, DictConfig | ListConfig):
             value = OmegaConf.to_container(value, resolve=True)
-    except InterpolationToMissingValueError:  # told of the key that is missing
+    except InterpolationToMissingValueError:  # reported for the missing key itself
         return None
     except InterpolationResolutionError as error:
         reason = " ".join(str(error).splitlines()[0].split())
-        return f"must be {needed(one.schema)}; got {shown(lookup(raw, one.key))}, which cannot be looked up ({reason})"
+        return (
+            f"must be {needed(one.schema)}; got {shown(lookup(raw, one.key))}, "
+            f"which cannot be looked up ({reason})"
+        )
     return fault(one.model, one.field, value)
 
 
 def _nodes(node: object, path: str = "") -> Iterator[str]:
-    """Yield the keys of all nodes that name a part."""
+    """Yield the dotted keys of all nodes that have a `_target_`."""
     if isinstance(node, dict):
         if "_target_" in node:
             yield path
