@@ -137,7 +137,7 @@ def test_a_damaged_file_is_made_again(plain, tmp_path):
 def test_ranks_share_a_folder(plain, tmp_path):
     """Two processes that write the same files at once, and a third that reads them."""
     code = (
-        "import sys; sys.path[:0] = sys.argv[2:]; from test_embeddings import IMAGES, PROMPTS, head_of; "
+        "import sys; sys.path[:0] = sys.argv[2:]; from test_embedding_cache import IMAGES, PROMPTS, head_of; "
         "[head_of(kept=0, folder=sys.argv[1]).segment(IMAGES, PROMPTS) for _ in range(2)]"
     )
     command = [sys.executable, "-c", code, str(tmp_path), str(np.__file__), __file__.rpartition("/")[0]]

@@ -156,7 +156,7 @@ def _thought(where: str, line: Line) -> str:
 
 
 def names_places(thought: str) -> bool:
-    """Return whether a thought names coordinates, such as (120, 48); they are not rescaled with the solution."""
+    """Return whether a thought names coordinates, such as (120, 48), which are never rescaled."""
     return _PLACE.search(thought) is not None
 
 

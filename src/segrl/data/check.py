@@ -158,7 +158,7 @@ class Report:
 
     @property
     def wrong(self) -> bool:
-        """Whether a split is wrong. Duplicates do not count: some published datasets have them across splits."""
+        """Whether a split is wrong. Duplicates do not count: some published splits share images."""
         return any(split.wrong for split in self.splits)
 
     def lines(self) -> list[str]:

@@ -27,7 +27,7 @@ class Collate:
     """A collate function from samples to a batch.
 
     Args:
-        encoder, grammar: the policy's; if one is None, the batch has no prefixes (for a stage without a policy).
+        encoder, grammar: the policy's; if one is None, batches have no prefixes (for stages without a policy).
         trace: gives the answers to imitate; None if completions are sampled.
         also: grammars to imitate beside `grammar`. A hash of the sample's id picks one of them, the same in
             every epoch.
@@ -69,7 +69,7 @@ def _prefix(encoder: Encoder, grammar: Grammar, sample: Sample) -> Prefix:
 
 
 def _written(grammar: Grammar, sample: Sample, parsed: Parsed, frame: Frame) -> str:
-    """Return the answer to imitate as text. Raise ValueError, naming the sample, if `grammar` cannot render it."""
+    """Return the answer to imitate as text. Raise ValueError, naming the sample, if it cannot be rendered."""
     try:
         return grammar.render(parsed, frame)
     except ValueError as error:

@@ -14,7 +14,7 @@ from segrl.types import Sample
 
 
 def begin_worker(worker: int) -> None:
-    """Leave signals to the parent, so that a loader worker neither outlives its run nor ends before it."""
+    """Ignore stop signals and end with the parent: a worker neither outlives its run nor ends before it."""
     signals.leave_to_parent()
 
 

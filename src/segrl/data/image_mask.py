@@ -1,4 +1,4 @@
-"""Folders of images and folders of masks, paired by stem: any dataset of this shape is one YAML and no code."""
+"""Read datasets that are folders of images and folders of masks, paired by the stem of the file name."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ class FolderPair(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     images: str
-    """Folder of photographs, relative to the root, read flat."""
+    """Folder of images, relative to the root, without its sub folders."""
     masks: str
-    """Folder of ground truth, read flat; it may be the same, if `mask_suffix` tells its files apart."""
+    """Folder of masks, read likewise; may be the same folder if `mask_suffix` distinguishes the files."""
     keep: str = ""
-    """Only stems that contain this take part."""
+    """Only files whose stem contains this are used."""
     only_with_image: bool = False
-    """Masks without an image are another split's: CAMO keeps all its ground truth in one folder."""
+    """Ignore masks without an image: they belong to another split (CAMO has one mask folder)."""
     mask_suffix: str = ""
-    """What a mask's stem has behind its image's, such as _mask."""
+    """Suffix of a mask's stem after its image's stem, such as _mask."""
     objects: Sequence[int] | None = None
-    """Values of a mask (of a palette file: indices) that are the object."""
+    """Values of a mask (indices, in a palette file) that are the object; all others are background."""
     background: Sequence[int] | None = None
     """Values of a mask that are background; all others are the object."""
     resize_masks: bool = False
-    """Bring a mask of another size, but of the same shape within 1 %, to its image's size."""
+    """Resize a mask to its image's size if their aspect ratios differ by less than 1 %."""
 
     @classmethod
     def of(cls, place: int, given: Mapping[str, object]) -> FolderPair:
-        """From the configuration; ValueError naming the key that is wrong."""
+        """Return the validated entry number `place`. Raise ValueError, naming the key, if one is wrong."""
         try:
             one = cls.model_validate(dict(given))
         except ValidationError as error:
@@ -57,7 +57,7 @@ class FolderPair(BaseModel):
 
     @property
     def rule(self) -> MaskRule:
-        """How its masks are read."""
+        """Rule by which the masks are read."""
         return MaskRule(
             objects=None if self.objects is None else tuple(self.objects),
             background=None if self.background is None else tuple(self.background),
@@ -67,7 +67,7 @@ class FolderPair(BaseModel):
 
 @dataclass(slots=True, kw_only=True)
 class Pairing:
-    """What two folders hold: the pairs in order, and all that has no partner."""
+    """Contents of two folders: the pairs in order, and the stems without a partner."""
 
     pairs: list[tuple[Path, Path]] = field(default_factory=list)
     without_mask: set[str] = field(default_factory=set)
@@ -78,12 +78,12 @@ class Pairing:
 
 
 def _left(unread: Counter[str]) -> str:
-    """Return " (not read: ...)" with the numbers of such files, to end an error message; "" if there are none."""
+    """Return " (not read: ...)" with the counts, to end an error message; "" if there are none."""
     return f" (not read: {counted(unread)})" if unread else ""
 
 
 def _files(folder: Path, keep: str, faults: list[str], unread: Counter[str]) -> dict[str, Path]:
-    """Stem (its letters composed) to file; two files of one stem are a fault."""
+    """Return the files by stem (in NFC), if the stem contains `keep`; two files with one stem are a fault."""
     found: dict[str, Path] = {}
     for path in listed(folder, SUFFIXES, unread, faults):
         stem = normalize("NFC", path.stem)
@@ -98,7 +98,7 @@ def _files(folder: Path, keep: str, faults: list[str], unread: Counter[str]) -> 
 def pairing(
     images: Path, masks: Path, keep: str, only_with_image: bool = False, mask_suffix: str = ""
 ) -> Pairing:
-    """Image and mask files of one folder pair, by stem; nothing is refused. Arguments as in `FolderPair`."""
+    """Return the pairs and the faults of one folder pair. Faults raise no error. Arguments as in `FolderPair`."""
     found = Pairing()
     for folder in (images, masks):
         if not folder.is_dir():
@@ -123,10 +123,11 @@ def pairing(
 def pair(
     images: Path, masks: Path, keep: str, only_with_image: bool = False, mask_suffix: str = ""
 ) -> list[tuple[Path, Path]]:
-    """The pairs of two folders, if all is well with them.
+    """Return the (image, mask) pairs of two folders. Arguments as in `FolderPair`.
 
     Raises:
-        ValueError: naming the first five files that stand alone, or the folder that is missing or empty.
+        ValueError: if a folder is missing, there is no pair, two files have one stem, or files lack a partner.
+            The message names the first five of these.
     """
     found = pairing(images, masks, keep, only_with_image, mask_suffix)
     if found.faults:
@@ -138,7 +139,8 @@ def pair(
         )
     if found.without_image:
         raise ValueError(
-            f"{images}: an image for every mask is needed; there is none for {first_names(found.without_image)}"
+            f"{images}: an image for every mask is needed; "
+            f"there is none for {first_names(found.without_image)}"
             f"{_left(found.unread)}"
         )
     if not found.pairs:
@@ -151,7 +153,7 @@ def pair(
 
 
 def _deeper(key: str, folder: Path) -> str:
-    """The sub folders that hold images, where somebody may have meant one of them."""
+    """Return a hint that names the first sub folder with images, to end an error message; "" if none has any."""
     held = [
         path
         for path in sorted(folder.iterdir())
@@ -161,10 +163,11 @@ def _deeper(key: str, folder: Path) -> str:
 
 
 def pair_maps(predictions: Path, truths: Path, keep: str) -> list[tuple[Path, Path]]:
-    """Predicted maps and ground truth of two folders, by stem: every truth has its map, and every map its truth.
+    """Return the (map, ground truth) pairs of two folders, by stem; only stems that contain `keep` are used.
 
     Raises:
-        ValueError: naming the first five files that stand alone, or the folder that is missing or empty.
+        ValueError: if a folder is missing, there is no ground truth, two files have one stem, or files lack a
+            partner. The message names the first five of these.
     """
     for key, folder in (("pred", predictions), ("gt", truths)):
         if not folder.is_dir():
@@ -196,15 +199,16 @@ def pair_maps(predictions: Path, truths: Path, keep: str) -> list[tuple[Path, Pa
 
 
 class ImageMaskFolders(OnDisk):
-    """One or more folder pairs in a row.
+    """A dataset of one or more folder pairs, in order.
 
     Args:
-        root: of the dataset as downloaded.
-        folders: of each pair, the keys of `FolderPair`: `images` and `masks`, the others where they are needed.
-        side: resize to this square, image and mask together; none leaves them as they are.
+        root: root folder of the dataset as downloaded.
+        folders: one mapping for each pair, with the keys of `FolderPair`; `images` and `masks` are required.
+        side: image and mask are resized to a square of this side; None keeps their size.
 
     Raises:
-        ValueError: if a folder is missing or empty, or files stand alone; on access, if a file is unfit.
+        ValueError: if a key is wrong, a folder is missing or empty, files lack a partner, or `check_pair` finds
+            a file unfit. On access: if a file is found unfit only when it is decoded.
     """
 
     def __init__(self, root: str, folders: Sequence[Mapping[str, object]], side: int | None) -> None:
@@ -221,7 +225,7 @@ class ImageMaskFolders(OnDisk):
 
     @classmethod
     def survey(cls, root: str, folders: Sequence[Mapping[str, object]], side: int | None) -> Survey:
-        """What the folders hold, fit or not; `side` changes nothing. ValueError for a key that is wrong."""
+        """List all pairs and faults; `side` is ignored. Raise ValueError, naming the key, if one is wrong."""
         found, base = Survey(), Path(root)
         for place, given in enumerate(folders):
             one = FolderPair.of(place, given)
@@ -249,7 +253,7 @@ class ImageMaskFolders(OnDisk):
 
     @staticmethod
     def _named(root: Path, image: Path, several: bool) -> str:
-        """The image's name, with its folder where there are several that may share names."""
+        """Return a sample's id: the image's stem, with its folder if there are several folder pairs."""
         return image.relative_to(root).with_suffix("").as_posix() if several else image.stem
 
     @staticmethod
@@ -257,16 +261,16 @@ class ImageMaskFolders(OnDisk):
         return replace(read_pair(image, mask, rule=rule), id=name)
 
     def __len__(self) -> int:
-        """Number of pairs."""
+        """Return the number of pairs."""
         return len(self.pairs)
 
     @property
     def ids(self) -> list[str]:
-        """Of all samples, in order."""
+        """Ids of all samples, in order."""
         return [self._named(self.root, image, self.several) for image, _, _ in self.pairs]
 
     def __getitem__(self, index: int) -> Sample:
-        """Read one pair."""
+        """Read one pair, resized to `side`."""
         image, mask, rule = self.pairs[index]
         name = self._named(self.root, image, self.several)
         with sample_of(name):

@@ -1,4 +1,4 @@
-"""One image file to pixels: which formats are decoded, how a picture is turned, and what its modes mean."""
+"""Decode image files: the accepted formats, EXIF orientation, and the conversion of modes to pixels."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from PIL import Image
 
 from segrl.data.boundary import reading
 
-warnings.filterwarnings("ignore", module="PIL")  # Pillow's warnings name no file
+warnings.filterwarnings("ignore", module="PIL")  # Pillow's warnings do not name the file
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
-"""Suffixes, in lower case, of the files that are taken for images in a folder."""
+"""Suffixes, in lower case, of image files in a folder."""
 NEEDED = "an image is needed; the file cannot be decoded"
 
-# Others call programs (EPS), or have layers and no single picture.
+# Other formats run programs (EPS) or hold layers instead of one image.
 _FORMATS = ("PNG", "JPEG", "MPO", "BMP", "TIFF", "WEBP", "AVIF", "GIF", "PPM", "JPEG2000")
 _ORIENTATION = 0x0112  # EXIF
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-_SIDEWAYS = 5  # orientations from here on exchange height and width
+_SIDEWAYS = 5  # orientations from this one on swap height and width
 _COLOURS = frozenset({"1", "L", "P", "PA", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
 _SIXTEEN = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -42,10 +43,10 @@ def _formats() -> tuple[str, ...]:
 
 
 def decoded(path: Path, content: bytes | None = None) -> Image.Image:
-    """Return the decoded file, or bytes of it, as it is stored.
+    """Return the decoded image as stored, without rotation, from the file or from `content`.
 
     Raises:
-        ValueError: naming a file that is no image, is cut off, or holds several pictures.
+        ValueError: if the file is not an image of these formats, is cut off, or is refused by `loaded`.
     """
     with reading(path, NEEDED):
         try:
@@ -55,12 +56,15 @@ def decoded(path: Path, content: bytes | None = None) -> Image.Image:
             stored = path.read_bytes() if content is None else content
             if not stored.startswith(_PNG):
                 raise
-        # Pillow refuses a PNG for metadata beyond 1 MB, and a picture does not need them
+        # Pillow refuses a PNG with more than 1 MB of metadata, which the pixels do not depend on
         return loaded(path, Image.open(BytesIO(_without_metadata(stored)), formats=_formats()))
 
 
 def _without_metadata(content: bytes) -> bytes:
-    """Return a PNG's bytes without its text and colour-profile chunks. A damaged chunk is kept, so that Pillow refuses it."""
+    """Return a PNG's bytes without its text and colour-profile chunks.
+
+    XMP is kept, because it may hold the orientation. Other chunks are copied unchecked: Pillow refuses damage.
+    """
     kept, at = [content[:8]], 8
     while at + 8 <= len(content):
         (length,) = struct.unpack_from(">I", content, at)
@@ -72,11 +76,15 @@ def _without_metadata(content: bytes) -> bytes:
 
 
 def loaded(where: object, image: Image.Image) -> Image.Image:
-    """Decode an image that was opened, and return it. Raises ValueError naming one that is none, or is several pictures."""
+    """Decode an opened image and return it.
+
+    Raises:
+        ValueError: if it cannot be decoded, has no pixels, holds several images, is a CMYK JPEG without Adobe's
+            marker, or has 16-bit colour channels that are all 0 in 8 bits.
+    """
     with reading(where, NEEDED):
-        if image.format != "MPO" and getattr(
-            image, "is_animated", False
-        ):  # MPO: a photograph of a phone, whose other pictures are previews
+        # MPO is a phone's photograph with previews.
+        if image.format != "MPO" and getattr(image, "is_animated", False):
             raise ValueError(f"{where}: one picture is needed; this {image.format} file holds several")
         deep = (
             any(";16" in str(tile.args) for tile in getattr(image, "tile", ())) and len(image.getbands()) > 1
@@ -104,20 +112,23 @@ class Header:
     size: tuple[int, int]
     """Width and height as stored."""
     turn: int
-    """EXIF's orientation, 1 to 8."""
+    """EXIF orientation, 1 to 8."""
     mode: str
     """Pillow's mode: "L", "RGB", "CMYK" ..."""
 
     @property
     def shown(self) -> tuple[int, int]:
-        """Width and height as the camera meant the picture to be seen."""
+        """Width and height after the EXIF rotation."""
         return self.size[::-1] if self.turn >= _SIDEWAYS else self.size
 
 
 def header(path: Path, content: bytes | None = None) -> Header:
-    """Return what a file's beginning says. Raises ValueError naming what is no image.
+    """Return size, orientation and mode from an image's header.
 
-    Only of a PNG with more metadata than Pillow reads the picture is decoded.
+    If Pillow raises ValueError, as for a PNG with too much metadata, the whole image is decoded.
+
+    Raises:
+        ValueError: if the file is not an image.
     """
     with reading(path, NEEDED):
         try:
@@ -129,9 +140,9 @@ def header(path: Path, content: bytes | None = None) -> Header:
 
 
 def orientation(image: Image.Image) -> int:
-    """Return EXIF's orientation, 1 to 8; 1 where there is none, it is broken, or is no such number.
+    """Return the EXIF orientation, 1 to 8; 1 if it is missing, damaged or out of range.
 
-    A TIFF counts as 1: Pillow turns it while it decodes.
+    For a TIFF return 1, because Pillow applies its orientation when it decodes.
     """
     if image.format == "TIFF":
         return 1
@@ -153,17 +164,18 @@ def orientation(image: Image.Image) -> int:
 
 
 def turned(pixels: Image.Image, turn: int) -> Image.Image:
-    """Return the picture as an orientation says that it is to be seen."""
+    """Return the image with an EXIF orientation applied."""
     return pixels.transpose(_TURNS[turn]) if turn in _TURNS else pixels
 
 
 def in_rgb(where: object, image: Image.Image) -> np.ndarray:
-    """Return a decoded picture as uint8 RGB `[H, W, 3]`.
+    """Return a decoded image as uint8 RGB `[H, W, 3]`.
 
-    Grey, palette, inks and transparency are converted. 16-bit grey scales to 8 bits, unless all its values are those of 8 bits.
+    Grey, palette, CMYK and transparent images are converted. 16-bit grey is scaled to 8 bits if a value is
+    above 255, and taken as it is otherwise.
 
     Raises:
-        ValueError: naming a mode that has no such reading.
+        ValueError: if the mode cannot be converted, or values leave 16 bits.
     """
     with reading(where, NEEDED):
         if image.mode in _SIXTEEN:
@@ -172,7 +184,8 @@ def in_rgb(where: object, image: Image.Image) -> np.ndarray:
             return np.stack([grey] * 3, -1)
         if image.mode not in _COLOURS:
             raise ValueError(
-                f"{where}: a picture in grey or colour of 8 or 16 bits is needed; this one is {image.mode} in Pillow's words"
+                f"{where}: a picture in grey or colour of 8 or 16 bits is needed; "
+                f"this one is {image.mode} in Pillow's words"
             )
         if image.mode in ("RGBa", "La"):
             image = image.convert(f"{image.mode[:-1]}A")
@@ -180,7 +193,11 @@ def in_rgb(where: object, image: Image.Image) -> np.ndarray:
 
 
 def sixteen(where: object, image: Image.Image) -> np.ndarray:
-    """Return the values `[H, W]` of a grey picture of more than 8 bits. Raises ValueError naming one that leaves 16 bits."""
+    """Return the values `[H, W]` of a grey image of more than 8 bits, as int32 (mode "I") or uint16.
+
+    Raises:
+        ValueError: if a value is not in 0..65535.
+    """
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(

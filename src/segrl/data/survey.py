@@ -41,7 +41,7 @@ class Piece:
 
 
 def sample_of(name: str) -> AbstractContextManager[None]:
-    """Return a context in which failures of reading become a ValueError that names the sample; see `reading`."""
+    """Return a context in which failures become a ValueError that names the sample; see `reading`."""
     return reading(name, "a sample that can be read is needed")
 
 
@@ -71,8 +71,8 @@ class Survey:
 class OnDisk(Dataset[Sample]):
     """Base class of datasets of files.
 
-    A subclass has a class method `survey` with the constructor's arguments. It reports faults of files instead
-    of raising an error.
+    A subclass has a class method `survey` with the constructor's arguments. It reports faults of
+    files instead of raising an error.
     """
 
 
