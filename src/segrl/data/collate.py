@@ -27,7 +27,7 @@ class Collate:
     """A collate function from samples to a batch.
 
     Args:
-        encoder, grammar: the policy's; if one is None, batches have no prefixes (for stages without a policy).
+        encoder, grammar: the policy's; if one is None, batches have no prefixes (stages without a policy).
         trace: gives the answers to imitate; None if completions are sampled.
         also: grammars to imitate beside `grammar`. A hash of the sample's id picks one of them, the same in
             every epoch.

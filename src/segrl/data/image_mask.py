@@ -98,7 +98,7 @@ def _files(folder: Path, keep: str, faults: list[str], unread: Counter[str]) -> 
 def pairing(
     images: Path, masks: Path, keep: str, only_with_image: bool = False, mask_suffix: str = ""
 ) -> Pairing:
-    """Return the pairs and the faults of one folder pair. Faults raise no error. Arguments as in `FolderPair`."""
+    """Return pairs and faults of one folder pair, without raising an error. Arguments as in `FolderPair`."""
     found = Pairing()
     for folder in (images, masks):
         if not folder.is_dir():
@@ -126,8 +126,8 @@ def pair(
     """Return the (image, mask) pairs of two folders. Arguments as in `FolderPair`.
 
     Raises:
-        ValueError: if a folder is missing, there is no pair, two files have one stem, or files lack a partner.
-            The message names the first five of these.
+        ValueError: if a folder is missing, there is no pair, two files have one stem, or files lack a
+            partner. The message names at most five of these.
     """
     found = pairing(images, masks, keep, only_with_image, mask_suffix)
     if found.faults:
@@ -153,7 +153,7 @@ def pair(
 
 
 def _deeper(key: str, folder: Path) -> str:
-    """Return a hint that names the first sub folder with images, to end an error message; "" if none has any."""
+    """Return a hint at the first sub folder with images, to end an error message; "" if there is none."""
     held = [
         path
         for path in sorted(folder.iterdir())
@@ -167,7 +167,7 @@ def pair_maps(predictions: Path, truths: Path, keep: str) -> list[tuple[Path, Pa
 
     Raises:
         ValueError: if a folder is missing, there is no ground truth, two files have one stem, or files lack a
-            partner. The message names the first five of these.
+            partner. The message names at most five of these.
     """
     for key, folder in (("pred", predictions), ("gt", truths)):
         if not folder.is_dir():
@@ -207,8 +207,8 @@ class ImageMaskFolders(OnDisk):
         side: image and mask are resized to a square of this side; None keeps their size.
 
     Raises:
-        ValueError: if a key is wrong, a folder is missing or empty, files lack a partner, or `check_pair` finds
-            a file unfit. On access: if a file is found unfit only when it is decoded.
+        ValueError: if a key is wrong, a folder is missing or empty, files lack a partner, or `check_pair`
+            finds a file unfit. On access: if a file is found unfit only when it is decoded.
     """
 
     def __init__(self, root: str, folders: Sequence[Mapping[str, object]], side: int | None) -> None:

@@ -28,7 +28,7 @@ class Line(BaseModel):
     query: str | None = None
     """The object to segment; None if the task's constant instruction suffices."""
     id: str | None = None
-    """Unique id. If None, the image's stem, followed by the 0-based line number if several lines have that stem."""
+    """Unique id. If None: the image's stem, and the 0-based line number if several lines have that stem."""
 
 
 def _line(path: Path, number: int, text: bytes) -> Line:

@@ -63,7 +63,7 @@ def decoded(path: Path, content: bytes | None = None) -> Image.Image:
 def _without_metadata(content: bytes) -> bytes:
     """Return a PNG's bytes without its text and colour-profile chunks.
 
-    XMP is kept, because it may hold the orientation. Other chunks are copied unchecked: Pillow refuses damage.
+    XMP is kept, because it may hold the orientation. Other chunks are not checked; Pillow refuses damage.
     """
     kept, at = [content[:8]], 8
     while at + 8 <= len(content):
@@ -79,8 +79,8 @@ def loaded(where: object, image: Image.Image) -> Image.Image:
     """Decode an opened image and return it.
 
     Raises:
-        ValueError: if it cannot be decoded, has no pixels, holds several images, is a CMYK JPEG without Adobe's
-            marker, or has 16-bit colour channels that are all 0 in 8 bits.
+        ValueError: if it cannot be decoded, has no pixels, holds several images, is a CMYK JPEG without
+            Adobe's marker, or has 16-bit colour channels whose upper bytes are all 0.
     """
     with reading(where, NEEDED):
         # MPO is a phone's photograph with previews.
@@ -99,8 +99,8 @@ def loaded(where: object, image: Image.Image) -> Image.Image:
             )
         if deep and not np.asarray(image)[..., :3].any():
             raise ValueError(
-                f"{where}: 16 bits a channel that reach above 255 are needed; these hold nothing, or values of "
-                "8 bits (save it with 8 bits a channel)"
+                f"{where}: 16 bits a channel that reach above 255 are needed; these hold nothing, "
+                "or values of 8 bits (save it with 8 bits a channel)"
             )
     return image
 

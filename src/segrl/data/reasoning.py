@@ -1,4 +1,4 @@
-"""ReasonSeg as downloaded: photographs, and beside each a JSON of sentences and polygons."""
+"""Read ReasonSeg as downloaded: photographs, each with a JSON file of sentences and polygons."""
 
 from __future__ import annotations
 
@@ -18,29 +18,33 @@ from segrl.data.transforms import read_image
 from segrl.types import Sample
 
 _TARGET, _IGNORED = 1, 255
-_FARTHEST = 32_767  # of a coordinate from 0: OpenCV's own arithmetic is in 16 bits before the point
+_FARTHEST = 32_767  # largest absolute coordinate: OpenCV's fixed-point numbers have 16 bits before the point
 
 
 Coordinate = Annotated[float, Field(ge=-_FARTHEST, le=_FARTHEST, allow_inf_nan=False)]
 
 
 class Shape(BaseModel):
-    """One polygon; "flag" marks one that means nothing, "ignore" a region that is not scored."""
+    """One polygon. `draw` skips the label "flag"; regions whose label contains "ignore" are not scored."""
 
     label: str
     points: list[tuple[Coordinate, Coordinate]] = Field(min_length=1)
 
 
 class Annotation(BaseModel):
-    """One JSON file."""
+    """Contents of one JSON file."""
 
     text: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
-    """The question and its paraphrases; the first is the one that is scored."""
+    """The question and its paraphrases; scores use the first one."""
     shapes: list[Shape]
 
 
 def read_annotation(path: Path) -> Annotation:
-    """A JSON in utf-8 or, as some of the published files are, cp1252; ValueError naming what is no annotation."""
+    """Read a JSON file in UTF-8 or, as some of the published files are, cp1252.
+
+    Raises:
+        ValueError: if the file cannot be read or is not an annotation.
+    """
     with reading(path, "JSON is needed"):
         content = path.read_bytes()
         try:
@@ -56,6 +60,7 @@ def read_annotation(path: Path) -> Annotation:
 
 
 def _fill(canvas: np.ndarray, shape: Shape, value: int) -> None:
+    """Draw a polygon, outline and inside, into `canvas`."""
     import cv2
 
     corners = [np.array(shape.points, np.int32)]
@@ -64,10 +69,10 @@ def _fill(canvas: np.ndarray, shape: Shape, value: int) -> None:
 
 
 def draw(shapes: list[Shape], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Target and ignored pixels, each bool `[height, width]`, in the published order.
+    """Return target and ignored pixels, each bool `[height, width]`.
 
-    As LISA's `data_processing.py` draws: coordinates cut off to integers, outline and inside, the largest polygon first,
-    so that smaller ones lie above it whatever they are.
+    As in LISA's `data_processing.py`: coordinates are truncated to integers, outline and inside are drawn,
+    and polygons are drawn by decreasing area. A smaller one therefore covers a larger one, with either label.
     """
     drawn = [shape for shape in shapes if shape.label.lower() != "flag"]
     areas = []
@@ -82,26 +87,34 @@ def draw(shapes: list[Shape], height: int, width: int) -> tuple[np.ndarray, np.n
 
 
 def _read(image: Path, annotation: Annotation, sentence: int, name: str) -> Sample:
-    """One sample, upright as the camera meant it: the polygons were drawn on the photograph as it is shown."""
+    """Read one sample with the EXIF rotation applied: the polygons were drawn on the rotated photograph."""
     pixels = read_image(image, upright=True)
     mask, ignore = draw(annotation.shapes, *pixels.shape[:2])
     return Sample(
-        id=name, image=pixels, mask=mask, query=annotation.text[sentence].strip(), path=image, cluster=image.stem,
+        id=name,
+        image=pixels,
+        mask=mask,
+        query=annotation.text[sentence].strip(),
+        path=image,
+        cluster=image.stem,
         ignore=ignore if ignore.any() else None,
-    )  # fmt: skip
+    )
 
 
 class ReasonSeg(Pieces):
-    """One sample per photograph, or per sentence. Ids are stems, with the sentence's number where all are taken.
+    """A dataset of one sample per photograph, or per sentence.
+
+    Ids are the stems of the photographs, followed by the number of the sentence if `every_sentence` is true.
 
     Args:
         root: folder that holds `train`, `val` and `test`.
-        split: one of them.
-        every_sentence: paraphrases are samples of their own, for training; scores look at the first sentence alone.
-        side: resize to this square, image and mask together; none leaves them as they are.
+        split: name of one of these folders.
+        every_sentence: whether paraphrases are samples, too (for training); if not, only the first sentence.
+        side: image and mask are resized to a square of this side; None keeps their size.
 
     Raises:
-        ValueError: if the folder is missing or empty, files stand alone, or a JSON is no annotation.
+        ValueError: if the folder is missing or empty, files lack a partner or share a stem, or a JSON file is
+            not an annotation. On access: if an image is unfit.
     """
 
     def __init__(self, root: str, split: str, every_sentence: bool, side: int | None) -> None:
@@ -111,12 +124,14 @@ class ReasonSeg(Pieces):
             raise ValueError(found.faults[0])
         if found.without_mask:
             raise ValueError(
-                f"{folder}: a .json for every image is needed; there is none for {first_names(found.without_mask)}"
+                f"{folder}: a .json for every image is needed; "
+                f"there is none for {first_names(found.without_mask)}"
                 f"{left}"
             )
         if found.without_image:
             raise ValueError(
-                f"{folder}: an image for every .json is needed; there is none for {first_names(found.without_image)}"
+                f"{folder}: an image for every .json is needed; "
+                f"there is none for {first_names(found.without_image)}"
                 f"{left}"
             )
         if not found.pieces:
@@ -127,12 +142,12 @@ class ReasonSeg(Pieces):
 
     @classmethod
     def survey(cls, root: str, split: str, every_sentence: bool, side: int | None) -> Survey:
-        """What the split holds, by photograph: paraphrases are not counted, and `side` changes nothing."""
+        """List one sample per photograph, and all faults; `every_sentence` and `side` are ignored."""
         return cls._listed(root, split, False)
 
     @staticmethod
     def _listed(root: str, split: str, every_sentence: bool) -> Survey:
-        """Photographs with their annotations, and what stands alone."""
+        """Return the samples of the split, the files without a partner, and the faults."""
         folder, found = Path(root) / split, Survey()
         if not folder.is_dir():
             found.faults.append(

@@ -1,6 +1,7 @@
-"""The RefCOCO family as downloaded: a refs file, `instances.json`, and COCO's images.
+"""Read the RefCOCO family as downloaded: a refs file, `instances.json`, and COCO's images.
 
-RefCOCO, RefCOCO+ and RefCOCOg have `refs(<split_by>).p`, one object per ref; gRefCOCO has `grefs(unc).json`, any number, or none.
+RefCOCO, RefCOCO+ and RefCOCOg have `refs(<split_by>).p`, with one object per ref. gRefCOCO has
+`grefs(unc).json`, with any number of objects per ref, also 0.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from segrl.data.survey import OnDisk, Piece, Survey, first_names, sample_of
 from segrl.data.transforms import read_image, squash
 from segrl.types import Sample
 
-_NOTHING = -1  # gRefCOCO's mark of a sentence that names no object
+_NOTHING = -1  # gRefCOCO's annotation id of a sentence that names no object
 
 
 def belongs(ref_split: str, split: str) -> bool:
-    """Whether a ref is of a split, as the refer API has it: Google's `testAB` is of testA and of testB, and `test` is all of them."""
+    """Return whether a ref is in a split, as in the refer API.
+
+    Google's `testAB` is in testA and in testB; the split `test` contains every name that begins with "test".
+    """
     if split in ("testA", "testB", "testC"):
         return ref_split.startswith("test") and split[-1] in ref_split[4:]
     return ref_split.startswith("test") if split == "test" else ref_split == split
@@ -31,36 +35,40 @@ def belongs(ref_split: str, split: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Annotations:
-    """The refs of one split, and what they point to."""
+    """The refs of one split, with the objects and images that they refer to."""
 
     path: Path
     """The refs file."""
     refs: list[dict[str, Any]]
-    """Those of the split that have a sentence; gRefCOCO holds some without, which its owners say to skip."""
+    """Refs of the split with at least one sentence; gRefCOCO's owners say to skip the others."""
     objects: dict[int, dict[str, Any]]
+    """COCO's annotations by id."""
     pictures: dict[int, dict[str, Any]]
+    """COCO's image entries by id."""
     images: Path
+    """Folder of the images."""
 
     @classmethod
     def read(cls, annotations: str, images: str, refs: str, split: str) -> Annotations:
-        """From the files; ValueError naming one that is missing or is not what it should be."""
+        """Read the files. Raise ValueError, naming the file, if one is missing or malformed."""
         path, instances = Path(annotations) / refs, Path(annotations) / "instances.json"
         chosen = [ref for ref in read_refs(path) if belongs(ref["split"], split) and ref["sentences"]]
         if not is_file(instances) or not Path(images).is_dir():
             missing = images if is_file(instances) else instances
             raise ValueError(
-                f"data: annotations and images are needed; there is no {missing} (set data.root, or the root of the test set)"
+                f"data: annotations and images are needed; there is no {missing} "
+                "(set data.root, or the root of the test set)"
             )
         objects, pictures = read_instances(instances)
         return cls(path=path, refs=chosen, objects=objects, pictures=pictures, images=Path(images))
 
     def named(self, ref: dict[str, Any]) -> list[int]:
-        """Ids of the objects that a ref names; none where it names nothing."""
+        """Return the ids of the objects that a ref names; empty if it names no object."""
         ids = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
         return [one for one in ids if one != _NOTHING]
 
     def faults(self) -> list[str]:
-        """Refs that point to nothing, one line each."""
+        """Return a line for each image or object of a ref that is not in `instances.json`."""
         lost = []
         for ref in self.refs:
             if ref["image_id"] not in self.pictures:
@@ -71,16 +79,22 @@ class Annotations:
                 f"{self.path}: ref {ref['ref_id']} names object {one}, not in instances.json"
                 for one in self.named(ref)
                 if one not in self.objects
-            ]  # fmt: skip
+            ]
         return lost
 
     def image(self, ref: dict[str, Any]) -> tuple[Path, tuple[int, int]]:
-        """File, height and width: found by the image's id, for the file name in a ref is not one of COCO's."""
+        """Return file, height and width by the image's id; the file name in a ref is not COCO's."""
         picture = self.pictures[ref["image_id"]]
         return found_at(self.images / picture["file_name"]), (picture["height"], picture["width"])
 
     def sample(self, ref: dict[str, Any], sentence: dict[str, Any]) -> Sample:
-        """Read one sentence's image and draw what it names; the sentence is stripped and in lower case, as LISA and its kin score it."""
+        """Read the image of a sentence and draw the objects that it names.
+
+        The query is the sentence stripped and in lower case, as in LISA and works that follow it.
+
+        Raises:
+            ValueError: if the image is unfit or of another size, or an object cannot be drawn.
+        """
         path, size = self.image(ref)
         image = read_image(path, size)
         if image.shape[:2] != size:
@@ -90,12 +104,17 @@ class Annotations:
         objects = [self._drawn(ref, one, size) for one in self.named(ref)]
         mask = np.logical_or.reduce(objects) if objects else np.zeros(size, bool)
         return Sample(
-            id=name_of(ref, sentence), image=image, mask=mask, query=str(sentence["sent"]).strip().lower(), path=path,
-            objects=np.stack(objects) if objects else np.zeros((0, *size), bool), cluster=f"image {ref['image_id']}",
-        )  # fmt: skip
+            id=name_of(ref, sentence),
+            image=image,
+            mask=mask,
+            query=str(sentence["sent"]).strip().lower(),
+            path=path,
+            objects=np.stack(objects) if objects else np.zeros((0, *size), bool),
+            cluster=f"image {ref['image_id']}",
+        )
 
     def _drawn(self, ref: dict[str, Any], one: int, size: tuple[int, int]) -> np.ndarray:
-        """The mask of an object; ValueError naming file, ref and object if its segmentation draws none."""
+        """Return an object's mask. Raise ValueError, naming file, ref and object, if it cannot be drawn."""
         where = f"{self.path.parent / 'instances.json'}: object {one} of ref {ref['ref_id']}: segmentation"
         with reading(where, "COCO's polygons or run lengths are needed"):
             try:
@@ -105,20 +124,20 @@ class Annotations:
 
 
 def name_of(ref: dict[str, Any], sentence: dict[str, Any]) -> str:
-    """Id of a sample: ref and sentence."""
+    """Return a sample's id, made of the ids of ref and sentence."""
     return f"{ref['ref_id']}-{sentence['sent_id']}"
 
 
 class Exclusion(TypedDict):
-    """Images that are another set's."""
+    """Splits of a refs file whose images are excluded."""
 
     refs: str
-    """Path of its refs file."""
+    """Path of the refs file."""
     splits: Sequence[str]
 
 
 def _images_of(exclude: Sequence[Exclusion]) -> set[int]:
-    """Ids of the images of all those splits."""
+    """Return the ids of the images of all excluded splits."""
     return {
         ref["image_id"]
         for one in exclude
@@ -128,33 +147,42 @@ def _images_of(exclude: Sequence[Exclusion]) -> set[int]:
 
 
 class ReferringExpressions(OnDisk):
-    """One sample per sentence of a split.
+    """A dataset of one sample per sentence of a split.
 
     Args:
         annotations: folder with the refs file and `instances.json`.
-        images: folder of COCO's train2014.
-        refs: file name, such as `refs(umd).p`.
-        split: "train", "val", "test", "testA", "testB".
-        count: so many objects drawn at random, one sentence each; none takes every sentence of every object.
-        seed: of that draw.
-        side: resize to this square, image and mask together; none leaves them as they are.
-        exclude: of other refs files, `refs` (path) and `splits`: their images are left out, so that what is trained on is not
-            tested on (RefCOCOg's training images are among RefCOCO's test images).
+        images: folder of COCO's train2014 images.
+        refs: name of the refs file, such as `refs(umd).p`.
+        split: "train", "val", "test", "testA", "testB" or "testC".
+        count: number of refs drawn at random, with one random sentence each; None takes every sentence.
+        seed: seed of that draw.
+        side: image and mask are resized to a square of this side; None keeps their size.
+        exclude: refs files and splits whose images are left out, so that test images are not trained on
+            (some training images of RefCOCOg are test images of RefCOCO).
 
     Raises:
-        ValueError: if a file is missing or is not what it should be, or the split is empty or too small.
+        ValueError: if a file is missing or malformed, a ref names an unknown image or object, or the split
+            has no refs or fewer than `count`. On access: if an image is unfit or an object cannot be drawn.
     """
 
     def __init__(
-        self, annotations: str, images: str, refs: str, split: str, count: int | None, seed: int, side: int | None,
+        self,
+        annotations: str,
+        images: str,
+        refs: str,
+        split: str,
+        count: int | None,
+        seed: int,
+        side: int | None,
         exclude: Sequence[Exclusion] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.annotations, self.side = Annotations.read(annotations, images, refs, split), side
         taken = _images_of(exclude)
         chosen = [ref for ref in self.annotations.refs if ref["image_id"] not in taken]
         if not chosen or (count is not None and count > len(chosen)):
             raise ValueError(
-                f"{self.annotations.path}: {count or 'some'} objects of the split {split} are needed; it has {len(chosen)}"
+                f"{self.annotations.path}: {count or 'some'} objects of the split {split} are needed; "
+                f"it has {len(chosen)}"
             )
         if faults := self.annotations.faults():
             raise ValueError(faults[0])
@@ -167,10 +195,17 @@ class ReferringExpressions(OnDisk):
 
     @classmethod
     def survey(
-        cls, annotations: str, images: str, refs: str, split: str, count: int | None, seed: int, side: int | None,
+        cls,
+        annotations: str,
+        images: str,
+        refs: str,
+        split: str,
+        count: int | None,
+        seed: int,
+        side: int | None,
         exclude: Sequence[Exclusion] = (),
-    ) -> Survey:  # fmt: skip
-        """Every sentence of the split, whatever is drawn of it or left out; `side` changes nothing."""
+    ) -> Survey:
+        """List all sentences of the split and all faults; `count`, `seed`, `side`, `exclude` are ignored."""
         try:
             of = Annotations.read(annotations, images, refs, split)
         except ValueError as error:
@@ -197,7 +232,7 @@ class ReferringExpressions(OnDisk):
     def _drawn(
         refs: Sequence[dict[str, Any]], count: int | None, seed: int
     ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """Refs and their sentences."""
+        """Return (ref, sentence) pairs: all of them, or one for each of `count` random refs."""
         if count is None:
             return [(ref, sentence) for ref in refs for sentence in ref["sentences"]]
         rng = np.random.default_rng(seed)
@@ -205,16 +240,16 @@ class ReferringExpressions(OnDisk):
         return [(ref, ref["sentences"][int(rng.integers(len(ref["sentences"])))]) for ref in chosen]
 
     def __len__(self) -> int:
-        """Number of sentences."""
+        """Return the number of sentences."""
         return len(self.rows)
 
     @property
     def ids(self) -> list[str]:
-        """Of all samples, in order: ref and sentence."""
+        """Ids of all samples, in order; see `name_of`."""
         return [name_of(ref, sentence) for ref, sentence in self.rows]
 
     def __getitem__(self, index: int) -> Sample:
-        """Read one."""
+        """Read one sample, resized to `side`."""
         ref, sentence = self.rows[index]
         with sample_of(name_of(ref, sentence)):
             sample = self.annotations.sample(ref, sentence)

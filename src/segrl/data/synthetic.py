@@ -1,8 +1,8 @@
-"""Procedural camouflage and saliency: the world of the embedded default.
+"""Generate scenes of camouflaged and salient objects: the data of the default configuration.
 
-Smooth shapes with a texture of their own lie on a textured ground; `contrast` says how far their colour departs
-from it. A scene is a pure function of (seed, split, index): the data is unlimited, and train and held-out
-scenes are disjoint by construction, because the split's name enters the random stream.
+Smooth shapes with their own texture lie on a textured background; `contrast` sets the difference of their
+colours. A scene is a pure function of (seed, split, index), so the number of scenes is unlimited. The splits
+have different random streams, because a stream is seeded with the split's name, too.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch.utils.data import Dataset
 
 from segrl.types import Sample
 
-_MIN_VISIBLE = 0.01  # an object that shows less of the image than this is drawn again
-_MOST_OBJECTS = 8  # more would hardly all show
+_MIN_VISIBLE = 0.01  # smallest visible share of the image; a shape that leaves any object less is drawn again
+_MOST_OBJECTS = 8  # more would rarely all be visible
 
 
 @lru_cache(maxsize=64)
 def _interpolation(size: int, cells: int) -> np.ndarray:
-    """float32 `[size, cells + 2]`: rows that blend two neighbouring lattice values smoothly."""
+    """Return float32 `[size, cells + 2]`, whose rows blend two neighbouring lattice values by smoothstep."""
     at = np.linspace(0, cells, size)
     low = at.astype(int)
     blend = at - low
@@ -33,7 +33,7 @@ def _interpolation(size: int, cells: int) -> np.ndarray:
 
 
 def _texture(rng: np.random.Generator, size: int, octaves: tuple[int, ...]) -> np.ndarray:
-    """Value noise float32 `[size, size]`, mean 0 and standard deviation 1."""
+    """Return value noise, float32 `[size, size]`, with mean 0 and standard deviation 1."""
     total = np.zeros((size, size), np.float32)
     for cells in octaves:
         basis = _interpolation(size, cells)
@@ -43,7 +43,7 @@ def _texture(rng: np.random.Generator, size: int, octaves: tuple[int, ...]) -> n
 
 
 def _shape(rng: np.random.Generator, size: int) -> np.ndarray:
-    """One smooth star-shaped region, bool `[size, size]`."""
+    """Return one smooth star-shaped region, bool `[size, size]`."""
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
     cx, cy = rng.uniform(0.15, 0.85, 2)
     turn, aspect = rng.uniform(0, np.pi), rng.uniform(0.6, 1.0)
@@ -64,13 +64,14 @@ def draw_scene(
     """Draw one scene.
 
     Args:
-        rng: consumed.
+        rng: the random stream; it is advanced.
         size: side in pixels.
-        contrast: range in [0, 1]; 0 camouflaged (texture and a trace of colour only), 1 salient.
-        objects: fewest and most objects, inclusive.
+        contrast: range of each object's contrast, in [0, 1]: 0 is camouflaged (another texture and a small
+            shift of colour), 1 is salient.
+        objects: smallest and largest number of objects, inclusive.
 
     Returns:
-        image uint8 `[size, size, 3]`, visible part of each object bool `[n, size, size]`.
+        The image uint8 `[size, size, 3]` and the visible part of each object, bool `[n, size, size]`.
     """
     base, tint = rng.uniform(0.2, 0.8, 3), rng.uniform(-0.15, 0.15, (2, 3))
     image = (
@@ -98,16 +99,16 @@ def draw_scene(
 
 
 class SyntheticScenes(Dataset[Sample]):
-    """`length` scenes of one split.
+    """A dataset of `length` scenes of one split.
 
     Args:
-        split: name of the random stream, such as "train" or "test"; different names never share a scene.
+        split: name of the split, such as "train" or "test"; different names have different random streams.
         length: number of scenes.
-        seed: of the whole world.
+        seed: seed of all splits.
         size, contrast, objects: see `draw_scene`.
 
     Raises:
-        ValueError: on an empty split or a range that runs backwards.
+        ValueError: if `length` is below 1, or a range is reversed or out of bounds.
     """
 
     def __init__(
@@ -133,29 +134,29 @@ class SyntheticScenes(Dataset[Sample]):
         self.contrast, self.objects = (contrast[0], contrast[1]), (objects[0], objects[1])
 
     def __len__(self) -> int:
-        """Number of scenes."""
+        """Return the number of scenes."""
         return self.length
 
     @property
     def ids(self) -> list[str]:
-        """Of all scenes, in order."""
+        """Ids of all scenes, in order."""
         return [self._id(index) for index in range(self.length)]
 
     def _id(self, index: int) -> str:
         return f"synthetic-{self.split}-{index:06d}"
 
     def stream(self, index: int) -> np.random.Generator:
-        """The random stream of one scene."""
+        """Return the random stream of one scene."""
         return np.random.default_rng([self.seed, zlib.crc32(self.split.encode()), index])
 
     def scene(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image uint8 `[size, size, 3]` and its objects bool `[n, size, size]`."""
+        """Return the image uint8 `[size, size, 3]` and its objects bool `[n, size, size]` of one scene."""
         if not 0 <= index < self.length:
             raise IndexError(index)
         return draw_scene(self.stream(index), self.size, self.contrast, self.objects)
 
     def __getitem__(self, index: int) -> Sample:
-        """The scene as a sample: its mask is the union of its objects."""
+        """Return a scene as a sample, whose mask is the union of its objects."""
         image, masks = self.scene(index)
         mask = np.logical_or.reduce(masks)
         return Sample(id=self._id(index), image=image, mask=mask, objects=masks)

@@ -1,4 +1,4 @@
-"""Image and mask files to arrays, resized together. Whatever is ambiguous in a mask is refused, not guessed."""
+"""Read image and mask files as arrays, and resize them together. An ambiguous mask raises an error."""
 
 from __future__ import annotations
 
@@ -20,32 +20,30 @@ from segrl.data.pictures import (
 )
 from segrl.types import Sample
 
-_INKS = (
-    12  # largest difference of channels that is a JPEG's noise where four inks are printed over each other
-)
+_INKS = 12  # largest difference between the channels of a grey CMYK mask, from JPEG compression
 _PLAIN = ("L", "1")
-_DARK = 64  # no soft edge and no vote leaves a mask without any pixel as dark as this; labels do
-_SAME_SHAPE = 0.01  # largest difference of aspect over which a mask is brought to its image's size
+_DARK = 64  # a grey mask with soft edges or averaged votes has a pixel as dark as this; labels may not
+_SAME_SHAPE = 0.01  # largest relative difference of aspect ratios at which a mask may be resized to its image
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaskRule:
-    """How masks are read that do not say by themselves which pixels are the object."""
+    """Rule for reading masks whose values alone do not define the object."""
 
     objects: tuple[int, ...] | None = None
     """Values (indices, in a palette file) that are the object; all others are background."""
     background: tuple[int, ...] | None = None
     """Values that are background; all others are the object."""
     resize: bool = False
-    """Bring a mask of another size to its image's, nearest pixel, where their aspects differ by less than 1 %."""
+    """Resize a mask to its image's size (nearest pixel) if the aspect ratios differ by less than 1 %."""
 
     @property
     def names_values(self) -> bool:
-        """Whether it says which values are the object."""
+        """Whether `objects` or `background` is set."""
         return self.objects is not None or self.background is not None
 
     def object_of(self, values: np.ndarray) -> np.ndarray:
-        """Bool: where the object is."""
+        """Return the object's pixels as bool, in the shape of `values`."""
         if self.objects is not None:
             return np.isin(values, self.objects)
         return ~np.isin(values, self.background or ())
@@ -55,7 +53,10 @@ PLAIN = MaskRule()
 
 
 def _greys(image: Image.Image, fewest: int) -> np.ndarray | None:
-    """Return the grey values uint8 `[H, W]` of a palette image with at least `fewest` greys and no colour; None otherwise."""
+    """Return the grey values uint8 `[H, W]` of a palette image.
+
+    Return None if it uses a colour, fewer than `fewest` greys, or an index beyond its palette.
+    """
     indices, colours = np.asarray(image), image.getpalette("RGB")
     palette = np.asarray(colours or (), np.uint8).reshape(-1, 3)
     used = np.flatnonzero(np.bincount(indices.ravel(), minlength=256))
@@ -67,14 +68,14 @@ def _greys(image: Image.Image, fewest: int) -> np.ndarray | None:
 
 
 def _values(path: Path, image: Image.Image) -> np.ndarray:
-    """A mask file's one channel `[H, W]`.
+    """Return the single channel `[H, W]` of a mask file.
 
     Raises:
-        ValueError: naming a colour file whose channels differ, one that shows nothing but has something in its transparency,
-            and a mode that is no mask's.
+        ValueError: if the channels of a colour file differ, its grey is constant while its transparency is
+            not, or the mode is not supported.
     """
     match image.mode:
-        case "1":  # Pillow's own bools have bytes of 255, and whoever looks at bytes is misled
+        case "1":  # the bytes of Pillow's own bools are 255, which misleads code that views bytes
             return np.asarray(image.convert("L")) > 0
         case "L" | "P" | "I":
             return np.asarray(image)
@@ -91,14 +92,14 @@ def _values(path: Path, image: Image.Image) -> np.ndarray:
         raise ValueError(f"{path}: a grey mask is needed; this one is {image.mode} and its channels differ")
     if image.mode in ("LA", "RGBA") and np.ptp(channels[..., 0]) == 0 < np.ptp(values[..., -1]):
         raise ValueError(
-            f"{path}: a grey mask is needed; this one is {channels[0, 0, 0]} everywhere, and what differs is its "
-            "transparency (save that as a grey file)"
+            f"{path}: a grey mask is needed; this one is {channels[0, 0, 0]} everywhere, "
+            "and what differs is its transparency (save that as a grey file)"
         )
     return channels[..., 0]
 
 
 def _printed(path: Path, image: Image.Image) -> np.ndarray:
-    """Convert a CMYK mask to grey uint8 `[H, W]`. Raises ValueError, naming the file, if it has colours."""
+    """Convert a CMYK mask to grey uint8 `[H, W]`. Raise ValueError, naming the file, if it has colours."""
     shown = np.asarray(image.convert("RGB"))
     if (shown.max(-1) - shown.min(-1) > _INKS).any():
         raise ValueError(f"{path}: a grey mask is needed; this one is CMYK and shows colours")
@@ -106,36 +107,38 @@ def _printed(path: Path, image: Image.Image) -> np.ndarray:
 
 
 def _opened_mask(path: Path) -> Image.Image:
-    """A mask file, turned as it says that it is to be seen."""
+    """Decode a mask file and apply its EXIF orientation."""
     image = decoded(path)
     return turned(image, orientation(image))
 
 
 def read_mask(path: Path, rule: MaskRule = PLAIN) -> np.ndarray:
-    """A ground-truth file to bool `[H, W]`.
+    """Read a ground-truth file as bool `[H, W]`.
 
-    Grey 8-bit: above 128 is object, or above 0 where the largest value is 1. 16-bit scales to 8, unless all its values
-    are those of 8 bits; 1-bit is as it is. A palette that shows several greys is grey. A rule that names values beats all this.
+    If the rule names values, only these decide. Otherwise 1-bit files are taken as they are, and a palette of
+    two or more greys is read as grey. In 8-bit grey, values above 128 are the object, or values above 0 if
+    the largest value is 1. 16-bit grey is first scaled to 8 bits if a value is above 255.
 
     Raises:
-        ValueError: for a file that cannot be decoded, a coloured palette file (its indices name instances: which is
-            the object?), a colour file whose channels differ, and grey values that are neither 0/1 nor reach above 128,
-            or that are labels: three or more, none of them dark.
+        ValueError: if the file cannot be decoded, has a palette of colours (indices may name instances), has
+            channels that differ, has a largest value from 2 to 128, or holds labels: three or more values,
+            the smallest from 65 to 128.
     """
     with reading(path, NEEDED):
         return _object(path, _opened_mask(path), rule)
 
 
 def _object(path: Path, image: Image.Image, rule: MaskRule) -> np.ndarray:
-    """As `read_mask`, of the decoded file."""
+    """Return the object's pixels of a decoded mask file; see `read_mask`."""
     if rule.names_values:
         return rule.object_of(_values(path, image))
     if image.mode == "P":
         greys = _greys(image, 2)
         if greys is None:
             raise ValueError(
-                f"{path}: a grey mask is needed; this is a palette PNG, whose indices do not say which is the object "
-                "(objects=[INDEX,...] or background=[0], keys of data=image_mask and of its folder pair, do)"
+                f"{path}: a grey mask is needed; this is a palette PNG, whose indices do not say which is "
+                "the object (objects=[INDEX,...] or background=[0], keys of data=image_mask and of its "
+                "folder pair, do)"
             )
         values = greys
     else:
@@ -151,19 +154,22 @@ def _object(path: Path, image: Image.Image, rule: MaskRule) -> np.ndarray:
         raise ValueError(f"{path}: a mask of 0 and 255, or 0 and 1, is needed; its largest value is {top}")
     if _DARK < values.min() <= 128 < top and len(found := np.unique(values)) > 2:
         raise ValueError(
-            f"{path}: a mask with a background of 0 is needed; this one has {', '.join(map(str, found[:5]))} "
-            "(objects=[VALUE,...], a key of data=image_mask and of its folder pair, says which are the object)"
+            f"{path}: a mask with a background of 0 is needed; this one has "
+            f"{', '.join(map(str, found[:5]))} "
+            "(objects=[VALUE,...], a key of data=image_mask and of its folder pair, "
+            "says which are the object)"
         )
     return values > (0 if top == 1 else 128)
 
 
 def read_map(path: Path) -> np.ndarray:
-    """A predicted mask or grey map to uint8 `[H, W]`: 1 bit is 0 and 255, of 16 bits the upper 8 count, as OpenCV reads them.
+    """Read a predicted mask or grey map as uint8 `[H, W]`.
 
-    A file of 0 and 1 alone is a mask, and is 0 and 255. A 16-bit file all of whose values are those of 8 bits is as it is, like a ground truth.
+    1-bit files, and files whose largest value is 1, become 0 and 255. 16-bit files with a value above 255
+    keep their upper 8 bits, as OpenCV reads them; others keep their values.
 
     Raises:
-        ValueError: for a file that cannot be decoded, a coloured palette, or a colour file whose channels differ.
+        ValueError: if the file cannot be decoded, has a palette of colours, or has channels that differ.
     """
     with reading(path, NEEDED):
         image = _opened_mask(path)
@@ -178,7 +184,14 @@ def read_map(path: Path) -> np.ndarray:
 
 
 def mask_kind(path: Path) -> str:
-    """What a ground-truth file holds, in words: "0/255", "0/1", "graded", "palette", with "16 bit" or "3 channels" before."""
+    """Return the kind of a ground-truth file's values as text.
+
+    The kinds are "1 bit", "palette", "0/255", "0/65535", "0/1" and "graded". The last four have the prefixes
+    "N channels, " and "16 bit, " where these apply.
+
+    Raises:
+        ValueError: as `_values`, or if the file cannot be decoded.
+    """
     image = decoded(path)
     if image.mode in ("1", "P"):
         return {"1": "1 bit", "P": "palette"}[image.mode]
@@ -198,16 +211,17 @@ def mask_kind(path: Path) -> str:
 def read_image(
     path: Path, size: tuple[int, int] | None = None, content: bytes | None = None, upright: bool = False
 ) -> np.ndarray:
-    """A photograph to uint8 RGB `[H, W, 3]`; grey, palette and transparent files are converted.
+    """Read an image as uint8 RGB `[H, W, 3]`; see `in_rgb` for the conversion.
 
     Args:
         path: the file.
-        size: height and width of its mask: the EXIF rotation is applied only if that gives this size.
-        content: the image's bytes, where they are only a part of the file.
-        upright: the EXIF rotation is applied, whatever the size: nothing but the photograph says how it is meant.
+        size: height and width of the mask. The EXIF rotation is applied if the rotated image has this size;
+            if None, only if `upright`.
+        content: the image's bytes, if they are only a part of the file.
+        upright: always apply the EXIF rotation.
 
     Raises:
-        ValueError: for a file that cannot be decoded.
+        ValueError: if the file cannot be decoded or converted.
     """
     with reading(path, NEEDED):
         image = decoded(path, content)
@@ -218,14 +232,14 @@ def read_image(
 
 
 def _same_shape(image: tuple[int, int], mask: tuple[int, int]) -> bool:
-    """Whether a mask may be brought to its image's size."""
+    """Return whether image and mask have nearly the same aspect ratio. Sizes are width, height."""
     return abs(image[0] * mask[1] / (image[1] * mask[0]) - 1) < _SAME_SHAPE
 
 
 def _sizes_differ(
     image_path: Path, image: tuple[int, int], mask_path: Path, mask: tuple[int, int]
 ) -> ValueError:
-    """Sizes are width, height."""
+    """Return the error for an image and a mask of different sizes. Sizes are width, height."""
     way_out = (
         " (resize_masks=true, a key of data=image_mask and of its folder pair, resizes it)"
         if _same_shape(image, mask)
@@ -238,10 +252,14 @@ def _sizes_differ(
 
 
 def check_pair(image_path: Path, mask_path: Path, rule: MaskRule = PLAIN) -> None:
-    """Find what makes a pair unfit from the files' headers; only a mask that is not plainly grey is decoded.
+    """Check a pair by the files' headers.
+
+    A mask is decoded if its mode is neither 8-bit grey nor 1-bit, or if it is a PNG without its last chunk.
+    An image is decoded only if it is such a PNG.
 
     Raises:
-        ValueError: as `read_pair`, except for damage inside a file whose beginning and end are whole, and labels in grey.
+        ValueError: as `read_pair`, except for faults that only decoding shows: damaged pixels, and the values
+            of a grey mask.
     """
     image, mask = header(image_path), header(mask_path)
     fits = mask.shown in (image.size, image.shown) or rule.resize and _same_shape(image.size, mask.shown)
@@ -254,7 +272,7 @@ def check_pair(image_path: Path, mask_path: Path, rule: MaskRule = PLAIN) -> Non
 
 
 def _ends_whole(path: Path) -> bool:
-    """Whether a PNG has its last chunk; other formats are not judged by their end."""
+    """Return whether a PNG has its last chunk; True for other formats."""
     if path.suffix.lower() != ".png":
         return True
     with reading(path, NEEDED), path.open("rb") as file:
@@ -263,10 +281,11 @@ def _ends_whole(path: Path) -> bool:
 
 
 def read_pair(image_path: Path, mask_path: Path, query: str | None = None, rule: MaskRule = PLAIN) -> Sample:
-    """An image and its mask as a sample named by the image's stem; what is scored is a mask of the image's size.
+    """Return image and mask, of the same size, as a sample whose id is the image's stem.
 
     Raises:
-        ValueError: if either cannot be decoded, or their sizes differ and the rule does not say to resize.
+        ValueError: if a file cannot be decoded, the mask is refused by `read_mask`, or the sizes differ and
+            `rule.resize` is false or the aspect ratios differ by 1 % or more.
     """
     mask = read_mask(mask_path, rule)
     image = read_image(image_path, (mask.shape[0], mask.shape[1]))
@@ -279,7 +298,10 @@ def read_pair(image_path: Path, mask_path: Path, query: str | None = None, rule:
 
 
 def squash(sample: Sample, side: int) -> Sample:
-    """Resize to a square, as Seg-R1 trains: the image bicubic, mask and ignored pixels by their share of each new one."""
+    """Return the sample resized to a square, as in Seg-R1's training.
+
+    The image is resized bicubically. A pixel of a mask is set if at least half of its area was.
+    """
     if sample.mask.shape == (side, side):
         return sample
     image = Image.fromarray(sample.image).resize((side, side), Image.Resampling.BICUBIC)
@@ -296,6 +318,6 @@ def squash(sample: Sample, side: int) -> Sample:
 
 
 def _squashed(mask: np.ndarray, side: int) -> np.ndarray:
-    """Bool `[H, W]` to bool `[side, side]`: pixels of which at least half is object."""
+    """Resize bool `[H, W]` to bool `[side, side]`: a pixel is set if at least half of its area was."""
     share = Image.fromarray(mask.astype(np.uint8) * 255).resize((side, side), Image.Resampling.BOX)
     return np.asarray(share) > 127
