@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
@@ -16,9 +15,6 @@ from segrl.host.signals import Stopped, held
 from segrl.runs.command import enter
 from segrl.runs.configuration import check
 from segrl.runs.export import export_policy
-
-if TYPE_CHECKING:
-    pass
 
 
 def job(cfg: DictConfig) -> None:

@@ -6,9 +6,13 @@ import signal
 
 import pytest
 import torch
+from PIL import Image
 
+from segrl.data import annotator as traces
+from segrl.data.synthetic import SyntheticScenes
 from segrl.host import signals
 from segrl.models.hf_vlm import HFPolicy
+from segrl.models.sam2_head import Sam2Head
 from segrl.runs import training
 from segrl.segmenter import Segmenter
 from segrl.stages.base import Stage
@@ -165,18 +169,17 @@ def test_an_evaluation_keeps_what_was_answered(cli, tmp_path, at):
     assert code == 0 and "4 of 6 were there" in out, err
 
 
-def test_traces_go_on_where_they_were_stopped(cli, tmp_path, monkeypatch):
-    from PIL import Image
-
-    from segrl.data import annotator as traces
-    from segrl.data.synthetic import SyntheticScenes
-    from segrl.models.sam2_head import Sam2Head
-
+@pytest.fixture
+def four_scenes(tmp_path):
+    """A folder of four images with masks."""
     scenes = SyntheticScenes("test", 4, 0, 128, (0.5, 1.0), (1, 1))
     for i in range(4):
         for kind, pixels in (("images", scenes[i].image), ("masks", scenes[i].mask)):
             (tmp_path / "set/train" / kind).mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(tmp_path / "set/train" / kind / f"{i}.png")
+
+
+def test_traces_go_on_where_they_were_stopped(cli, tmp_path, monkeypatch, four_scenes):
     files = sorted(tmp_path.rglob("*"))
     judged, stops, segment, kept = [], [2], Sam2Head.segment, [True, False, True, True]
 
@@ -211,6 +214,26 @@ def test_traces_go_on_where_they_were_stopped(cli, tmp_path, monkeypatch):
     assert (code, said) == (0, "  2/4 were judged before\n" + ended.format(out)), err
     assert len(judged) - before == 2 and out.read_text() == whole.read_text()
     assert sorted(tmp_path.rglob("*")) == sorted([*files, out, whole])
+
+
+def test_a_sample_that_cannot_be_read_loses_no_trace_of_the_others(cli, tmp_path, monkeypatch, four_scenes):
+    judged, segment = [], Sam2Head.segment
+
+    def failing(head, images, prompts):
+        judged.append(1)
+        if len(judged) == 3:
+            raise ValueError("c.png: must be an image")
+        return segment(head, images, prompts)
+
+    monkeypatch.setattr(Sam2Head, "segment", failing)
+    monkeypatch.setattr(traces, "iou", lambda *_: True)
+    out = tmp_path / "set/t.jsonl"
+    command = ("traces", "data=image_mask", f"data.root={tmp_path}/set", "head=sam2_nano", f"out={out}")
+    with pytest.raises(ValueError, match=r"c\.png"):
+        cli(*command, module="prepare", runs=None)
+    assert not out.exists()
+    code, said, err = cli(*command, module="prepare", runs=None)
+    assert code == 0 and "2/4 were judged before" in said and "4 traces" in said, err
 
 
 def test_signals_are_answered_in_a_process_that_a_launcher_of_sweeps_started(monkeypatch):

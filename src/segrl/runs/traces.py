@@ -89,7 +89,7 @@ def _command(cfg: DictConfig, ids: Sequence[str]) -> str:
 def _going_on(partial: Path, command: str, judged: Judged) -> Iterator[TextIO]:
     """Add the lines of a partial file to `judged`, and open it to append to.
 
-    A ValueError inside deletes the file and the folders that were created for it.
+    A ValueError before the first trace deletes the file and the folders that were created for it.
 
     Args:
         partial: path of the file; created with its folders if it does not exist.
@@ -122,6 +122,8 @@ def _going_on(partial: Path, command: str, judged: Judged) -> Iterator[TextIO]:
         with partial.open("a") as text:
             yield text
     except ValueError:
+        if judged.lines:  # keep what was found before a sample that cannot be read
+            raise
         partial.unlink(missing_ok=True)
         for folder in made:
             folder.rmdir()

@@ -327,15 +327,6 @@ class Run:
             return f"trained and saved at step {step}, not scored; go on with: {go_on}"
         return f"stopped and saved at step {step}; go on with: {go_on}"
 
-    def score(self) -> float | None:
-        """Score without training: print the means, and save a line per sample and metrics.json."""
-        if self._seg_stage is None:
-            raise ValueError("data: test sets are needed to score a policy; this dataset has none")
-        metrics = report.means(self._test(self._seg_stage, "after"))
-        if self.trainer.is_global_zero:
-            report.tell(report.means_text(metrics), self.folder / "table.txt")
-        return self._keep(metrics, {})
-
     def _take_best(self, stage: SegStage) -> None:
         """Load the weights of best.ckpt, the best in validation, if it exists."""
         chosen = scored_checkpoint(self.folder)
