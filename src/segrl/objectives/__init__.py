@@ -1,1 +1,1 @@
-"""Equations; pure tensors."""
+"""Equations of reinforcement learning and fine-tuning, as pure functions of tensors."""

@@ -1,6 +1,7 @@
-r"""Rewards of groups to advantages. A group whose rewards are all equal has advantage exactly zero.
+"""Turn the rewards of groups into advantages.
 
-Each takes the rewards of the whole update, of all ranks: \( r_{bg} \), groups in rows.
+Each function takes `r[b, g]`, the rewards of the whole update of all ranks, one group per row. A group whose
+rewards are all equal gets advantages of exactly zero. All functions raise ValueError if G < 2.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from torch import Tensor
 
 
 def _same(rewards: Float[Tensor, "B G"]) -> Bool[Tensor, "B 1"]:
-    """Groups without spread."""
+    """Return which groups have equal rewards. Raise ValueError if G < 2."""
     if rewards.shape[1] < 2:
         raise ValueError(
             f"stage.group_size: at least 2 completions are needed to compare; got {rewards.shape[1]}"
@@ -19,36 +20,44 @@ def _same(rewards: Float[Tensor, "B G"]) -> Bool[Tensor, "B 1"]:
 
 
 def group_relative(rewards: Float[Tensor, "B G"], floor: float) -> Float[Tensor, "B G"]:
-    r"""\( A_{bg} = (r_{bg} - \bar r_b) / (\sigma_b + \epsilon) \), deviation with G-1 in the denominator.
+    """Return `A[b,g] = (r[b,g] - mean_b) / (std_b + ε)`; the deviation has G-1 in its denominator.
 
     GRPO (arXiv 2402.03300, section 4.1.2), as TRL 0.14 computes it.
 
     Args:
-        rewards: of the completions.
-        floor: epsilon; TRL and Seg-R1 use 1e-4, which makes noise of that size an advantage of 0.5.
+        rewards: one per completion.
+        floor: ε. TRL and Seg-R1 use 1e-4: a deviation of 1e-4 in a group then gives advantages of about 0.5.
 
     Raises:
-        ValueError: if G < 2: one completion has nothing to be relative to.
+        ValueError: if G < 2.
     """
     same = _same(rewards)
     return (group_centred(rewards) / (rewards.std(1, keepdim=True) + floor)).masked_fill(same, 0.0)
 
 
 def group_centred(rewards: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
-    r"""\( A_{bg} = r_{bg} - \bar r_b \): no group counts more for being easier or harder (Dr.GRPO, arXiv 2503.20783, 3.2)."""
+    """Return `A[b,g] = r[b,g] - mean_b` (Dr.GRPO, arXiv 2503.20783, section 3.2).
+
+    There is no division by the deviation, so a group does not weigh more because its rewards spread less.
+    """
     return (rewards - rewards.mean(1, keepdim=True)).masked_fill(_same(rewards), 0.0)
 
 
 def leave_one_out(rewards: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
-    r"""\( A_{bg} = r_{bg} - \frac{1}{G-1} \sum_{h \ne g} r_{bh} \), an unbiased baseline (RLOO, arXiv 2402.14740, eq. 8)."""
+    """Return `A[b,g] = r[b,g] - Σ_{h≠g} r[b,h] / (G-1)` (RLOO, arXiv 2402.14740, eq. 8)."""
     group = rewards.shape[1]
     return group_centred(rewards) * group / max(group - 1, 1)
 
 
 def batch_normalised(rewards: Float[Tensor, "B G"], floor: float) -> Float[Tensor, "B G"]:
-    r"""\( A_{bg} = (r_{bg} - \bar r_b) / (\sigma_{batch} + \epsilon) \): the group's mean, the whole batch's deviation.
+    """Return `A[b,g] = (r[b,g] - mean_b) / (std + ε)`; all groups of the update share one `std`.
 
-    REINFORCE++ with its group baseline (arXiv 2501.03262, section 3.2): one scale for all groups of the update.
+    `std` is the deviation of all `r[b,g] - mean_b`. REINFORCE++ with its group baseline (arXiv 2501.03262,
+    section 3.2).
+
+    Args:
+        rewards: one per completion.
+        floor: ε.
     """
     centred = group_centred(rewards)
     return centred / (centred.std() + floor)

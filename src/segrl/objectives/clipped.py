@@ -1,7 +1,7 @@
-"""Surrogates: what one token's step of the policy is worth, held near the policy that sampled it.
+"""Compute clipped surrogate losses per token.
 
-Each is a function of (log-probabilities, those of the policy that sampled, advantages, mask) and has two bounds: how
-far the ratio may fall below and rise above 1.
+Each surrogate is a function of (log-probabilities, log-probabilities of the policy that sampled, advantages,
+loss mask). `low` and `high` bound how far the importance ratio may fall below and rise above 1.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from torch import Tensor
 
 
 class Surrogate(NamedTuple):
-    """Per token, `[N, T]`."""
+    """Value of a surrogate at every token; all tensors are `[N, T]`."""
 
     loss: Tensor
-    """Differentiable, to be made small."""
+    """Differentiable loss, to be minimised."""
     ratio: Tensor
-    """Of the policy to the one that sampled."""
+    """Importance ratio: probability under the policy divided by that under the policy that sampled."""
     clipped: Tensor
-    """bool, where the bound holds the gradient back."""
+    """bool, where a bound is active: the gradient is zero there, or for CISPO its weight is clipped."""
 
 
 def importance_ratio(logprobs: Float[Tensor, "N T"], old: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
-    r"""\( \rho = \pi / \pi_{old} \); its log is held within 20 so that a mismatch cannot overflow."""
+    """Return `r = π / π_old`; its logarithm is clamped to [-20, 20] to prevent overflow."""
     return (logprobs - old.detach()).clamp(-20.0, 20.0).exp()
 
 
 def sequence_ratio(
     logprobs: Float[Tensor, "N T"], old: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]
 ) -> Float[Tensor, "N T"]:
-    r"""\( s_n = (\pi(y_n) / \pi_{old}(y_n))^{1/|y_n|} \), the same at every token (GSPO, arXiv 2507.18071, eq. 7)."""
+    """Return `s[n] = (π(y_n) / π_old(y_n))^(1/|y_n|)` at every token (GSPO, arXiv 2507.18071, eq. 7)."""
     difference = (logprobs - old.detach()).masked_fill(~mask, 0.0)
     mean = difference.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
     return mean.clamp(-20.0, 20.0).exp().expand_as(logprobs)
@@ -41,7 +41,7 @@ def sequence_ratio(
 def _held(
     ratio: Float[Tensor, "N T"], gain: Float[Tensor, "N T"], low: float, high: float, dual: float | None
 ) -> Surrogate:
-    r"""\( -\min(\rho A, \mathrm{clip}(\rho, 1 - low, 1 + high) A) \), below by \( dual \cdot A \) where A is negative."""
+    """Return the loss `-min(r A, clip(r, 1-low, 1+high) A)`, or `-max(min(...), dual A)` where A < 0."""
     free, bound = ratio * gain, ratio.clamp(1 - low, 1 + high) * gain
     value = torch.minimum(free, bound)
     clipped = bound < free
@@ -53,38 +53,58 @@ def _held(
 
 
 def ppo_clip(
-    logprobs: Float[Tensor, "N T"], old: Float[Tensor, "N T"], advantages: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"],
-    *, low: float, high: float, dual: float | None = None,
-) -> Surrogate:  # fmt: skip
-    r"""\( -\min(\rho A,\ \mathrm{clip}(\rho, 1-low, 1+high)\, A) \) (PPO, arXiv 1707.06347, eq. 7; bounds apart: DAPO, eq. 10).
+    logprobs: Float[Tensor, "N T"],
+    old: Float[Tensor, "N T"],
+    advantages: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    *,
+    low: float,
+    high: float,
+    dual: float | None = None,
+) -> Surrogate:
+    """Return the loss `-min(r A, clip(r, 1-low, 1+high) A)` (PPO, arXiv 1707.06347, eq. 7).
+
+    Separate bounds follow DAPO (arXiv 2503.14476, eq. 10).
 
     Args:
-        logprobs: of the policy, with gradient.
-        old: of the policy that sampled.
-        advantages: of the tokens.
-        mask: tokens that count.
+        logprobs: log-probabilities under the policy, with gradient.
+        old: log-probabilities under the policy that sampled.
+        advantages: one per token.
+        mask: loss mask; not used, because the ratio is per token.
         low: how far the ratio may fall below 1.
-        high: how far it may rise above 1.
-        dual: bounds a negative advantage's term by this times it (dual-clip PPO, arXiv 1912.09729, eq. 8); none does not.
+        high: how far the ratio may rise above 1.
+        dual: where A < 0, bounds the loss by `-dual A` (dual-clip PPO, arXiv 1912.09729, eq. 8). If None,
+            there is no such bound.
     """
     return _held(importance_ratio(logprobs, old), advantages.detach(), low, high, dual)
 
 
 def gspo_clip(
-    logprobs: Float[Tensor, "N T"], old: Float[Tensor, "N T"], advantages: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"],
-    *, low: float, high: float,
-) -> Surrogate:  # fmt: skip
-    """As `ppo_clip`, with one ratio per completion, so whole completions are held back (GSPO, arXiv 2507.18071, eq. 5)."""
+    logprobs: Float[Tensor, "N T"],
+    old: Float[Tensor, "N T"],
+    advantages: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    *,
+    low: float,
+    high: float,
+) -> Surrogate:
+    """Return the loss of `ppo_clip` with one ratio per completion (GSPO, arXiv 2507.18071, eq. 5)."""
     return _held(sequence_ratio(logprobs, old, mask), advantages.detach(), low, high, None)
 
 
 def cispo_clip(
-    logprobs: Float[Tensor, "N T"], old: Float[Tensor, "N T"], advantages: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"],
-    *, low: float, high: float,
-) -> Surrogate:  # fmt: skip
-    r"""\( -\mathrm{sg}[\mathrm{clip}(\rho, 1-low, 1+high)]\, A \log\pi \): weights are clipped, no token's gradient is lost.
+    logprobs: Float[Tensor, "N T"],
+    old: Float[Tensor, "N T"],
+    advantages: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    *,
+    low: float,
+    high: float,
+) -> Surrogate:
+    """Return the loss `-detach(clip(r, 1-low, 1+high)) A log π` (CISPO: MiniMax-M1, arXiv 2506.13585, eq. 4).
 
-    CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4); `low` of 1 leaves the lower side free.
+    The ratio is a clipped weight, so clipped tokens keep a gradient. With `low=1` there is no lower bound.
+    `mask` is not used, because the ratio is per token.
     """
     ratio = importance_ratio(logprobs, old)
     bound = ratio.detach().clamp(1 - low, 1 + high)

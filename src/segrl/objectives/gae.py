@@ -1,8 +1,13 @@
-r"""Advantages from a critic: generalised advantage estimation (arXiv 1506.02438), with a decay of its own at each token.
+"""Compute advantages by generalised advantage estimation (GAE, arXiv 1506.02438) with a decay per token.
 
-A decay \( \lambda_{nt} \) per token makes all variants one function: constant (token level), 1 inside a segment and below 1 where it
-closes (segment level, the bi-level GAE of VAGEN), a constant by the completion's length (VAPO). Decoupled GAE (VC-PPO,
-arXiv 2503.01491) calls it twice: one decay for the policy's advantages, 1 for the critic's targets.
+The decay `λ[n,t]` makes all variants one function:
+
+- constant: GAE of tokens;
+- 1 inside a segment and below 1 where it closes: GAE of segments (the bi-level GAE of VAGEN);
+- a function of the completion's length: VAPO.
+
+Decoupled GAE (VC-PPO, arXiv 2503.01491) calls `gae` twice: with a decay for the policy's advantages, and with
+1 for the critic's targets.
 """
 
 from __future__ import annotations
@@ -13,19 +18,24 @@ from torch import Tensor
 
 
 def gae(
-    rewards: Float[Tensor, "N T"], values: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], decay: Float[Tensor, "N T"],
+    rewards: Float[Tensor, "N T"],
+    values: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    decay: Float[Tensor, "N T"],
     discount: float,
-) -> Float[Tensor, "N T"]:  # fmt: skip
-    r"""\( A_t = \delta_t + \gamma\lambda_t A_{t+1} \) with \( \delta_t = r_t + \gamma V_{t+1} - V_t \) (eq. 16); nothing follows the last token.
+) -> Float[Tensor, "N T"]:
+    """Return `A_t = δ_t + γ λ_t A_{t+1}` with `δ_t = r_t + γ V_{t+1} - V_t` (eq. 16).
+
+    After the last token of a completion, V and A are zero.
 
     Args:
-        rewards: of the tokens.
-        values: of the state in which each token was chosen.
-        mask: true on the completion, a run from the left.
-        decay: how much of the advantage after each token counts for it.
-        discount: gamma.
+        rewards: one per token.
+        values: the critic's value of the state in which each token was sampled.
+        mask: token mask; true tokens are contiguous from the left.
+        decay: λ.
+        discount: γ.
     """
-    values = values.masked_fill(~mask, 0.0)  # beyond the end there is no value: never bootstrap past it
+    values = values.masked_fill(~mask, 0.0)  # no bootstrapping past the end
     following = torch.cat([values[:, 1:], values.new_zeros(len(values), 1)], 1)
     delta = (rewards + discount * following - values).masked_fill(~mask, 0.0)
     advantages, after = torch.zeros_like(delta), delta.new_zeros(len(delta))
@@ -38,19 +48,19 @@ def gae(
 def constant_decay(
     mask: Bool[Tensor, "N T"], closes: Bool[Tensor, "N T"], *, decay: float
 ) -> Float[Tensor, "N T"]:
-    """The same at every token. `closes` is unused."""
+    """Return `decay` at every token. `closes` is not used."""
     return torch.full(mask.shape, decay, device=mask.device)
 
 
 def segment_decay(
     mask: Bool[Tensor, "N T"], closes: Bool[Tensor, "N T"], *, decay: float
 ) -> Float[Tensor, "N T"]:
-    """Only where a segment closes, so that credit reaches the thought in front of it undiminished.
+    """Return `decay` where a segment closes and 1 elsewhere, so that credit does not decay inside a segment.
 
     Args:
-        mask: true on the completion.
-        closes: tokens that close a box or a point.
-        decay: at these.
+        mask: token mask; not used.
+        closes: tokens that complete a box or a point.
+        decay: λ at these tokens.
     """
     return torch.where(closes, decay, 1.0)
 
@@ -58,6 +68,9 @@ def segment_decay(
 def length_decay(
     mask: Bool[Tensor, "N T"], closes: Bool[Tensor, "N T"], *, alpha: float
 ) -> Float[Tensor, "N T"]:
-    r"""\( 1 - 1/(\alpha\,|o_n|) \): longer completions decay less (VAPO, arXiv 2504.05118, eq. 10). `closes` is unused."""
+    """Return `1 - 1/(α |o_n|)`, at least 0: longer completions decay less (VAPO, arXiv 2504.05118, eq. 10).
+
+    `closes` is not used.
+    """
     lengths = mask.sum(1, keepdim=True).clamp_min(1)
     return (1 - 1 / (alpha * lengths)).clamp_min(0.0).expand(mask.shape)

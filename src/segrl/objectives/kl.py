@@ -1,7 +1,10 @@
-r"""Estimators of the divergence from a reference, token by token (Schulman, "Approximating KL divergence", 2020).
+"""Estimate the divergence KL(π‖π_ref) per token (Schulman, "Approximating KL divergence", 2020).
 
-With \( d = \log\pi_{ref} - \log\pi \). In the loss, take k3 (never negative, and its gradient is the one that is wanted);
-in the reward, k1, whose expectation is the divergence.
+Below, `d = log π_ref - log π`. k1 suits the reward: its expectation is the divergence. k3 suits the loss:
+GRPO uses it (arXiv 2402.03300, eq. 4), and it is never negative. For tokens sampled from π, the expected
+gradient of k2 is that of KL(π‖π_ref), and the expected gradient of k3 is that of KL(π_ref‖π):
+
+    E[∇k3] = E[(1 - π_ref/π) ∇log π] = -Σ π_ref ∇log π
 """
 
 from __future__ import annotations
@@ -11,16 +14,16 @@ from torch import Tensor
 
 
 def k1(logprobs: Float[Tensor, "N T"], reference: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
-    r"""\( -d \): unbiased, of high variance, negative half of the time. As a loss its gradient is zero on average."""
+    """Return `-d`: unbiased, high variance, often negative. As a loss its expected gradient is zero."""
     return logprobs - reference
 
 
 def k2(logprobs: Float[Tensor, "N T"], reference: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
-    r"""\( d^2 / 2 \): biased, of low variance, never negative."""
+    """Return `d² / 2`: biased, low variance, never negative."""
     return (logprobs - reference).square() / 2
 
 
 def k3(logprobs: Float[Tensor, "N T"], reference: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
-    r"""\( e^{d} - d - 1 \): unbiased, of low variance, never negative."""
+    """Return `exp(d) - d - 1`: unbiased, low variance, never negative."""
     difference = reference - logprobs
     return difference.exp() - difference - 1

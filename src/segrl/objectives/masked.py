@@ -1,8 +1,11 @@
-"""How much each token counts in the loss of one update.
+"""Compute each token's weight (its share) in the loss of one update.
 
-The shares are made once for the whole update, before it is cut into parts, so a loss is a plain weighted sum and
-the parts' losses add up to the whole's, however it is cut. Ranks average their gradients; so shares are made of
-what an update holds on the mean of the ranks, and any number of them makes the same gradient.
+The weights are computed once per update, before it is split into micro-batches. So the loss is a weighted
+sum, and the losses of the micro-batches add up to that of the update.
+
+Each weighting is a function of (loss mask, group size, tokens). `tokens` is the number of true entries of the
+loss mask in the update, as a mean over ranks. N and B count the completions and samples of one rank. Ranks
+average their gradients, so the gradient does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -12,30 +15,30 @@ from torch import Tensor
 
 
 def per_sequence(mask: Bool[Tensor, "N T"], group_size: int, tokens: float) -> Float[Tensor, "N T"]:
-    r"""Mean over each completion's tokens, then over completions: \( 1 / (N\,|o_n|) \).
+    """Return `1 / (N |o_n|)`: the mean over each completion's tokens, then over completions.
 
-    GRPO (arXiv 2402.03300, eq. 3), TRL 0.14 and Seg-R1. Tokens of short completions count more. Completions
-    without a token count nothing, and stay in N.
+    GRPO (arXiv 2402.03300, eq. 3), TRL 0.14 and Seg-R1. Tokens of short completions weigh more. Completions
+    without a token in the loss mask add nothing to the loss, but are counted in N.
     """
     lengths = mask.sum(1, keepdim=True).clamp_min(1)
     return mask.float() / lengths / len(mask)
 
 
 def per_token(mask: Bool[Tensor, "N T"], group_size: int, tokens: float) -> Float[Tensor, "N T"]:
-    r"""Mean over all tokens of the update: \( 1 / \sum_n |o_n| \) (EasyR1's and verl's `token-mean`).
+    """Return `1 / tokens`: the mean over all tokens of the update (`token-mean` of EasyR1 and verl).
 
     Args:
-        mask: tokens that count.
-        group_size: completions per sample.
-        tokens: that count in the whole update, mean over ranks.
+        mask: loss mask.
+        group_size: completions per sample; not used.
+        tokens: tokens of the update in the loss mask, mean over ranks.
     """
     return mask.float() / (tokens if tokens > 0 else 1.0)
 
 
 def per_group(mask: Bool[Tensor, "N T"], group_size: int, tokens: float) -> Float[Tensor, "N T"]:
-    r"""Mean over the tokens of each group, then over groups: \( 1 / (B \sum_{g} |o_{bg}|) \).
+    """Return `1 / (B Σ_g |o_bg|)`: the mean over the tokens of each group, then over groups.
 
-    DAPO (arXiv 2503.14476, eq. 8) and SAM-R1 (eq. 1), whose expectation is over samples.
+    DAPO (arXiv 2503.14476, eq. 8) and SAM-R1 (eq. 1); the expectation in both is over samples.
     """
     groups = mask.view(len(mask) // group_size, group_size, -1)
     counts = groups.sum((1, 2), keepdim=True).clamp_min(1)
@@ -45,22 +48,25 @@ def per_group(mask: Bool[Tensor, "N T"], group_size: int, tokens: float) -> Floa
 def per_budget(
     mask: Bool[Tensor, "N T"], group_size: int, tokens: float, *, budget: int
 ) -> Float[Tensor, "N T"]:
-    r"""Sum over tokens by a constant: \( 1 / (N\,budget) \), so length biases nothing (Dr.GRPO, arXiv 2503.20783, 3.2).
+    """Return `1 / (N budget)`: a constant, so no bias by length (Dr.GRPO, arXiv 2503.20783, section 3.2).
 
     Args:
-        mask: tokens that count.
-        group_size: completions per sample.
-        tokens: of the update.
-        budget: most tokens of a completion.
+        mask: loss mask.
+        group_size: completions per sample; not used.
+        tokens: tokens of the update in the loss mask; not used.
+        budget: largest number of tokens of a completion.
     """
     return mask.float() / (len(mask) * budget)
 
 
 def counted(values: Float[Tensor, "N T"], weights: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
-    """Values where they count, zero elsewhere: what does not count cannot enter a gradient, even if it is infinite."""
+    """Return the values where the weight is positive, and zero elsewhere.
+
+    An infinite or NaN value of weight zero therefore does not reach the loss or its gradient.
+    """
     return values.where(weights > 0, 0.0)
 
 
 def weighted_sum(values: Float[Tensor, "N T"], weights: Float[Tensor, "N T"]) -> Float[Tensor, ""]:
-    """Sum of values by their shares."""
+    """Return the sum of the values times their weights."""
     return (counted(values, weights) * weights).sum()

@@ -1,4 +1,4 @@
-"""Tokens drawn by one engine and learned by another: their log-probabilities differ by rounding, or by more."""
+"""Correct for a rollout engine whose log-probabilities differ from those of the training pass."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from segrl.objectives.masked import counted
 def truncated_importance(
     old: Float[Tensor, "N T"], drawn: Float[Tensor, "N T"], weights: Float[Tensor, "N T"], cap: float
 ) -> Float[Tensor, "N T"]:
-    r"""What a token's surrogate is worth, \( \min(\pi_{old}(t) / \pi_{drawn}(t), C) \): truncated importance sampling, by token.
+    """Return the factor `min(π_old / π_engine, C)` of each token's surrogate.
 
-    Truncated importance sampling (Ionides 2008), as TRL's `vllm_importance_sampling_correction`.
+    Truncated importance sampling (Ionides 2008), as TRL's `vllm_importance_sampling_correction`. Where the
+    weight is 0, the ratio is 1.
 
     Args:
-        old: log-probabilities of the policy that sampled, by the training pass.
-        drawn: by the engine that drew the tokens.
-        weights: share of each token; see `objectives.masked`.
-        cap: C, so that a token that the engine thought unlikely does not rule the update.
+        old: log-probabilities under the policy that sampled, computed by the training pass.
+        drawn: log-probabilities of the same tokens, computed by the engine that sampled them.
+        weights: weight of each token in the loss; see `objectives.masked`.
+        cap: C, so that a token that was improbable to the engine does not dominate the update.
     """
     return counted(old.detach() - drawn, weights).exp().clamp(max=cap)

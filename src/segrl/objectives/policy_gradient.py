@@ -1,4 +1,4 @@
-"""The loss of the policy: a surrogate, and the divergence from the reference."""
+"""Compute the policy's loss: a surrogate plus the divergence from the reference."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 
 @runtime_checkable
 class MakeSurrogate(Protocol):
-    """See `objectives.clipped`."""
+    """A function that computes a surrogate, such as those in `objectives.clipped`."""
 
     def __call__(self, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Surrogate:
-        """All `[N, T]`."""
+        """Return the surrogate of each token; all tensors are `[N, T]`."""
         ...
 
 
@@ -35,20 +35,23 @@ def policy_gradient(
     kl_weight: float,
     correction: Float[Tensor, "N T"] | None = None,
 ) -> LossOutput:
-    r"""\( L = \sum_{nt} w_{nt} [ S_{nt} + \beta D_{nt} ] \).
+    """Return the loss `L = Σ_nt w[n,t] (c[n,t] S[n,t] + β D[n,t])` and its statistics.
 
-    With `ppo_clip`, `k3` and `per_sequence` it is GRPO's (arXiv 2402.03300, eq. 3); with `per_group`, SAM-R1's (eq. 1).
+    With `ppo_clip`, `k3` and `per_sequence` it is GRPO's (arXiv 2402.03300, eq. 3); with `per_group`,
+    SAM-R1's (eq. 1).
 
     Args:
-        logprobs: of the policy, with gradient.
-        old: of the policy that sampled; none where it is this one (ratio exactly 1, gradient that of REINFORCE).
-        reference: of the reference; none where nothing measures a divergence.
-        advantages: of the tokens.
-        weights: share of each token; see `objectives.masked`.
-        surrogate: what a token's step is worth.
-        divergence: from the reference, per token.
-        correction: factor of each token's surrogate, where another engine sampled; see `objectives.mismatch`.
-        kl_weight: beta; zero logs the divergence without adding it.
+        logprobs: log-probabilities under the policy, with gradient.
+        old: log-probabilities under the policy that sampled. If None, uses `logprobs`, detached: the ratio is
+            1.
+        reference: log-probabilities under the reference. If None, there is no divergence term and no `kl`
+            statistic.
+        advantages: one per token.
+        weights: w, weight of each token in the loss; see `objectives.masked`.
+        surrogate: computes S, the loss of each token.
+        divergence: computes D, the divergence from the reference per token; see `objectives.kl`.
+        kl_weight: β. If 0, the divergence is logged but not added to the loss.
+        correction: c, factor of each token's surrogate; see `objectives.mismatch`. If None, c is 1.
     """
     logprobs = counted(logprobs, weights)
     before = logprobs.detach() if old is None else counted(old, weights)
@@ -59,11 +62,11 @@ def policy_gradient(
         "ratio": weighted_sum(ratio, weights),
         "clip_low": weighted_sum(clipped * (ratio < 1), weights),
         "clip_high": weighted_sum(clipped * (ratio > 1), weights),
-        "entropy": weighted_sum(-logprobs, weights),  # its sampled estimate
-        "drift": weighted_sum(before - logprobs, weights),  # divergence from the policy that sampled
+        "entropy": weighted_sum(-logprobs, weights),  # estimate from the sampled tokens
+        "drift": weighted_sum(before - logprobs, weights),  # k1 estimate of KL(π_old‖π)
     }
     if reference is not None:
         kl = weighted_sum(divergence(logprobs, counted(reference.detach(), weights)), weights)
-        loss = loss + kl_weight * kl if kl_weight > 0 else loss  # zero times infinity is no number
+        loss = loss + kl_weight * kl if kl_weight > 0 else loss  # 0 * inf is NaN
         stats["kl"] = kl
     return LossOutput(loss=loss, stats={name: value.detach() for name, value in stats.items()})

@@ -1,4 +1,4 @@
-"""The critic's side of Proximal Policy Optimization."""
+"""Compute the critic's loss of Proximal Policy Optimization, and whiten advantages."""
 
 from __future__ import annotations
 
@@ -13,15 +13,24 @@ from segrl.types import LossOutput
 
 
 def whiten(values: Float[Tensor, "N T"], mean: float, deviation: float) -> Float[Tensor, "N T"]:
-    """Mean 0 and deviation 1, given those of the whole update on all ranks."""
-    # Added inside the root: rounding noise must not become advantage.
+    """Return `(x - mean) / sqrt(deviation² + 1e-8)`.
+
+    Args:
+        values: x.
+        mean: of the whole update on all ranks.
+        deviation: likewise.
+    """
+    # 1e-8 inside the root: where all values are equal up to rounding, the result stays small.
     return (values - mean) / math.sqrt(deviation**2 + 1e-8)
 
 
 def explained_variance(
     values: Float[Tensor, "N T"], returns: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]
 ) -> Float[Tensor, ""]:
-    r"""\( 1 - \mathrm{Var}(R - V) / \mathrm{Var}(R) \): 1 for a critic that knows, 0 for one that says the mean; zero if R is constant."""
+    """Return `1 - Var(R - V) / Var(R)` over the token mask: 1 for a perfect critic, 0 for a constant one.
+
+    Return 0 if R is constant up to rounding.
+    """
     spread = returns[mask].var(unbiased=False)
     left = (returns - values)[mask].var(unbiased=False)
     known = spread > 1e-10 * (1 + returns[mask].square().mean())
@@ -29,16 +38,21 @@ def explained_variance(
 
 
 def clipped_value_loss(
-    values: Float[Tensor, "N T"], old: Float[Tensor, "N T"], returns: Float[Tensor, "N T"], weights: Float[Tensor, "N T"],
+    values: Float[Tensor, "N T"],
+    old: Float[Tensor, "N T"],
+    returns: Float[Tensor, "N T"],
+    weights: Float[Tensor, "N T"],
     clip: float,
-) -> LossOutput:  # fmt: skip
-    r"""\( \frac12 \sum_{nt} w_{nt} \max[(V - R)^2, (V_{old} + \mathrm{clip}(V - V_{old}, \pm c) - R)^2] \) (PPO's released code).
+) -> LossOutput:
+    """Return the loss `½ Σ_nt w[n,t] max((V - R)², (V_old + clip(V - V_old, -c, c) - R)²)`.
+
+    As in OpenAI's released PPO code (Baselines).
 
     Args:
-        values: of the critic, with gradient.
-        old: of the critic when the completions were sampled.
-        returns: what the critic should have said.
-        weights: share of each token.
+        values: V, the critic's values, with gradient.
+        old: V_old, the critic's values when the completions were sampled.
+        returns: R, the critic's targets.
+        weights: w, weight of each token in the loss; see `objectives.masked`.
         clip: c, in units of the return.
     """
     values, old, returns = (counted(x, weights) for x in (values, old.detach(), returns.detach()))

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning."""
+"""Compute the loss of supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from segrl.types import LossOutput
 
 
 def sft(logprobs: Float[Tensor, "N T"], weights: Float[Tensor, "N T"]) -> LossOutput:
-    r"""\( L = -\sum_{nt} w_{nt} \log\pi(y_{nt}) \): cross-entropy on the answer's tokens only, never on the prompt's."""
+    """Return the loss `L = -Σ_nt w[n,t] log π(y[n,t])`, the cross-entropy of the completion's tokens.
+
+    Args:
+        logprobs: log-probabilities of the completion's tokens, with gradient; the prompt's tokens are not
+            among them.
+        weights: w, weight of each token in the loss; see `objectives.masked`.
+    """
     loss = weighted_sum(-counted(logprobs, weights), weights)
     return LossOutput(loss=loss, stats={"loss": loss.detach()})
