@@ -1,4 +1,7 @@
-"""A step on a GPU, recorded once and launched at once: sampling waits for launches, not for arithmetic."""
+"""Capture a decoding step as a CUDA graph and replay it, so that its kernels are launched at once.
+
+Launching the kernels of a step one by one takes longer than their work.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,17 @@ from torch import Tensor
 
 from segrl.models.kernels.first_use import FAILURES, first_line, give_up
 
-_CLOSE = 0.02  # of a row's norm: kernels may be chosen anew while a step is recorded
+_CLOSE = 0.02  # share of a row's norm: a capture may select other kernels than the eager step
 
 
 class _Place:
-    """Where steps are recorded on one GPU: a stream, and the memory that one recording leaves to the next."""
+    """The stream and the memory pool that all captures on one GPU share."""
 
     def __init__(self, device: int) -> None:
-        self.stream = torch.cuda.Stream(device)  # one: the libraries of products keep working memory for each
+        self.stream = torch.cuda.Stream(device)  # only one: cuBLAS keeps a workspace per stream
         self.pool = torch.cuda.graph_pool_handle()
         self.latest: torch.cuda.CUDAGraph | None = None
-        """Holds the pool, which goes with the last graph that uses it, and whose handle is of no use then."""
+        """Keeps the pool alive, which is freed with the last graph that uses it."""
         self.failed: list[torch.cuda.CUDAGraph] = []
 
 
@@ -30,20 +33,23 @@ _place = cache(_Place)
 
 
 class _Graph(Protocol):
-    """What can be launched again."""
+    """A captured graph."""
 
     def replay(self) -> None:
-        """Do what was recorded."""
+        """Launch the captured kernels."""
 
 
 class Recorder:
-    """Calls a function of tokens `[N]` and a size as a CUDA graph, as long as shapes and the buffers it touches stay.
+    """Calls a function of tokens `[N]` and a size through a CUDA graph.
 
-    The first call of a shape computes as ever, records, and replays what was recorded, which serves if it repeats the
-    computed result. So the function must write the same to the same places when it is called twice.
+    The first call with a new shape runs the function eagerly, captures it, replays the graph once and
+    compares the results (2 % of each row's norm). Later calls with that shape replay the graph. So the
+    function must be idempotent: two calls write the same values to the same buffers. `forget` must be called
+    when its buffers are replaced.
 
     Args:
-        required: raise where a step cannot be recorded, or is not repeated; otherwise say so once and compute all steps.
+        required: if True, raise where a step cannot be captured or its replay differs. If False, warn and run
+            all further steps eagerly.
     """
 
     def __init__(self, required: bool) -> None:
@@ -55,19 +61,23 @@ class Recorder:
         self.result: Tensor
 
     def forget(self) -> None:
-        """Forget the recording: buffers have been replaced."""
+        """Drop the captured graph, because buffers that it uses have been replaced."""
         self.shape = self.graph = None
 
     def call(self, function: Callable[[Tensor, int], Tensor], tokens: Tensor, size: int) -> Tensor:
-        """Return what the function returns, of finite numbers; it is good until the next call.
+        """Return `function(tokens, size)`; the tensor is valid until the next call.
+
+        Rows of the eager result that are not finite are not compared with the replay.
 
         Args:
-            function: the same at every call; touches nothing but tensors of the device, and waits for none.
+            function: the same at every call; it uses tensors of the device only and never synchronises with
+                the host.
             tokens: int64 `[N]`.
-            size: decides shapes.
+            size: determines the shapes inside the function.
 
         Raises:
-            ValueError: where recording is required and fails, or what was recorded does not repeat the result.
+            ValueError: if capture is required and fails, or the replay differs from the eager result.
+            torch.OutOfMemoryError: if capture is required and memory runs out.
         """
         if self.shape == (len(tokens), size) and self.graph is not None:
             self.tokens.copy_(tokens)
@@ -99,24 +109,26 @@ class Recorder:
         if isinstance(reason, torch.OutOfMemoryError):
             raise reason
         raise ValueError(
-            f"rollout.graphs: must be auto or false where steps cannot be recorded; got true ({first_line(reason)})"
+            "rollout.graphs: must be auto or false where steps cannot be recorded; "
+            f"got true ({first_line(reason)})"
         )
 
     def _recorded(self, work: Callable[[], Tensor]) -> tuple[_Graph, Tensor]:
-        """Return a CUDA graph and where it leaves its result.
+        """Return a CUDA graph and the tensor that it writes its result to.
 
-        `torch.cuda.graph` would wait for the device and give its free memory back each time, and other streams are at work.
+        `torch.cuda.graph` is not used: at each capture it synchronises with the device, where other streams
+        are at work, and empties the allocator's cache.
         """
         graph, place = torch.cuda.CUDAGraph(), _place(torch.cuda.current_device())
         place.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(place.stream):
-            # The loader's thread pins memory meanwhile, which another mode would take for a fault.
+            # The loader's thread may pin memory meanwhile, which the mode "global" forbids.
             graph.capture_begin(pool=place.pool, capture_error_mode="thread_local")
             try:
                 result = work()
             except BaseException:
-                place.failed.append(graph)  # the allocator may still ask it whose memory is whose
-                with suppress(RuntimeError):  # what it says would stand in front of the cause
+                place.failed.append(graph)  # the allocator may still refer to it
+                with suppress(RuntimeError):  # its error would hide the cause
                     graph.capture_end()
                 raise
             graph.capture_end()

@@ -1,14 +1,14 @@
-"""One token per completion and step: the language model's weights, laid out for sampling.
+"""Run the language model for one token of every completion per step, with weights laid out for sampling.
 
-Made anew for every rollout, or part of one, from the weights of that moment: projections that read the same input are joined, all in
-the precision of the passes. A prefix's keys and values are stored once, the group's queries are rows of one product
-with them; completions have buffers of fixed size:
+A `Decoder` is built for each rollout, or part of one, from the current weights: projections that read the
+same input are joined, in the precision of the passes. The keys and values of a prefix are stored once, and
+the queries of its group are rows of one product with them. Completions have buffers of fixed size:
 
     scores of row (b, g) at step t  =  [ q · prefix keys of b  |  q · own keys 0..t of (b, g) ]
 
-On a GPU a step is recorded as a CUDA graph and launched at once instead of kernel by kernel: `cuda_graph.py`.
-What a token costs, and of what: benchmarks/step_profile.py on a CPU, benchmarks/roofline.py counted for a GPU, the part `steps` of
-benchmarks/gpu_parts.py on one.
+On a GPU a step may be captured as a CUDA graph and replayed (`cuda_graph.py`). Costs per token:
+benchmarks/step_profile.py measures them on a CPU, the part `steps` of benchmarks/gpu_parts.py on a GPU;
+benchmarks/roofline.py counts them for a GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ from segrl.types import PrefixState
 
 
 class Product:
-    """A linear layer, laid out to be read fast for few rows: on a CPU that is oneDNN's own layout, or columns one behind the other."""
+    """A linear layer whose weight has a layout that is fast for few rows.
+
+    On a CPU that is oneDNN's own layout for float32, where torch has its operations, else column-major order.
+    On other devices the weight keeps its layout.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.bias, self.packed = bias, None
@@ -40,7 +44,7 @@ class Product:
             self.weight = weight.t().contiguous().t() if on_cpu else weight
 
     def __call__(self, given: Tensor) -> Tensor:
-        """`[N, in]` to `[N, out]`."""
+        """Return `[N, out]` for `[N, in]`."""
         if self.packed is None:
             return F.linear(given, self.weight, self.bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(given, self.packed, self.bias, "none", [], "")
@@ -48,10 +52,11 @@ class Product:
 
 
 class _Joined(Product):
-    """Linear layers that read the same input, joined; adapters stay beside them, and cost one product more.
+    """Linear layers that read the same input, joined into one; their LoRA adapters cost one more product.
 
-    Merged into a bfloat16 weight, an adapter that is smaller than its last digit would be rounded away. So the narrow halves of
-    all adapters are more rows of the weight, and their wide halves one matrix, in which each layer has columns of its own.
+    Adapters are not merged: in bfloat16, rounding would remove an update smaller than the weight's last
+    digit. Instead the matrices A of all adapters are extra rows of the joined weight. Their matrices sB form
+    one matrix, in which each layer has its own columns.
     """
 
     def __init__(self, linears: Sequence[nn.Module], dtype: torch.dtype) -> None:
@@ -75,7 +80,7 @@ class _Joined(Product):
         super().__init__((rows[0] if len(rows) == 1 else torch.cat(rows)).detach(), bias)
 
     def __call__(self, given: Tensor) -> Tensor:
-        """`[N, in]` to `[N, out]`."""
+        """Return `[N, out]` for `[N, in]`."""
         out = super().__call__(given)
         if self.wide is None:
             return out
@@ -84,38 +89,45 @@ class _Joined(Product):
 
 @dataclass(slots=True, kw_only=True)
 class _Layer:
-    """Weights of a layer, and what it remembers."""
+    """Weights of a layer, and its keys and values."""
 
     norm_in: Tensor
     qkv: _Joined
-    norms: tuple[Tensor, ...] | None  # of queries and keys: Qwen3 has them, Qwen2.5 has a bias instead
+    norms: tuple[Tensor, ...] | None  # of queries and keys: Qwen3 has them, Qwen2.5 does not
     out: _Joined
     norm_mlp: Tensor
     gate_up: _Joined
     down: _Joined
     prefix_keys: Tensor  # [B, K, d, P]
     prefix_values: Tensor  # [B, K, P, d]
-    own: Tensor  # [2, B, K, G, T, d], keys and values
+    own: Tensor  # [2, B, K, G, T, d], keys and values of the completions
 
 
 class Decoder:
-    """The language model behind B prefixes, for B*G completions of at most `length` tokens.
+    """The language model for B*G completions of at most `length` tokens, which follow B prefixes.
 
     Args:
         language: `language_model` of a Qwen2.5-VL or Qwen3-VL of transformers.
-        state: the prefixes, read.
-        group_size: completions of each.
-        length: most tokens of a completion.
-        dtype: of the products; sums along the layers stay in the weights' own.
-        stride: own keys are read in multiples of so many, what lies ahead masked, so that a step keeps its shapes and can be recorded;
-            None reads those that are there.
-        recorder: calls steps as CUDA graphs; None computes each.
+        state: of the prefixes.
+        group_size: completions per prefix.
+        length: largest number of tokens of a completion.
+        dtype: of the linear layers and the attention; the residual stream keeps the dtype of the embedding.
+        stride: the number of own keys that a step reads is rounded up to a multiple of this, and later keys
+            are masked. So shapes change once per `stride` steps, and a step can be captured. If None, reads
+            the keys written so far.
+        recorder: runs steps as CUDA graphs. If None, runs each step eagerly.
     """
 
     def __init__(
-        self, language: Any, state: PrefixState, group_size: int, length: int, dtype: torch.dtype, stride: int | None = None,
+        self,
+        language: Any,
+        state: PrefixState,
+        group_size: int,
+        length: int,
+        dtype: torch.dtype,
+        stride: int | None = None,
         recorder: Recorder | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         config = language.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.width: int = language.layers[0].self_attn.head_dim
@@ -124,11 +136,12 @@ class Decoder:
         self.eps: float = language.norm.variance_epsilon
         self.scale: float = language.layers[0].self_attn.scaling
         self.groups, self.group, self.place = len(state.seen), group_size, 0
-        # A GPU reads rows fast that begin at multiples of 16 bytes: places are made up in the prefixes, and nobody sees them.
+        # A GPU reads rows fast that begin at multiples of 16 bytes, so prefixes get `made_up` masked
+        # positions.
         aligned = 1 if stride is None else 8
         self.length, self.stride = -(-length // aligned) * aligned, stride
         self.made_up = -state.seen.shape[1] % aligned
-        self.at = torch.zeros(1, dtype=torch.long, device=state.following.device)  # the place, for the device
+        self.at = torch.zeros(1, dtype=torch.long, device=state.following.device)  # `place`, on the device
         self.recorder, self.dtype = recorder, dtype
         self.layers = [
             self._layer(layer, k, v)
@@ -136,10 +149,11 @@ class Decoder:
         ]
         steps = torch.arange(length, device=state.following.device)
         cos, sin = language.rotary_emb(self.embedding, (state.following[:, None] + steps).expand(3, -1, -1))
-        cos, sin = cos.float(), sin.float()  # as rounded as in the passes, and not once more
+        cos, sin = cos.float(), sin.float()  # keep the values of the passes: no second rounding
         half = self.width // 2
         self.cos, self.sin = cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
-        # Heads of a projection are queries, keys and values: what turns them, which is nothing for values, scales queries as well.
+        # One multiply-add applies RoPE and the softmax scale s to the joined projection of queries, keys and
+        # values: q' = s (q cos + rot(q) sin), k' = k cos + rot(k) sin, v' = v.
         kinds = torch.tensor([self.heads, self.kv_heads, self.kv_heads], device=cos.device)
         turns = torch.tensor([[self.scale, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=cos.dtype, device=cos.device)
         self.turned, self.kept = turns.repeat_interleave(kinds, 0)[..., None].unbind(1)
@@ -169,18 +183,21 @@ class Decoder:
         )
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Read one more token of every completion, `[B*G]`; hidden states `[B*G, D]`, good until the next step."""
+        """Read the next token of every completion, int64 `[B*G]`.
+
+        Return hidden states `[B*G, D]`, which are valid until the next step.
+        """
         stride = self.stride or 1
         upto = min(self.length, -(-(self.place + 1) // stride) * stride)
         read = self._read if self.recorder is None else partial(self.recorder.call, self._read)
-        with torch.autocast(tokens.device.type, enabled=False):  # every precision is said here
+        with torch.autocast(tokens.device.type, enabled=False):  # all dtypes are explicit here
             hidden = read(tokens, upto)
         self.place += 1
         self.at += 1
         return hidden
 
     def _read(self, tokens: Tensor, upto: int) -> Tensor:
-        """A step that attends to own keys before `upto`."""
+        """Return the hidden states of a step that reads the own keys before `upto`."""
         if self.stride is None:
             cos, sin = self.cos[:, self.place], self.sin[:, self.place]
         else:
@@ -198,7 +215,10 @@ class Decoder:
         return F.rms_norm(hidden, hidden.shape[-1:], weight.to(hidden.dtype), self.eps).to(self.dtype)
 
     def _hides(self, upto: int) -> Tensor | None:
-        """What no completion sees, bool `[1 or B, 1, 1, 1, P + upto]`: a prefix's padding, and what lies ahead; none where all is seen."""
+        """Return the keys to hide, bool `[1 or B, 1, 1, 1, P + upto]`: true on padding and on later keys.
+
+        Return None if all keys are attended to.
+        """
         if self.unseen is None and self.stride is None:
             return None
         length = self.layers[0].prefix_values.shape[2]
@@ -209,7 +229,7 @@ class Decoder:
     def _attend(
         self, layer: _Layer, normed: Tensor, turn: tuple[Tensor, Tensor], upto: int, hides: Tensor | None
     ) -> Tensor:
-        """The attention's output `[B*G, D]`."""
+        """Return the attention's output `[B*G, D]` after writing this step's keys and values."""
         kv, per_kv = self.kv_heads, self.heads // self.kv_heads
         qkv = layer.qkv(normed).view(self.groups, self.group, self.heads + 2 * kv, self.width)
         if layer.norms is not None:
@@ -232,7 +252,7 @@ class Decoder:
         return layer.out(seen.transpose(1, 2).reshape(len(normed), -1))
 
     def _remember(self, own: Tensor, new: Tensor) -> None:
-        """Write keys and values `[B, G, 2 * K, d]` to the place of this step."""
+        """Write keys and values `[B, G, 2 * K, d]` to the position of this step in `own`."""
         new = new.unflatten(2, (2, -1)).permute(2, 0, 3, 1, 4)
         if self.stride is None:
             own[..., self.place, :] = new
@@ -240,11 +260,11 @@ class Decoder:
             own.index_copy_(4, self.at, new[..., None, :])
 
     def keep(self, groups: Tensor, rows: Tensor) -> None:
-        """Go on with some completions alone.
+        """Keep some completions and drop the others.
 
         Args:
-            groups: int64 `[B']`, which groups stay.
-            rows: int64 `[B', G']`, which of each one's completions stay.
+            groups: int64 `[B']`, indices of the groups to keep.
+            rows: int64 `[B', G']`, indices of the completions to keep in each of these groups.
         """
         everywhere = rows[:, None, :]
         heads = torch.arange(self.kv_heads, device=rows.device)[None, :, None]
@@ -255,7 +275,7 @@ class Decoder:
         self.unseen = None if self.unseen is None else self.unseen[groups]
         self.groups, self.group = rows.shape
         if self.recorder is not None:
-            self.recorder.forget()  # it knows the buffers by their addresses
+            self.recorder.forget()  # the graph holds the addresses of the old buffers
 
 
 def _base(linear: nn.Module) -> nn.Linear:
@@ -265,7 +285,7 @@ def _base(linear: nn.Module) -> nn.Linear:
 
 
 def adapters_of(linear: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    r"""Of a linear layer the adapters that are on: \\( A \\) `[r, in]` and \\( sB \\) `[out, r]`."""
+    """Return the active LoRA adapters of a linear layer: A `[r, in]` and sB `[out, r]`, scaled by s."""
     from peft.tuners.lora import LoraLayer
 
     if not isinstance(linear, LoraLayer) or linear.disable_adapters:
@@ -277,7 +297,7 @@ def adapters_of(linear: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
 
 def linear_weight(linear: nn.Module) -> Tensor:
-    """Of a linear layer, what its adapters add included."""
+    """Return the weight of a linear layer with its active adapters added, `W + s B A`."""
     weight = cast("Tensor", _base(linear).weight)
     for narrow, wide in adapters_of(linear):
         weight = weight + (wide @ narrow).to(weight.dtype)

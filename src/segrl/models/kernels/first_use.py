@@ -1,4 +1,4 @@
-"""Fast paths that only some devices have are held against the plain path before they serve."""
+"""Compare a fast path that only some devices have with the plain path before it is used."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ import torch
 from torch import Tensor
 
 FAILURES = (RuntimeError, TypeError, ValueError)
-"""Errors of a kernel that this machine, or this release of torch, lacks; any of them means the plain path."""
+"""Errors of a kernel that this machine or this release of torch lacks; each one selects the plain path."""
 
 
 def repeats(
     what: str, fast: Callable[[], Sequence[Tensor]], plain: Callable[[], Sequence[Tensor]], close: float
 ) -> bool:
-    """Return whether a fast path gives what the plain one gives; where it does not, or raises, say so in one line.
+    """Return whether a fast path gives the tensors of the plain path; if not, warn in one line.
+
+    One of `FAILURES` in either path counts as a difference.
 
     Args:
-        what: names the fast path and what is done without it.
+        what: names the fast path and its substitute, for the warning.
         fast: computes some tensors.
-        plain: computes the same ones.
-        close: largest distance of one of them, as a share of its norm.
+        plain: computes the same tensors.
+        close: largest allowed `distance` of a tensor.
     """
     try:
         distances = [distance(one, other) for one, other in zip(fast(), plain(), strict=True)]
     except FAILURES as error:
         give_up(what, error)
         return False
-    same = all(far <= close for far in distances)  # NaN is at no distance
+    same = all(far <= close for far in distances)  # NaN compares as False
     if not same:
         give_up(what, "its values are off by " + ", ".join(f"{far:.1%}" for far in distances))
     return same
@@ -43,18 +45,18 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 @contextmanager
 def learning_apart(device: torch.device) -> Iterator[None]:
-    """Inside, gradients are recorded and nothing is cast, wherever in a pass or an evaluation the caller stands."""
+    """Enable gradients and disable inference mode and autocast inside, whatever modes the caller is in."""
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         yield
 
 
 def give_up(what: str, reason: Exception | str) -> None:
-    """Say in one line that a fast path is not used, and why."""
+    """Warn in one line that a fast path is not used, and why."""
     if isinstance(reason, torch.OutOfMemoryError):
         reason = "memory ran out"
     warnings.warn(f"{what}: {first_line(reason)}", stacklevel=3)
 
 
 def first_line(reason: Exception | str) -> str:
-    """Return the first line of an error, or what kind of error it is where it says nothing."""
+    """Return the first line of an error's message, or its repr if the message is empty."""
     return next(iter(str(reason).strip().splitlines()), repr(reason))

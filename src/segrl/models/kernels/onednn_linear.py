@@ -1,4 +1,4 @@
-"""Linear layers, and the patch embedding, as products; of float32 by oneDNN on CPUs where it is faster."""
+"""Compute linear layers and the patch embedding as matrix products, by oneDNN on CPUs where it is faster."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 
 def _has_ops(*names: str) -> bool:
-    """Return whether this torch has oneDNN's operations of these names; they are not in its public interface."""
+    """Return whether this torch has oneDNN's operations of these names; they are not public."""
     try:
         return all(getattr(torch.ops.mkldnn, name) is not None for name in names)
     except AttributeError:
@@ -18,18 +18,26 @@ def _has_ops(*names: str) -> bool:
 
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and _has_ops("_linear_pointwise", "_reorder_linear_weight")
-"""True where this torch has oneDNN's operations; False leaves every product to torch."""
+"""Whether this torch has oneDNN's operations; if False, torch computes every product."""
 
 FASTER = HAS_ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512"
-"""True where oneDNN multiplies large matrices faster than the library that torch calls. With AVX-512 on AMD it is twice
-as fast (a quarter off a step of benchmarks/grpo_step.py); with AVX2 it is slower (a sixth of the learning part of
-benchmarks/step_profile.py)."""
+"""Whether oneDNN multiplies large matrices faster than the library that torch calls.
+
+With AVX-512 on AMD it is twice as fast: a step of benchmarks/grpo_step.py takes a quarter less time. With
+AVX2 it is slower, by a sixth of the learning part of benchmarks/step_profile.py.
+"""
 
 
 def rows_by_rows(one: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`[M, K]` and `[N, K]` to `[M, N]`, every row with every row, and a bias `[N]` added; either may be a transposed view.
+    """Return `one @ other.T + bias`, `[M, N]`; both factors may be transposed views.
 
-    Gradients do not flow through it: `Linear` and the head have backward passes of their own.
+    oneDNN's operation has no gradient: `Linear`, `Patches` and `token_logprobs` have their own backward
+    passes.
+
+    Args:
+        one: `[M, K]`.
+        other: `[N, K]`.
+        bias: `[N]`; if None, nothing is added.
     """
     if _by_onednn(one, other):
         out: Tensor = torch.ops.mkldnn._linear_pointwise(one, other, bias, "none", [], "")
@@ -38,9 +46,15 @@ def rows_by_rows(one: Tensor, other: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def add_columns_by_columns(total: Tensor, one: Tensor, other: Tensor) -> None:
-    """Add to `[N, K]` the product of `[M, N]`, transposed, and `[M, K]`."""
+    """Add `one.T @ other` to `total` in place.
+
+    Args:
+        total: `[N, K]`.
+        one: `[M, N]`.
+        other: `[M, K]`.
+    """
     if _by_onednn(one, other):
-        total += rows_by_rows(other.t(), one.t()).t()  # this way round oneDNN is faster
+        total += rows_by_rows(other.t(), one.t()).t()  # oneDNN is faster in this order
     else:
         total.addmm_(one.t(), other)
 
@@ -53,14 +67,14 @@ def _by_onednn(one: Tensor, other: Tensor) -> bool:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`[M, K]` to `[M, N]`."""
+        """Return `[M, N]` for `[M, K]`."""
         ctx.save_for_backward(given, weight)
         return rows_by_rows(given.detach(), weight.detach(), None if bias is None else bias.detach())
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Of what was given, the weight and the bias."""
+        """Return the gradients of the input, the weight and the bias."""
         (gradient,), (given, weight), needed = gradients, ctx.saved_tensors, ctx.needs_input_grad
         gradient = gradient.contiguous()
         return (
@@ -71,10 +85,10 @@ class _Linear(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """A linear layer that is torch's but for float32 on a CPU where oneDNN is faster.
+    """A linear layer that uses oneDNN for float32 on a CPU where it is faster, and torch elsewhere.
 
     Args:
-        linear: its weights are shared.
+        linear: the layer that it replaces; its parameters are shared.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -82,7 +96,7 @@ class Linear(nn.Linear):
         self.__dict__.update(linear.__dict__)
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[..., K]` to `[..., N]`."""
+        """Return `[..., N]` for `[..., K]`."""
         if not _by_onednn(input, self.weight):
             return super().forward(input)
         out: Tensor = _Linear.apply(input.flatten(0, -2), self.weight, self.bias)
@@ -90,13 +104,15 @@ class Linear(nn.Linear):
 
 
 class Patches(nn.Conv3d):
-    """A convolution over patches that do not overlap, as one product: convolutions of so many small images are slow.
+    """A convolution over patches that do not overlap, computed as one matrix product.
 
-    Buys a third of the nano tower's CPU time in float32 and nearly all of the patch embedding's in bfloat16
-    (benchmarks/patches.py; on a GPU: the part `kernels` of benchmarks/gpu_parts.py).
+    A convolution of many small images is slow. The product saves a third of the nano tower's CPU time in
+    float32, and nearly all of the patch embedding's in bfloat16 (benchmarks/patches.py; on a GPU: the part
+    `kernels` of benchmarks/gpu_parts.py).
 
     Args:
-        convolution: its weights are shared; its kernel is as large as each patch.
+        convolution: the layer that it replaces; its parameters are shared. Each input `[C, t, h, w]` has the
+            kernel's size.
     """
 
     def __init__(self, convolution: nn.Conv3d) -> None:
@@ -104,7 +120,7 @@ class Patches(nn.Conv3d):
         self.__dict__.update(convolution.__dict__)
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[N, C, t, h, w]` to `[N, D, 1, 1, 1]`."""
+        """Return `[N, D, 1, 1, 1]` for `[N, C, t, h, w]`."""
         rows, weight = input.flatten(1), self.weight.flatten(1)
         if not _by_onednn(rows, weight):
             return nn.functional.linear(rows, weight, self.bias)[..., None, None, None]
@@ -113,7 +129,10 @@ class Patches(nn.Conv3d):
 
 
 def take_products(model: nn.Module) -> None:
-    """Make `Linear` of every linear layer and `Patches` of a tower's first convolution; names of weights stay."""
+    """Replace each `nn.Linear` by `Linear`, and each `nn.Conv3d` whose kernel equals its stride by `Patches`.
+
+    Names of parameters do not change.
+    """
     for layer in list(model.modules()):
         for name, inner in list(layer.named_children()):
             if type(inner) is nn.Linear:

@@ -1,4 +1,4 @@
-"""Copies from the host to a GPU, out of pinned memory: from other memory a copy waits for the device."""
+"""Copy tensors from pinned host memory to a GPU: a copy from pageable memory waits for the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from segrl.models.kernels.first_use import give_up
 
 
 def sent(value: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the host on a device; a GPU copies it while the host goes on."""
+    """Return a copy of a host tensor on a device; to a GPU it is asynchronous if memory can be pinned."""
     if device.type != "cuda" or not _can_pin():
         return value.to(device)
     return value.pin_memory().to(device, non_blocking=True)
@@ -19,7 +19,7 @@ def sent(value: Tensor, device: torch.device) -> Tensor:
 
 @cache
 def _can_pin() -> bool:
-    """Try once in a process; a container may forbid memory that cannot be swapped out."""
+    """Return whether memory can be pinned, tried once per process; a container may forbid it."""
     try:
         torch.zeros(1).pin_memory()
     except RuntimeError as error:

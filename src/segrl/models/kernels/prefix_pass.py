@@ -1,16 +1,17 @@
-"""One prefix and its group of completions: the prefix is read once, and shared.
+"""Read each prefix once, and its group of completions behind the shared keys and values.
 
-    prefix        p p p p p p p p p         vision tower and language model once: keys and values of every layer, [B, P]
-    completions   `---------------- a a a       each sees its prefix and itself, and none of its neighbours, [B*G, T]
+    prefix        p p p p p p p p p         once through tower and language model: keys and values [B, P]
+    completions   `---------------- a a a       [B*G, T]; each attends to its prefix and to itself only
                   `---------------- b b b b b
                   `---------------- c c
 
-Cost grows with P + G*T, not with G*(P + T). In training the gradients of the whole group add up in the prefix's keys
-and values and flow back through it once: on a CPU an update of the nano policy takes 3.4 times less time than with a row per
-completion (benchmarks/shared_prefix.py). In sampling (`decoder.py`) the prefix's keys and values are stored once.
+The cost grows with P + G*T instead of G*(P + T). In training, the gradients of a group are summed in the
+prefix's keys and values, and pass backward through the prefix once. On a CPU an update of the nano policy
+takes 3.4 times less time than with one row per completion (benchmarks/shared_prefix.py). In sampling
+(`decoder.py`) the prefix's keys and values are stored once.
 
-The layers are transformers' own; what they attend to is given from here, and of a prefix's last layer only the row that predicts is
-gone through.
+The layers are those of transformers, with another attention function. The last layer is run only for the last
+token of each prefix, except for its keys and values.
 """
 
 from __future__ import annotations
@@ -36,38 +37,38 @@ from segrl.models.kernels.vision_tower import image_features
 from segrl.types import Prefix, PrefixState
 
 _Passed = tuple[Tensor, Tensor, Tensor]
-"""Hidden states behind a layer, its keys, its values."""
+"""Output of a layer, its keys, its values."""
 _Out = TypeVar("_Out")
 _PLANNED = 32
-"""On a GPU in half precision prefixes are padded to a multiple of so many tokens: cuDNN plans anew for every length."""
+"""In half precision on a GPU, prefixes are padded to a multiple of this: cuDNN makes a plan per length."""
 
 
 class _Kept:
-    """Stands where transformers' layers keep a cache, and keeps a layer's own keys and values."""
+    """A substitute for transformers' cache that stores the keys and values of one layer."""
 
     def __init__(self) -> None:
         self.own: tuple[Tensor, Tensor]
 
     def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Called by the attention of a layer with `[rows, K, T, d]`; return what it is to attend to."""
+        """Store and return a layer's keys and values, `[rows, K, T, d]` each; its attention calls this."""
         self.own = keys, values
         return keys, values
 
 
 class _Given:
-    """Stands there, too, and has keys and values already, the layer's own among them."""
+    """A substitute for transformers' cache that holds all keys and values that a layer attends to."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.whole = keys, values
 
     def update(self, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Called by the attention of a layer; return what it is to attend to."""
+        """Return the keys and values given at construction, not the layer's; its attention calls this."""
         return self.whole
 
 
 @cache
 def memory_keyword(layer: type[nn.Module]) -> str:
-    """Return the keyword by which layers of a class take their memory: `cache` since transformers 5.24."""
+    """Return the name of the cache argument of a class of layers: `cache` since transformers 5.24."""
     return "cache" if "cache" in signature(layer.forward).parameters else "past_key_values"
 
 
@@ -75,19 +76,21 @@ def grouped_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
     behind: tuple[Suffixes, tuple[Tensor, Tensor]] | None = None, **_: object,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention as transformers' layers call it, for prefixes and for what stands behind them.
+    """Return the attention of prefixes or completions, with the signature that transformers' layers call.
 
     Args:
-        module: the layer's attention; not looked at.
+        module: the layer's attention; not used.
         query: `[rows, H, T, d]`.
         key: `[rows, K, S, d]`.
         value: `[rows, K, S, d]`.
-        attention_mask: bool, broadcast to `[rows, 1, T, S]`; None is causal.
-        scaling: of the products.
-        behind: for completions, their layout and the keys and values `[B, K, P, d]` of their prefixes.
+        attention_mask: bool, broadcast to `[rows, 1, T, S]`. If None, attention is causal for T > 1, and a
+            single query attends to all keys.
+        scaling: factor of the scores.
+        behind: for completions, their layout and the keys and values of their prefixes, `[B, K, P, d]` each.
+            If None, the rows are prefixes.
 
     Returns:
-        `[rows, T, H, d]`, as transformers' attention functions do.
+        `[rows, T, H, d]`, and None in place of the attention weights.
     """
     if behind is not None:
         suffixes, prefix = behind
@@ -101,7 +104,7 @@ def grouped_attention(
 
 
 def _through(layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> _Passed:
-    """Pass one layer causally. Without side effects, so that it may run twice."""
+    """Run one layer causally. There are no side effects, so checkpointing may run it again."""
     memory = _Kept()
     given = {memory_keyword(layer.__class__): memory}
     out = layer(hidden, attention_mask=None, position_embeddings=rope, **given)
@@ -111,12 +114,23 @@ def _through(layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> _Passed
 def _last_row(
     layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor], last: Tensor, mask: Tensor | None
 ) -> _Passed:  # fmt: skip
-    """As `_through`, but the hidden states `[B, 1, D]` of each prefix's last token alone."""
+    """Run one layer for the last token of each prefix; keys and values are computed for all tokens.
+
+    Args:
+        layer: of the language model.
+        hidden: `[B, P, D]`.
+        rope: cosines and sines of the rotary positions.
+        last: int64 `[B]`, index of the last token.
+        mask: attention mask, bool `[B, 1, 1, P]`; None if no prefix is padded.
+
+    Returns:
+        The output `[B, 1, D]`, and keys and values of all tokens.
+    """
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
     shape = (*normed.shape[:2], -1, attention.head_dim)
     k, v = attention.k_proj(normed).view(shape), attention.v_proj(normed).view(shape).transpose(1, 2)
-    norms = dict(attention.named_children())  # Qwen3 norms keys, Qwen2.5 does not
+    norms = dict(attention.named_children())  # Qwen3 normalises keys, Qwen2.5 does not
     k = (norms["k_norm"](k) if "k_norm" in norms else k).transpose(1, 2)
     cos, sin = (part.unsqueeze(1) for part in rope)
     half = attention.head_dim // 2
@@ -128,20 +142,20 @@ def _last_row(
 
 
 def at_rows(values: Tensor, rows: Tensor) -> Tensor:
-    """Return one row of each, `[B, P, D]` and int64 `[B]` to `[B, 1, D]`."""
+    """Return one row of each batch entry: `[B, 1, D]` for values `[B, P, D]` and rows int64 `[B]`."""
     return values[torch.arange(len(values), device=values.device), rows][:, None]
 
 
 def _continued(
     layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor], suffixes: Suffixes, keys: Tensor, values: Tensor
 ) -> Tensor:  # fmt: skip
-    """One layer of completions, behind the keys and values of their prefixes."""
+    """Run one layer for completions, behind the keys and values of their prefixes."""
     out: Tensor = layer(hidden, position_embeddings=rope, behind=(suffixes, (keys, values)))
     return out
 
 
 def _pass(through: Callable[..., _Out], layer: Any, recompute: bool, *inputs: Any) -> _Out:
-    """Pass a layer; where activations are recomputed in the backward pass, they are not kept."""
+    """Run a layer by `through`; if `recompute`, with gradient checkpointing."""
     if recompute and torch.is_grad_enabled():
         draws = any(isinstance(part, nn.Dropout) and part.p > 0 and part.training for part in layer.modules())
         done: _Out = checkpoint(through, layer, *inputs, use_reentrant=False, preserve_rng_state=draws)
@@ -150,21 +164,22 @@ def _pass(through: Callable[..., _Out], layer: Any, recompute: bool, *inputs: An
 
 
 def padded_to(device: torch.device, dtype: torch.dtype) -> int:
-    """Return the multiple of tokens that prefixes are padded to."""
+    """Return the number of tokens to a multiple of which prefixes are padded."""
     return _PLANNED if half_on_a_gpu(device, dtype) else 1
 
 
 def read_prefixes(vlm: Any, prefixes: Sequence[Prefix], pad_id: int, recompute: bool) -> PrefixState:
     """Read every prefix once: pixels through the vision tower, tokens through the language model.
 
-    Shorter prefixes are padded on the right, where causality alone hides the padding from what is real: no mask is
-    needed, and so the fastest kernels serve.
+    Shorter prefixes are padded on the right, where the causal mask alone hides the padding from real tokens.
+    So only the last layer, which has one query per prefix, needs an attention mask, and the others use the
+    fastest kernels.
 
     Args:
         vlm: a Qwen2.5-VL or Qwen3-VL of transformers, without its head.
-        prefixes: B of them.
-        pad_id: token that pads.
-        recompute: keep no activations inside of layers (gradient checkpointing).
+        prefixes: B prefixes.
+        pad_id: padding token.
+        recompute: whether to use gradient checkpointing, layer by layer.
     """
     device, language = prefixes[0].token_ids.device, vlm.language_model
     multiple = padded_to(device, pass_dtype(language))
@@ -176,11 +191,12 @@ def read_prefixes(vlm: Any, prefixes: Sequence[Prefix], pad_id: int, recompute: 
     hidden = language.embed_tokens(ids)
     pictured = (ids == vlm.config.image_token_id)[..., None]
     hidden = hidden.masked_scatter(pictured, torch.cat(features.pooler_output).to(hidden.dtype))
-    # Qwen3-VL adds features of earlier vision layers behind its first layers (DeepStack); Qwen2.5-VL has none.
+    # Qwen3-VL adds features of earlier vision layers to the output of its first layers (DeepStack).
     deeper = [torch.cat(level) for level in features.get("deepstack_features") or ()]
     rope, keys, values = language.rotary_emb(hidden, positions), [], []
     for level, layer in enumerate(language.layers):
-        # Of the last layer's rows, all but the one that predicts are but keys and values.
+        # Of the last layer, only the last token's output is used; of the other tokens, only keys and values.
+        # If DeepStack adds features behind the last layer, it is run for all tokens.
         if layer is language.layers[-1] and level >= len(deeper):
             mask = None if even else seen[:, None, None]
             hidden, k, v = _pass(_last_row, layer, recompute, hidden, rope, last, mask)
@@ -199,19 +215,19 @@ def read_prefixes(vlm: Any, prefixes: Sequence[Prefix], pad_id: int, recompute: 
 
 
 def read_suffixes(vlm: Any, state: PrefixState, tokens: Tensor, real: Tensor, recompute: bool) -> Tensor:
-    """Read the tokens of completions behind their prefixes.
+    """Return the hidden states of completions that follow their prefixes.
 
-    Completion token i sits at its prefix's largest position + 1 + i on all three rotary axes.
+    Completion token i has the rotary position (largest position of its prefix) + 1 + i on all three axes.
 
     Args:
         vlm: as in `read_prefixes`.
-        state: the prefixes, read.
+        state: of the prefixes, from `read_prefixes`.
         tokens: int64 `[B*G, T]`.
-        real: bool `[B*G, T]`; what is not costs nothing.
-        recompute: keep no activations inside of layers.
+        real: bool `[B*G, T]`, false on padding, which is dropped before the layers.
+        recompute: whether to use gradient checkpointing, layer by layer.
 
     Returns:
-        Hidden states `[B*G, T, D]`, zero where nothing is real.
+        Hidden states `[B*G, T, D]`, zero on padding.
     """
     language = vlm.language_model
     suffixes = laid_out(state.seen, real, pass_dtype(language))
@@ -227,10 +243,10 @@ def read_suffixes(vlm: Any, state: PrefixState, tokens: Tensor, real: Tensor, re
 
 
 def pad_right(rows: Sequence[Tensor], value: int, multiple: int = 1) -> tuple[Tensor, Tensor]:
-    """Return rows `[T_i, ...]` as one `[N, T, ...]`, padded on the right, and the bool mask `[N, T]` of what is real.
+    """Return rows `[T_i, ...]` padded on the right to `[N, T, ...]`, and a mask `[N, T]`, false on padding.
 
     Args:
-        rows: of one dtype and device.
+        rows: N tensors of one dtype and device.
         value: of the padding.
         multiple: T is the longest row, rounded up to a multiple of this.
     """

@@ -1,9 +1,10 @@
-"""Completions behind their prefixes: their tokens lie in one row, without padding; what each attends to is said here.
+"""Compute the attention of completions to their prefixes and themselves, with tokens packed without padding.
 
-    M tokens             a a a | b b b b b | c c           of N completions, one behind the other
-    what they attend to  P a a a | Q b b b b b | Q c c     the prefix of their group, and themselves up to their own place
+    queries           a a a | b b b b b | c c       M tokens of N completions, packed
+    keys, values    P a a a | Q b b b b b | Q c c   prefix of the group, and the completion up to the query
 
-`Segments` is one call of a variable-length kernel per layer, for half precision on a GPU. `SideBySide` pads the attention alone, anywhere.
+`Segments` makes one call of a variable-length kernel per layer, in half precision on a GPU. `SideBySide` pads
+the completions for the attention only, and works on every device.
 """
 
 from __future__ import annotations
@@ -23,19 +24,22 @@ from torch.nn.attention.varlen import varlen_attn
 from segrl.models.kernels.first_use import learning_apart, repeats
 
 CLOSE = 0.03
-"""How far a kernel in half precision may be from the plain path, as a share of its norm: both round, each otherwise."""
+"""Largest distance of a half-precision kernel from the plain path, as a share of the norm: both round."""
 
 
 def shares_keys(kernel: Callable[..., Any]) -> dict[str, bool]:
-    """Return the keyword by which a variable-length kernel lets query heads share keys.
+    """Return the keyword argument with which a variable-length kernel lets query heads share key heads.
 
-    torch 2.11 has no such keyword: its kernel shares them whenever there are fewer key heads than query heads.
+    It is empty for torch 2.11, whose kernel shares them whenever there are fewer key heads than query heads.
     """
     return {"enable_gqa": True} if "enable_gqa" in signature(kernel).parameters else {}
 
 
 def by_flash() -> AbstractContextManager[None]:
-    """Inside, the kernel is FlashAttention's: cuDNN's, which torch 2.15 prefers, is planned anew for every length."""
+    """Return a context in which the kernel is FlashAttention's.
+
+    torch 2.15 prefers cuDNN's, which makes a new plan for every length.
+    """
     made: AbstractContextManager[None] = sdpa_kernel(SDPBackend.FLASH_ATTENTION)
     return made
 
@@ -44,11 +48,11 @@ _SHARES_KEYS: Any = shares_keys(varlen_attn)
 
 
 class Suffixes(ABC):
-    """N completions, of which some tokens are real.
+    """Layout of N completions behind B prefixes.
 
     Args:
-        seen: bool `[B, P]`, false on the padding of prefixes.
-        real: bool `[N, T]`, groups contiguous.
+        seen: bool `[B, P]`, attention mask of the prefixes, false on padding.
+        real: bool `[N, T]`, false on padding of the completions; groups contiguous.
     """
 
     def __init__(self, seen: Tensor, real: Tensor) -> None:
@@ -56,12 +60,12 @@ class Suffixes(ABC):
         self.places = None if bool(real.all()) else real.flatten().nonzero()[:, 0]  # None: all
 
     def pack(self, padded: Tensor) -> Tensor:
-        """`[N, T, ...]` to `[M, ...]`."""
+        """Return the real tokens `[M, ...]` of `[N, T, ...]`."""
         rows = padded.flatten(0, 1)
         return rows if self.places is None else rows[self.places]
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """`[M, ...]` to `[N, T, ...]`, zero where nothing is real."""
+        """Return `[N, T, ...]` for the real tokens `[M, ...]`, zero on padding."""
         if self.places is not None:
             zeros = packed.new_zeros(self.shape.numel(), *packed.shape[1:])
             packed = zeros.index_copy(0, self.places, packed)
@@ -71,14 +75,14 @@ class Suffixes(ABC):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor], scaling: float
     ) -> Tensor:
-        """Attention of one layer.
+        """Return the attention of one layer.
 
         Args:
             query: `[1, H, M, d]`.
-            key: `[1, K, M, d]`, of the completions themselves.
+            key: `[1, K, M, d]`, of the completions.
             value: likewise.
-            prefix: keys and values `[B, K, P, d]`.
-            scaling: of the products.
+            prefix: keys and values of the prefixes, `[B, K, P, d]` each.
+            scaling: factor of the scores.
 
         Returns:
             `[1, M, H, d]`.
@@ -86,13 +90,13 @@ class Suffixes(ABC):
 
 
 class SideBySide(Suffixes):
-    """Each completion a row of its own, padded to the longest; heads that share keys are rows of one product."""
+    """Layout with one row per completion, padded to the longest; uses `grouped_product`."""
 
     def __init__(self, seen: Tensor, real: Tensor) -> None:
         super().__init__(seen, real)
         length = real.shape[1]
         own = torch.ones(length, length, dtype=torch.bool, device=real.device).tril()
-        # One mask for all where no prefix is padded.
+        # If no prefix is padded, one mask serves all completions.
         before = seen[:1] if bool(seen.all()) else seen.repeat_interleave(self.group, 0)
         self.mask = torch.cat(
             [before[:, None, None].expand(-1, 1, length, -1), own.expand(len(before), 1, length, length)], -1
@@ -102,25 +106,26 @@ class SideBySide(Suffixes):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor], scaling: float
     ) -> Tensor:
-        """See `Suffixes`."""
+        """Return the attention of one layer; see `Suffixes`."""
         q, k, v = (self.unpack(part[0].transpose(0, 1)).transpose(1, 2) for part in (query, key, value))
         keys, values = (
             torch.cat([self._of_each(shared).to(own.dtype), own], 2)
             for shared, own in zip(prefix, (k, v), strict=True)
         )
-        if self.of_heads is None:  # of every layer the same
+        if self.of_heads is None:  # the same in every layer
             self.of_heads = per_head_group(self.mask, q.shape[1] // keys.shape[1])
         return self.pack(grouped_product(q, keys, values, self.of_heads, scaling))[None]
 
     def _of_each(self, shared: Tensor) -> Tensor:
-        """`[B, ...]` to `[N, ...]`."""
+        """Return `[N, ...]`, each row of `[B, ...]` repeated for its group."""
         return shared[:, None].expand(-1, self.group, *shared.shape[1:]).flatten(0, 1)
 
 
 class Segments(Suffixes):
-    """Keys and values laid out completion by completion behind those of its prefix, for a kernel of unequal lengths.
+    """Layout for a variable-length kernel: per completion the keys of its prefix, then its own, unpadded.
 
-    `dtype` is that of the passes: autocast leaves queries and keys in float32, which the kernel does not take.
+    `dtype` is the precision of the passes: autocast leaves queries and keys in float32, which the kernel does
+    not accept.
     """
 
     def __init__(self, seen: Tensor, real: Tensor, dtype: torch.dtype) -> None:
@@ -138,7 +143,8 @@ class Segments(Suffixes):
             ],
             1,
         )
-        # Of each attended place its row among those of prefixes and completions, and back.
+        # `source`: for each key of the layout, its row in the concatenation of all prefixes and completions.
+        # `own_at`, `prefix_at`: the inverse. `prefix_attended` is false where `prefix_at` has no meaning.
         self.source = where[attended]
         to = (attended.flatten().cumsum(0) - 1).view_as(attended)
         self.own_at = to[:, prefix_length:][real]
@@ -152,36 +158,47 @@ class Segments(Suffixes):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor], scaling: float
     ) -> Tensor:
-        """See `Suffixes`. A query's last key is its own: the kernel aligns causality at the end."""
+        """Return the attention of one layer; see `Suffixes`.
+
+        The kernel aligns the causal mask at the last key, so the last key of each query is its own.
+        """
         keys, values = (
             _Laid.apply(shared.to(self.dtype), own.to(self.dtype), self)
             for shared, own in zip(prefix, (key, value), strict=True)
         )
         with by_flash():
             out: Any = varlen_attn(
-                query[0].transpose(0, 1).to(self.dtype), keys, values, self.query_ends, self.key_ends, self.most_queries,
-                self.most_keys, scale=scaling, window_size=(-1, 0), **_SHARES_KEYS,
-            )  # fmt: skip
+                query[0].transpose(0, 1).to(self.dtype),
+                keys,
+                values,
+                self.query_ends,
+                self.key_ends,
+                self.most_queries,
+                self.most_keys,
+                scale=scaling,
+                window_size=(-1, 0),
+                **_SHARES_KEYS,
+            )
         attended: Tensor = out[None]
         return attended
 
 
 class _Laid(torch.autograd.Function):
-    """`[B, K, P, d]` and `[1, K, M, d]` to the attended places `[S, K, d]`.
+    """Gathers prefixes `[B, K, P, d]` and completions `[1, K, M, d]` into the `[S, K, d]` of a layout.
 
-    A prefix is attended to by its whole group: its gradients are added in float32 and in one order, which the
-    gradient of an index would not do.
+    The gradient of a prefix is summed over its group in float32 and in a fixed order. The gradient of plain
+    indexing guarantees neither.
     """
 
     @staticmethod
-    def forward(ctx: Any, prefix: Tensor, own: Tensor, suffixes: Segments) -> Tensor:  # noqa: ANN401 - autograd's own
-        """Copy by the layout."""
+    def forward(ctx: Any, prefix: Tensor, own: Tensor, suffixes: Segments) -> Tensor:  # noqa: ANN401
+        """Return the keys or values of the layout."""
         ctx.suffixes = suffixes
         return torch.cat([prefix.transpose(1, 2).flatten(0, 1), own[0].transpose(0, 1)])[suffixes.source]
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401 - autograd's own
-        """Add up by the layout."""
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
+        """Return the gradients of the prefixes and of the completions."""
         (gradient,), laid = gradients, ctx.suffixes
         shared = gradient[laid.prefix_at].masked_fill(~laid.prefix_attended, 0).sum(1, dtype=torch.float32)
         own = gradient[laid.own_at].transpose(0, 1)[None]
@@ -189,19 +206,22 @@ class _Laid(torch.autograd.Function):
 
 
 def per_head_group(mask: Tensor, shared: int) -> Tensor:
-    """Return a mask `[..., T, S]` for rows of which `shared` heads follow each other, `[..., shared * T, S]`."""
+    """Return a mask `[..., T, S]` repeated for `shared` heads of one product, `[..., shared * T, S]`."""
     return mask.repeat(*[1] * (mask.dim() - 2), shared, 1)
 
 
 def grouped_product(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Attention in which the heads that share keys and values are rows of one product, so that neither is repeated.
+    """Return attention in which heads that share keys and values are rows of one product.
+
+    So keys and values are not repeated.
 
     Args:
         query: `[rows, H, T, d]`.
         key: `[rows, K, S, d]`.
         value: likewise.
-        mask: bool, broadcast to `[rows, K, H / K * T, S]` (`per_head_group`); None hides nothing.
-        scaling: of the products.
+        mask: attention mask, bool, broadcast to `[rows, K, H / K * T, S]` (`per_head_group`). If None, all is
+            attended to.
+        scaling: factor of the scores.
 
     Returns:
         `[rows, T, H, d]`.
@@ -213,37 +233,43 @@ def grouped_product(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
 
 
 def laid_out(seen: Tensor, real: Tensor, dtype: torch.dtype) -> Suffixes:
-    """The layout for where the tensors are, and the precision of their passes."""
+    """Return the layout that suits the tensors' device and the precision of the passes.
+
+    Args:
+        seen: see `Suffixes`.
+        real: see `Suffixes`.
+        dtype: precision of the passes.
+    """
     return Segments(seen, real, dtype) if has_kernel(seen.device, dtype) else SideBySide(seen, real)
 
 
 def half_on_a_gpu(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether passes are in half precision on a GPU."""
+    """Return whether the device is a GPU and the dtype is half precision."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether torch's kernel for unequal lengths serves passes of this precision on a device."""
+    """Return whether `varlen_attn` supports this device and dtype and matches padded attention there."""
     made = half_on_a_gpu(device, dtype) and torch.cuda.get_device_capability(device) >= (8, 0)
     return made and _kernel_repeats(device, dtype)
 
 
 @cache
 def _kernel_repeats(device: torch.device, dtype: torch.dtype) -> bool:
-    """Hold the kernel against padded attention, values and gradients, once in a process."""
+    """Return whether the kernel matches padded attention at two head widths; test it once per process."""
     with learning_apart(device):
         return all(_repeats_at(width, device, dtype) for width in (64, 128))
 
 
 def _repeats_at(width: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Hold it against padded attention at one head width."""
+    """Return whether the kernel's values and gradients match those of padded attention at one head width."""
     seen = torch.ones(2, 40, dtype=torch.bool, device=device)
     seen[0, 33:] = False
     real = torch.arange(9, device=device) < torch.tensor([5, 1, 9, 0, 7, 3], device=device)[:, None]
     shapes = ((1, 4, 25, width), *[(1, 2, 25, width)] * 2, *[(2, 2, 40, width)] * 2)
 
     def outcome(layout: Suffixes) -> list[Tensor]:
-        """Return the output and the gradients, of the same noise each time."""
+        """Return the output and the gradients, for the same random inputs at every call."""
         noise = torch.Generator(device).manual_seed(width)
         given = [torch.randn(s, device=device, dtype=dtype, generator=noise).requires_grad_() for s in shapes]
         query, key, value, *prefix = given
@@ -259,7 +285,7 @@ def _repeats_at(width: int, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def pass_dtype(module: Any) -> torch.dtype:  # noqa: ANN401 - a model of transformers
-    """Return the precision of passes through a module, here and now."""
+    """Return the precision of a pass through a module: the autocast dtype if that is on, else its own."""
     kind = module.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else module.dtype
     dtype: torch.dtype = autocast

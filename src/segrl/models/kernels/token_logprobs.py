@@ -1,7 +1,7 @@
-"""The language model's head in training: log-probabilities of chosen tokens, without the logits of a vocabulary each.
+"""Compute log-probabilities of given tokens from hidden states in chunks, without keeping all logits.
 
-Buys memory: logits of 16,384 tokens and 151,936 words are 10 GB in float32, and as much again for their gradient
-(benchmarks/memory.py).
+This saves memory: logits of 16,384 tokens and a vocabulary of 151,936 take 10 GB in float32, and their
+gradient as much again (benchmarks/memory.py).
 """
 
 from __future__ import annotations
@@ -17,26 +17,37 @@ from torch.autograd.function import once_differentiable
 from segrl.models.kernels.onednn_linear import add_columns_by_columns, rows_by_rows
 
 _CHUNK = {"cpu": 2**26, "cuda": 2**28}
-"""Probabilities (float32) of one chunk, by kind of device: a pass of no more keeps them for its backward pass, a longer one
-computes them again. Each chunk reads and writes the gradient of the whole head: on a GPU most of what small ones would take."""
+"""Largest number of float32 logits in one chunk, by kind of device.
+
+The backward pass reuses the probabilities of a pass of one chunk, and recomputes those of a longer pass. Each
+chunk reads and writes the gradient of the whole head, which on a GPU would dominate the time of small chunks.
+"""
 
 
 def chunk_on(device: torch.device) -> int:
-    """Return the probabilities of one chunk on a device."""
+    """Return the largest number of logits in one chunk on a device."""
     return _CHUNK.get(device.type, _CHUNK["cpu"])
 
 
 def may_round(device: torch.device) -> bool:
-    """Whether factors of float32 products may be rounded to TF32: on a GPU under autocast, where they come out of half precision anyway.
+    """Return whether factors of float32 products may be rounded to TF32: on a GPU under autocast.
 
-    TF32 keeps 10 bits of 23, where bfloat16 keeps 7, and is several times as fast.
+    There the hidden states come from half-precision layers anyway. TF32 keeps 10 of float32's 23 mantissa
+    bits (bfloat16: 7) and is several times as fast.
     """
     return device.type == "cuda" and torch.is_autocast_enabled("cuda")
 
 
 @contextmanager
 def float32_products(device: torch.device, tf32: bool) -> Iterator[None]:
-    """Inside, products of float32 stay float32, whatever autocast says: bfloat16 logits are wrong in the third digit."""
+    """Disable autocast inside, so that products of float32 stay float32.
+
+    bfloat16 logits would be wrong in the third digit.
+
+    Args:
+        device: of the products.
+        tf32: whether their factors may be rounded to TF32.
+    """
     with torch.autocast(device.type, enabled=False):
         if not tf32:
             yield
@@ -54,7 +65,11 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, never: Tensor, most: int, tf32: bool
     ) -> Tensor:  # fmt: skip
-        """Of a pass that fits, the probabilities stay for the backward pass; the largest one gives the sum of all without another pass."""
+        """Return the log-probabilities `[R]`; save the probabilities for `backward` if R fits one chunk.
+
+        The logarithm of the softmax's denominator is the largest logit minus the logarithm of the largest
+        probability.
+        """
         size = max(1, most // len(weight))
         picked, kept = [], None
         for states, chosen in zip(hidden.split(size), tokens.split(size), strict=True):
@@ -71,8 +86,11 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of a logit is that of its token (one where chosen, less the probability)."""
-        with float32_products(grads[0].device, ctx.tf32):  # what is computed again is what it was
+        """Return the gradients of the hidden states and the weight.
+
+        The gradient of row r's logit v is `grads[r] (1[v = tokens[r]] - p[r, v])`.
+        """
+        with float32_products(grads[0].device, ctx.tf32):  # recomputed logits equal those of the forward pass
             return _TokenLogprobs._gradients(ctx, grads[0])
 
     @staticmethod
@@ -98,15 +116,15 @@ def _logits(states: Tensor, weight: Tensor, never: Tensor) -> Tensor:
 def token_logprobs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, never: Tensor, most: int | None = None
 ) -> Tensor:
-    """Log-probabilities float32 `[R]` of tokens `[R]` in states `[R, D]`, under a softmax over all that may be sampled.
+    """Return log-probabilities, float32 `[R]`, under a softmax over all tokens of the vocabulary but `never`.
 
     Args:
-        hidden: float32, divided by the temperature.
+        hidden: float32 `[R, D]`, hidden states divided by the temperature.
         weight: float32 `[V, D]`, the head.
-        tokens: int64, none of `never`.
-        never: int64, tokens without probability.
-        most: numbers in one chunk of logits; a pass of no more keeps them, a longer one computes them again. If None,
-            takes what suits the device.
+        tokens: int64 `[R]`, none of `never`.
+        never: int64, tokens of probability zero.
+        most: largest number of logits in one chunk. The backward pass reuses the probabilities of a pass of
+            one chunk, and recomputes those of a longer pass. If None, uses `chunk_on` the device.
     """
     most = chunk_on(hidden.device) if most is None else most
     tf32 = may_round(hidden.device)

@@ -1,4 +1,4 @@
-"""A vision tower, asked without waiting for its device: the host works out where patches stand, from grids of images."""
+"""Run a vision tower without waiting for its device: the host computes positions and windows of patches."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from segrl.types import Prefix
 
 
 def image_features(vlm: Any, prefixes: Sequence[Prefix]) -> Any:  # noqa: ANN401 - transformers' own output
-    """Return what transformers' `get_image_features` returns for the images of all prefixes.
+    """Return the output of transformers' `get_image_features` for the images of all prefixes.
 
     Args:
         vlm: a Qwen2.5-VL or Qwen3-VL of transformers, without its head.
-        prefixes: their pixels lie on the device of the tower, their grids on the host.
+        prefixes: their pixels are on the device of the tower, their grids on the host.
     """
     pixels = torch.cat([p.pixels for p in prefixes]).to(vlm.visual.dtype)
     kernel_serves(pixels.device, pass_dtype(vlm.visual))
@@ -29,14 +29,14 @@ def image_features(vlm: Any, prefixes: Sequence[Prefix]) -> Any:  # noqa: ANN401
 
 
 def tower_layout(tower: Any, grid: Tensor, device: torch.device) -> dict[str, Tensor | int]:
-    """Return what transformers' tower computes from grids, by the names under which it takes it instead.
+    """Return the keyword arguments of transformers' tower that it would otherwise compute from the grids.
 
-    On a GPU the tower would wait for each number that it reads from a grid.
+    On a GPU the tower would synchronise with the host for each number that it reads from a grid.
 
     Args:
         tower: `visual` of a Qwen2.5-VL or Qwen3-VL of transformers.
         grid: int64 `[B, 3]` on the host, patches along time, height and width.
-        device: of the tower.
+        device: of the tower, where the tensors are copied.
     """
     from transformers import vision_utils
 
@@ -62,13 +62,14 @@ def tower_layout(tower: Any, grid: Tensor, device: torch.device) -> dict[str, Te
 def rotary_positions(token_types: Tensor, grid: Tensor, merge: int) -> Tensor:
     """Return rotary positions int64 `[3, P]` (time, height, width) of a prefix with one image.
 
-    Text advances all three axes by one. The image's tokens stand on their grid, counted from the position behind the
-    text in front; the text behind goes on after the image's largest position.
+    Each text token advances all three axes by one. The image's tokens have the coordinates of their grid,
+    offset by the number of tokens before the image. The text after the image continues from the image's
+    largest position plus one.
 
     Args:
         token_types: int64 `[P]`, 1 on image tokens.
         grid: int64 `[1, 3]`, patches along time, height and width.
-        merge: patches along a side that make one token.
+        merge: a token covers `merge` x `merge` patches.
     """
     pictured = (token_types == 1).nonzero()[:, 0]
     _, height, width = grid[0].tolist()

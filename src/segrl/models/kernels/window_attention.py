@@ -1,7 +1,8 @@
-"""Attention of a vision tower: patches see their own window, or their own image, and no other.
+"""Compute the attention of a vision tower, in which a patch attends to its own window or its own image only.
 
-transformers asks its attention once per window, hundreds of calls in a layer for a batch of images. Here a layer is one call of
-torch's kernel for unequal lengths, in half precision on a GPU; elsewhere windows of one size are rows of one call.
+transformers calls its attention once per window: hundreds of calls per layer for a batch of images. Here each
+layer makes one call of torch's variable-length kernel in half precision on a GPU, and one call per size of
+window elsewhere.
 """
 
 from __future__ import annotations
@@ -21,27 +22,27 @@ from segrl.models.kernels.first_use import learning_apart, repeats
 from segrl.models.kernels.suffix_attention import CLOSE, by_flash, has_kernel
 
 NAME = "segrl_flash_windows"
-"""By which transformers knows it; to a name with `flash` in it, it gives all windows at once."""
+"""Name in transformers' attention interface; `flash` in it makes transformers pass all windows at once."""
 
 
 def window_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float,
     cu_seq_lens_q: Tensor, max_length_q: int, **_: object,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention as transformers' vision layers call it.
+    """Return the attention of each window, with the signature that transformers' vision layers call.
 
     Args:
-        module: the layer's attention; not looked at.
+        module: the layer's attention; not used.
         query: `[1, H, L, d]`, patches in the order of their windows.
         key: likewise.
         value: likewise.
-        attention_mask: none.
-        scaling: of the products.
-        cu_seq_lens_q: int32 `[windows + 1]`, where each begins and where the last one ends.
-        max_length_q: patches of the largest.
+        attention_mask: None; not used.
+        scaling: factor of the scores.
+        cu_seq_lens_q: int32 `[windows + 1]`, start of each window and end of the last.
+        max_length_q: patches of the largest window.
 
     Returns:
-        `[1, L, H, d]`.
+        `[1, L, H, d]`, and None in place of the attention weights.
     """
     device = query.device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else query.dtype
@@ -53,9 +54,10 @@ def window_attention(
 
 
 def kernel_serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether one call of torch's kernel serves windows there.
+    """Return whether torch's variable-length kernel computes windows right on this device and dtype.
 
-    To be asked before a pass begins: the first answer takes a pass of its own, which a checkpoint must not record.
+    Call it before a pass begins: its first call runs a comparison, which must not happen inside a
+    checkpointed layer.
     """
     return has_kernel(device, dtype) and _kernel_repeats(device, dtype)
 
@@ -63,7 +65,7 @@ def kernel_serves(device: torch.device, dtype: torch.dtype) -> bool:
 def _by_kernel(
     query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scaling: float
 ) -> Tensor:
-    """Attend in one call of torch's kernel, `[L, H, d]`."""
+    """Return the attention `[L, H, d]` from one call of torch's variable-length kernel."""
     with by_flash():
         out: Any = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling)
     attended: Tensor = out
@@ -71,7 +73,7 @@ def _by_kernel(
 
 
 def _by_size(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scaling: float) -> Tensor:
-    """Attend in one call per size of window, `[L, H, d]`."""
+    """Return the attention `[L, H, d]` from one call per size of window."""
     windows = _windows_of(ends)
     done = []
     for places, size in windows.by_size:
@@ -82,7 +84,7 @@ def _by_size(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scaling: f
 
 
 class _Windows:
-    """Patches by the size of their window, and the way back to their order."""
+    """Indices of patches grouped by the size of their window, and the inverse permutation."""
 
     def __init__(self, ends: Tensor) -> None:
         self.ends = ref(ends)
@@ -95,7 +97,7 @@ class _Windows:
 
 
 _latest: deque[_Windows] = deque(maxlen=2)
-"""A tower's layers take turns with two layouts, windows and whole images, and each is worked out once per pass."""
+"""The last two layouts, windows and whole images, so that each is computed once per pass of a tower."""
 
 
 def _windows_of(ends: Tensor) -> _Windows:
@@ -108,17 +110,17 @@ def _windows_of(ends: Tensor) -> _Windows:
 
 @cache
 def _kernel_repeats(device: torch.device, dtype: torch.dtype) -> bool:
-    """Hold the kernel against calls by size, values and gradients, once in a process, at the widths of Qwen's towers."""
+    """Return whether the kernel matches `_by_size` at the head widths of Qwen's towers; test it once."""
     with learning_apart(device):
         return all(_repeats_at(width, device, dtype) for width in (64, 72, 80))
 
 
 def _repeats_at(width: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Hold it against calls by size at one head width."""
+    """Return whether the kernel's values and gradients match those of `_by_size` at one head width."""
     ends = torch.tensor([0, 64, 128, 160, 176], dtype=torch.int32, device=device)
 
     def outcome(attend: Callable[..., Tensor], *longest: int) -> list[Tensor]:
-        """Return the output and the gradients, of the same noise each time."""
+        """Return the output and the gradients, for the same random inputs at every call."""
         noise = torch.Generator(device).manual_seed(width)
         qkv = torch.randn(176, 3, 4, width, device=device, dtype=dtype, generator=noise).requires_grad_()
         out = attend(*qkv.unbind(1), ends, *longest, width**-0.5)
