@@ -1,4 +1,4 @@
-"""What a mask looks like: its box, its innermost point, its parts."""
+"""Box, innermost point and connected components of a mask."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from scipy.ndimage import distance_transform_edt, label
 
 
 def tight_box(mask: np.ndarray) -> np.ndarray:
-    """Unit box float32 `[4]` around the true pixels of bool `[H, W]`; raises ValueError on an empty mask."""
+    """Return the tight unit box, float32 `[4]` (x1 y1 x2 y2), of a mask bool `[H, W]`.
+
+    Raises:
+        ValueError: if the mask is empty.
+    """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if len(rows) == 0:
         raise ValueError("an object is needed to draw a box around; the mask is empty")
@@ -17,7 +21,11 @@ def tight_box(mask: np.ndarray) -> np.ndarray:
 
 
 def inner_point(mask: np.ndarray) -> np.ndarray:
-    """Unit centre float32 `[2]` of the largest circle inside the true pixels of bool `[H, W]`; raises ValueError on an empty mask."""
+    """Return the unit centre, float32 `[2]` (x y), of the largest circle inside a mask bool `[H, W]`.
+
+    Raises:
+        ValueError: if the mask is empty.
+    """
     if not mask.any():
         raise ValueError("an object is needed to put a point into; the mask is empty")
     depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
@@ -26,7 +34,10 @@ def inner_point(mask: np.ndarray) -> np.ndarray:
 
 
 def components(mask: np.ndarray, least: float, most: int) -> list[np.ndarray]:
-    """The largest connected parts, at most `most`, each covering at least the share `least` of the image."""
+    """Return the largest 4-connected components of a mask bool `[H, W]`, largest first, at most `most`.
+
+    Each covers at least the share `least` of the image; if none does, return the largest one alone.
+    """
     labelled, _ = label(mask)
     areas = np.bincount(labelled.ravel())
     areas[0] = 0

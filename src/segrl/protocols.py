@@ -1,4 +1,4 @@
-"""The seams: what one room asks of another, without importing it."""
+"""Protocols: the interfaces by which rooms use each other without imports."""
 
 from __future__ import annotations
 
@@ -19,69 +19,72 @@ class SampleSet(Protocol):
 
     @property
     def ids(self) -> Sequence[str]:
-        """Of all samples, in order, each once."""
+        """The ids of all samples, in order, without duplicates."""
         ...
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
         ...
 
     def __getitem__(self, index: int) -> Sample:
-        """Read one."""
+        """Read the sample at `index`."""
         ...
 
 
 @runtime_checkable
 class Grammar(Protocol):
-    """The language of completions: it asks, it writes, it reads."""
+    """The language of completions: it asks for them, renders them and parses them."""
 
     @property
     def says(self) -> frozenset[str]:
-        """What it has words for: of "thought", "boxes", "points", "nothing" (no object), "steps" (it is `Unfolding`)."""
+        """The features that it can express.
+
+        A subset of "thought", "boxes", "points", "nothing" (no object) and "steps" (it is `Unfolding`).
+        """
         ...
 
     def messages(self, query: str | None) -> list[Message]:
-        """The chat that asks for a mask prompt; the image stands as `{"type": "image"}`."""
+        """Return the chat that asks for a mask prompt; the image's place is `{"type": "image"}`."""
         ...
 
     def render(self, parsed: Parsed, frame: Frame) -> str:
-        """The completion that says `parsed`, with integer coordinates of `frame`."""
+        """Return the completion that expresses `parsed`, with integer coordinates of `frame`."""
         ...
 
     def parse(self, text: str, frame: Frame) -> Parsed:
-        """Read a completion in linear time. Raises nothing, whatever the text: faults are values."""
+        """Parse a completion in linear time. No text raises an error: faults are values."""
         ...
 
 
 @runtime_checkable
 class Unfolding(Protocol):
-    """A grammar that can tell how a mask prompt grows while it is written."""
+    """A grammar that can list the steps by which a mask prompt grows in the text."""
 
     def unfold(self, text: str, frame: Frame) -> list[tuple[int, MaskPrompt]]:
-        """Where in the text a box or a labelled point is complete, and all that is complete by then, in the order written.
+        """Return the steps of a text in order: where a box or labelled point ends, and the mask prompt so far.
 
-        What a step says depends on the text up to its end alone, whether or not the whole can be parsed.
+        A step depends only on the text up to its end, whether or not the whole text can be parsed.
         """
         ...
 
 
 class Encoder(Protocol):
-    """The policy's eyes and vocabulary without its weights: cheap to copy into loader workers."""
+    """The policy's processor and coordinate frame without weights: cheap to copy into loader workers."""
 
     def encode(self, messages: Sequence[Message], image: np.ndarray) -> Prefix:
-        """Chat and image uint8 `[H, W, 3]` to the prefix that a group shares."""
+        """Return the prefix of a chat and an image, uint8 `[H, W, 3]`."""
         ...
 
     def answer(self, text: str) -> Tensor:
-        """Text to int64 `[T]`, ending in the stop token."""
+        """Return the tokens of a text, int64 `[T]`, the stop token last."""
         ...
 
     def decode(self, tokens: Tensor, mask: Tensor) -> list[str]:
-        """int64 `[N, T]` and bool `[N, T]` to N texts."""
+        """Return the N texts of tokens int64 `[N, T]`, read where the token mask bool `[N, T]` is true."""
         ...
 
     def token_at(self, tokens: Tensor, end: int) -> int:
-        """Which of the tokens int64 `[T]` completes the first `end` characters of their text."""
+        """Return the index of the token in int64 `[T]` that completes the first `end` characters."""
         ...
 
 
@@ -90,42 +93,49 @@ class Policy(Protocol):
 
     @property
     def encoder(self) -> Encoder:
-        """Its eyes and vocabulary."""
+        """The encoder that makes its prefixes."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where its weights lie."""
+        """The device of its weights."""
         ...
 
     def logprobs(
         self, prefixes: Sequence[Prefix], completions: Completions, state: PrefixState | None = None
     ) -> Tensor:
-        """Log-probability of each completion token, float32 `[N, T]`; each prefix is read once, or was: then `state` has it."""
+        """Return the log-probability of each completion token, float32 `[N, T]`.
+
+        Each prefix is read once; if `state` is given, it holds the prefixes already read.
+        """
         ...
 
 
 class RolloutEngine(Protocol):
-    """Samples completions.
+    """An engine that samples completions.
 
     Attributes:
-        prefixes_at_once: prefixes whose completions advance together; None takes all.
+        prefixes_at_once: number of prefixes decoded together; None for all.
     """
 
     prefixes_at_once: int | None
 
     def sample(
-        self, policy: Policy, prefixes: Sequence[Prefix], group_size: int, seeds: Sequence[int],
+        self,
+        policy: Policy,
+        prefixes: Sequence[Prefix],
+        group_size: int,
+        seeds: Sequence[int],
         state: PrefixState | None = None,
-    ) -> Completions:  # fmt: skip
-        """`group_size` completions of each prefix, groups contiguous; one seed per completion.
+    ) -> Completions:
+        """Sample `group_size` completions of each prefix, groups contiguous, with one seed per completion.
 
-        An engine that reads prefixes itself takes `state` where they have been read.
+        An engine that reads prefixes itself uses `state`, if given, instead of reading them again.
         """
         ...
 
     def greedy(self, policy: Policy, prefixes: Sequence[Prefix]) -> Completions:
-        """The most likely completion of each prefix."""
+        """Decode one completion of each prefix greedily."""
         ...
 
 
@@ -133,19 +143,22 @@ class MaskHead(Protocol):
     """A frozen promptable segmenter."""
 
     def prepare(self, images: Sequence[np.ndarray]) -> None:
-        """Begin to encode images uint8 `[H, W, 3]` that `segment` will be asked about, beside what the caller does next."""
+        """Start to encode images, uint8 `[H, W, 3]`, in the background for a later call of `segment`."""
         ...
 
     def segment(
         self, images: Sequence[np.ndarray], prompts: Sequence[Sequence[MaskPrompt | None]]
     ) -> list[list[np.ndarray]]:
-        """Masks bool `[H, W]` of each image's prompts; each image is encoded once. None gives an empty mask."""
+        """Return a mask bool `[H, W]` per prompt of each image; None gives an empty mask.
+
+        Each image is encoded once.
+        """
         ...
 
 
 class RewardTerm(Protocol):
-    """One named number per completion."""
+    """A function that gives one number per completion."""
 
     def __call__(self, answer: Answer, sample: Sample) -> float:
-        """Reward of one answer to one sample; their masks are of one size."""
+        """Return the reward of an answer to a sample; their masks have the same size."""
         ...

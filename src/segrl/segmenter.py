@@ -1,4 +1,4 @@
-"""The one inference path: policy, grammar and mask head joined; image and query to mask."""
+"""The one path from image and query to mask: policy, grammar, rollout engine and mask head."""
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ from segrl.types import Answer, Batch, Completions, Sample
 
 
 class Segmenter:
-    """Samples and their completions to answers, the same in training, evaluation and use.
+    """A policy with its grammar, engine and mask head; training, evaluation and Python use share it.
 
     Example: `Segmenter.from_pretrained("my_policy").segment("fish.jpg", "the fish on the left").mask`.
 
     Args:
-        policy, grammar, engine, head: the same objects that train.
+        policy, grammar, engine, head: in training, the objects of the stage.
     """
 
     def __init__(self, policy: Policy, grammar: Grammar, engine: RolloutEngine, head: MaskHead) -> None:
         self.policy, self.grammar, self.engine, self.head = policy, grammar, engine, head
-        self.passes: torch.dtype | None = None  # of `segment`; elsewhere the trainer casts
+        self.passes: torch.dtype | None = None  # autocast dtype of `segment`; elsewhere the trainer sets it
 
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, weights: str | Path = "weights", device: str | torch.device = "cpu"
     ) -> Segmenter:
-        """A segmenter from a folder that `python -m segrl.export` wrote.
+        """Load a segmenter from a folder that `python -m segrl.export` wrote.
 
         Args:
-            folder: policy, processor and `segrl.json`.
+            folder: holds the policy, its processor and `segrl.json`.
             weights: folder of the mask heads' checkpoints, such as `sam2.1_hiera_large.pt`.
-            device: of policy and mask head.
+            device: where policy and mask head run.
 
         Raises:
-            ValueError: if the folder has no `segrl.json`, or it is damaged or names anything but segrl's own parts.
+            ValueError: if the folder has no `segrl.json`, or it is damaged or names anything but segrl's own parts;
+                or if weights are missing or damaged.
         """
         card = policy_card.read(Path(folder))
         if not card:
@@ -60,14 +61,15 @@ class Segmenter:
 
     @torch.inference_mode()
     def segment(self, image: np.ndarray | Image.Image | str | Path, query: str | None = None) -> Answer:
-        """One answer: its mask at the image's own size, and what was thought and prompted (`parsed`).
+        """Return the greedy answer: the mask at the image's own size, thought and mask prompt (`parsed`).
 
         Args:
             image: uint8 RGB `[H, W, 3]`, a PIL image, or a file.
-            query: what to segment; none where the grammar asks for whatever stands out.
+            query: the object to segment. If None, the instructions alone say what to segment.
 
         Raises:
-            ValueError: if the file or the PIL image is none that can be read, or the array is of another kind.
+            ValueError: if the image cannot be read, the array is not uint8 `[H, W, 3]`, or the processor
+                rejects the image or the query.
         """
         if isinstance(image, Image.Image):
             name = getattr(image, "filename", None) or "image"
@@ -77,7 +79,7 @@ class Segmenter:
             pixels = image if isinstance(image, np.ndarray) else read_image(Path(image), upright=True)
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
             raise ValueError(f"image: uint8 [H, W, 3] is needed; got {pixels.dtype} {list(pixels.shape)}")
-        pixels = np.ascontiguousarray(pixels)  # OpenCV's channels turned around, for one
+        pixels = np.ascontiguousarray(pixels)  # e.g. `bgr[..., ::-1]` of OpenCV has a negative stride
         sample = Sample(id="image", image=pixels, mask=np.zeros(pixels.shape[:2], bool), query=query)
         with reading("image", "an image and a query that the policy's processor takes are needed"):
             prefix = self.policy.encoder.encode(self.grammar.messages(query), pixels)
@@ -87,7 +89,7 @@ class Segmenter:
         return answer
 
     def __call__(self, batch: Batch, seeds: Sequence[int] | None = None) -> list[Answer]:
-        """One answer per sample: the greedy one, or one drawn by each sample's seed."""
+        """Return one answer per sample: greedy if `seeds` is None, else sampled with one seed per sample."""
         self.head.prepare([sample.image for sample in batch.samples])
         if seeds is None:
             completions = self.engine.greedy(self.policy, batch.prefixes)
@@ -96,7 +98,7 @@ class Segmenter:
         return self.read(batch, completions, 1)
 
     def read(self, batch: Batch, completions: Completions, group_size: int) -> list[Answer]:
-        """Parse and draw N = B*G completions; each image is encoded once for its group."""
+        """Parse N = B*G completions and decode their masks; each image is encoded once for its group."""
         frames = [prefix.frame for prefix in batch.prefixes for _ in range(group_size)]
         parsed = [self.grammar.parse(t, f) for t, f in zip(completions.texts, frames, strict=True)]
         prompts = [

@@ -1,4 +1,4 @@
-"""The nouns of the house: frozen carriers that rooms hand to each other.
+"""Frozen dataclasses that the rooms of segrl pass to each other.
 
 Axes: B samples, G group, N = B*G (groups contiguous), P prompt tokens, T completion tokens, K boxes,
 Q points, H W pixels. Coordinates are unit xy: (0, 0) is the image's top left corner, (1, 1) its bottom right.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One image with its ground truth and its question."""
+    """One image with its ground truth and its query."""
 
     id: str
     image: np.ndarray
@@ -27,27 +27,27 @@ class Sample:
     mask: np.ndarray
     """bool `[H, W]`, true on the object."""
     query: str | None = None
-    """What to segment; none where the task's constant instruction says it all."""
+    """The object to segment. None if the task has one constant instruction."""
     objects: np.ndarray | None = None
-    """bool `[n, H, W]`, the mask's objects one by one; none where the dataset does not tell them apart."""
+    """bool `[n, H, W]`, one mask per object. None if the dataset does not separate the objects."""
     ignore: np.ndarray | None = None
-    """bool `[H, W]`, pixels that no score looks at; none where all count."""
+    """bool `[H, W]`, pixels that scores ignore. None if all pixels count."""
     path: Path | None = None
-    """File of the image; none where it was drawn."""
+    """File of the image. None if the image was generated."""
     trace: Parsed | None = None
-    """What an annotator answered, where the dataset has it; such samples may have an empty mask."""
+    """The answer of an annotator, if the dataset has one. Such a sample's mask may be empty."""
     cluster: str | None = None
-    """What samples that are not independent have in common: their image. Intervals draw a cluster with all of its samples.
-    `None` where no other sample of the dataset is of the same image."""
+    """Name shared by all samples of one image, which are not independent: intervals resample clusters.
+    If None, the sample is a cluster of its own."""
 
     def counted(self, mask: np.ndarray) -> np.ndarray:
-        """A mask bool `[H, W]` without the pixels that no score looks at."""
+        """Return a mask bool `[H, W]` that is false on the ignored pixels."""
         return mask if self.ignore is None else mask & ~self.ignore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaskPrompt:
-    """What a promptable segmenter is told, in unit coordinates.
+    """Boxes and labelled points for a promptable segmenter, in unit coordinates.
 
     Example: one box over the left half with one foreground point at its centre is
     `MaskPrompt(boxes=[[0, 0, .5, 1]], points=[[.25, .5]], labels=[1])`.
@@ -60,13 +60,13 @@ class MaskPrompt:
     labels: np.ndarray
     """int64 `[Q]`, 1 foreground, 0 background."""
     paired: bool = False
-    """Whether point k is of box k alone (K = Q); if not, a point is of every box that holds it."""
+    """Whether point k belongs to box k alone (K = Q). If not, it belongs to every box that contains it."""
 
     @classmethod
     def of(
         cls, boxes: object = (), points: object = (), labels: object = (), paired: bool = False
     ) -> MaskPrompt:
-        """Build from nested sequences; shapes are fixed even when empty."""
+        """Build a mask prompt from nested sequences; empty ones get shapes `[0, 4]`, `[0, 2]`, `[0]`."""
         return cls(
             boxes=np.asarray(boxes, np.float32).reshape(-1, 4),
             points=np.asarray(points, np.float32).reshape(-1, 2),
@@ -76,7 +76,7 @@ class MaskPrompt:
 
 
 class ParseFault(enum.Enum):
-    """Why a completion is not a sentence of its grammar. A fault is data: rewards price it, figures count it."""
+    """The reason why a completion cannot be parsed: a value that rewards price and logged scalars count."""
 
     NO_THOUGHT = "no closed <think>"
     NO_ANSWER = "no closed <answer>, or nothing behind the thought"
@@ -94,36 +94,36 @@ class ParseFault(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parsed:
-    """A completion, understood: a mask prompt, or the fault that stands in its place."""
+    """A parsed completion: a mask prompt, or a fault in its place."""
 
     thought: str = ""
     prompt: MaskPrompt | None = None
     fault: ParseFault | None = None
     rest: str = ""
-    """What stands behind the answer (in JSON, in front of the thought, too), beside a fault, too; it does not spoil the answer."""
+    """Text after the answer; in JSON grammars, also before the thought. It is no fault by itself."""
     loose: bool = False
-    """Whether the answer was read although it is not written as the grammar asks; no format reward pays for it."""
+    """Whether the answer deviates from the grammar but was read all the same: it earns no format reward."""
     partly: float = 0.0
-    """Beside a fault, or loosely read: the share of fields of the right shape, 0..1, where the grammar counts them."""
+    """For a fault or loose answer: share of fields of the right shape, 0..1, if the grammar counts them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One completion, understood and drawn: all that a reward or a metric may look at."""
+    """One completion, parsed, with its mask: the whole input of rewards and metrics."""
 
     text: str
     parsed: Parsed
     mask: np.ndarray
-    """bool `[H, W]` of the image's own size; empty where the completion could not be parsed."""
+    """bool `[H, W]` of the image's own size; all false if the completion could not be parsed."""
     length: int
-    """Tokens spent."""
+    """Tokens of the completion, the stop token included."""
     finished: bool
-    """Whether it ended by itself, and was not cut off at the limit."""
+    """Whether the last token is a stop token; if not, the completion was cut off at the limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """The coordinate frame in which a policy writes about one image: x runs 0..width, y 0..height."""
+    """The coordinates in which a policy writes about one image: x in 0..width, y in 0..height."""
 
     width: float
     height: float
@@ -131,22 +131,22 @@ class Frame:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefix:
-    """One sample as the policy reads it: made once, in a loader worker, and shared by the whole group."""
+    """One sample as the policy reads it: made in a loader worker, shared by the whole group."""
 
     token_ids: Tensor
     """int64 `[P]`, image placeholders expanded, no padding."""
     token_types: Tensor
-    """int64 `[P]`, 1 on image tokens: without it the rotary positions are silently one-dimensional."""
+    """int64 `[P]`, 1 on image tokens. Without it, transformers silently makes one-dimensional position ids."""
     pixels: Tensor
     """float `[patches, patch values]`, the image processor's output."""
     positions: Tensor
-    """int64 `[3, P]`, rotary positions along time, height, width."""
+    """int64 `[3, P]`, position ids along time, height, width."""
     grid: Tensor
-    """int64 `[1, 3]`, patches along time, height, width; stays on the host, where layouts are made."""
+    """int64 `[1, 3]`, patches along time, height, width. It stays on the CPU, where layouts are computed."""
     frame: Frame
 
     def to(self, device: torch.device | str) -> Prefix:
-        """Return the same prefix with its tensors on `device`, but for the grid."""
+        """Return the prefix with all tensors except the grid on `device`."""
         return replace(
             self,
             token_ids=self.token_ids.to(device, non_blocking=True),
@@ -156,7 +156,7 @@ class Prefix:
         )
 
     def pin_memory(self) -> Prefix:
-        """The same in memory that a GPU copies from while the host goes on."""
+        """Return the prefix with all tensors except the grid in pinned memory."""
         return replace(
             self,
             token_ids=self.token_ids.pin_memory(),
@@ -168,26 +168,26 @@ class Prefix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixState:
-    """B prefixes as the language model has read them."""
+    """Keys, values and last hidden states of B prefixes that the language model has read."""
 
     keys: list[Tensor]
-    """Of each layer `[B, K, P, d]`, K heads of width d, rotated to their positions."""
+    """Per layer `[B, K, P, d]`: K heads of width d, with RoPE applied."""
     values: list[Tensor]
-    """Likewise."""
+    """Per layer `[B, K, P, d]`."""
     seen: Tensor
-    """bool `[B, P]`, false on padding."""
+    """Attention mask, bool `[B, P]`, false on padding."""
     following: Tensor
-    """int64 `[B]`, rotary position of the first completion token: images advance it by their side, not their area."""
+    """int64 `[B]`, position id of the first completion token. An image advances it by its longer side."""
     last_hidden: Tensor
-    """`[B, D]`, hidden state that predicts the first completion token."""
+    """`[B, D]`, hidden state that predicts the first completion token, after the final norm."""
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that gradients flow through."""
+        """Every tensor that gradients flow through."""
         return [*self.keys, *self.values, self.last_hidden]
 
     def cut(self) -> PrefixState:
-        """The same as leaves, in which gradients gather without flowing on."""
+        """Return a detached copy: backward passes stop at its tensors and accumulate in their `.grad`."""
         keys, values, last = (
             [t.detach().requires_grad_(t.requires_grad) for t in part]
             for part in (self.keys, self.values, [self.last_hidden])
@@ -197,7 +197,10 @@ class PrefixState:
         )
 
     def gathered(self, leaves: PrefixState) -> Tensor:
-        """A scalar whose gradient with respect to this state is what its `cut()` leaves have gathered."""
+        """Return the scalar `sum(t * leaf.grad)` over the tensors t of this state and their `cut()` leaves.
+
+        Its backward pass sends the gradients accumulated in the leaves on into this state.
+        """
         pairs = zip(self.tensors, leaves.tensors, strict=True)
         met = [(t * leaf.grad).sum() for t, leaf in pairs if leaf.grad is not None]
         return torch.stack(met).sum() if met else self.last_hidden.new_zeros(())
@@ -205,19 +208,19 @@ class PrefixState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """B samples and their prefixes. Images stay a list: sizes differ."""
+    """B samples and their prefixes. Images are kept as a list because their sizes differ."""
 
     samples: list[Sample]
     prefixes: list[Prefix]
     answers: list[Tensor] | None = None
-    """int64 `[T_i]` each: the completion to imitate, where the stage imitates."""
+    """int64 `[T_i]` each: the completions to imitate. None if the stage samples completions."""
 
     def __len__(self) -> int:
-        """B."""
+        """Return B."""
         return len(self.samples)
 
     def take(self, places: Sequence[int]) -> Batch:
-        """Some of the samples, in the given order."""
+        """Return the samples at `places`, in that order."""
         return replace(
             self,
             samples=[self.samples[b] for b in places],
@@ -226,12 +229,12 @@ class Batch:
         )
 
     def pin_memory(self) -> Batch:
-        """See `Prefix.pin_memory`; a loader's thread asks for it."""
+        """Return the batch with pinned prefixes and answers; the data loader's pinning thread calls it."""
         answers = None if self.answers is None else [a.pin_memory() for a in self.answers]
         return replace(self, prefixes=[p.pin_memory() for p in self.prefixes], answers=answers)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """Move what the policy reads; pixels of the samples stay on the host until the mask head wants them."""
+        """Return the batch with prefixes and answers on `device`; the samples stay on the CPU."""
         answers = (
             None if self.answers is None else [a.to(device, non_blocking=non_blocking) for a in self.answers]
         )
@@ -240,39 +243,42 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completions:
-    """What the policy wrote: N = B*G token rows, groups contiguous, right-padded."""
+    """N = B*G token rows written by the policy, groups contiguous, padded on the right."""
 
     tokens: Tensor
     """int64 `[N, T]`."""
     mask: Tensor
-    """bool `[N, T]`, true up to and including the stop token."""
+    """Token mask, bool `[N, T]`, true on sampled tokens up to and including the stop token."""
     texts: list[str]
-    """N strings, special tokens left out."""
+    """N strings without special tokens."""
     finished: Tensor
     """bool `[N]`, true where the last token is a stop token; the others were cut off."""
     sampled_logprobs: Tensor | None = None
-    """float32 `[N, T]`, of another engine's own; none where the policy itself sampled."""
+    """float32 `[N, T]`, reported by another engine. None if the policy itself sampled."""
 
     @property
     def lengths(self) -> Tensor:
-        """int64 `[N]`, tokens each completion spent."""
+        """int64 `[N]`, sampled tokens of each completion."""
         return self.mask.sum(1)
 
     def rows(self, rows: slice) -> Completions:
-        """A run of completions."""
+        """Return the completions of a slice of rows."""
         return self.take(list(range(*rows.indices(len(self.texts) or len(self.tokens)))))
 
     def take(self, rows: Sequence[int]) -> Completions:
-        """Some of the completions, in the given order."""
+        """Return the completions of some rows, in the given order."""
         drawn = self.sampled_logprobs
         return Completions(
-            tokens=self.tokens[rows], mask=self.mask[rows], texts=[self.texts[n] for n in rows] if self.texts else [],
-            finished=self.finished[rows], sampled_logprobs=None if drawn is None else drawn[rows],
-        )  # fmt: skip
+            tokens=self.tokens[rows],
+            mask=self.mask[rows],
+            texts=[self.texts[n] for n in rows] if self.texts else [],
+            finished=self.finished[rows],
+            sampled_logprobs=None if drawn is None else drawn[rows],
+        )
 
     @classmethod
     def joined(cls, parts: Sequence[Completions]) -> Completions:
-        """One after the other, padded to the longest."""
+        """Return all completions in one, padded with zeros to the longest."""
         longest = max(part.tokens.shape[1] for part in parts)
 
         def widened(rows: Tensor) -> Tensor:
@@ -291,22 +297,22 @@ class Completions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """The reward of every completion, whole and by term."""
+    """The reward of every completion: the weighted total and each term."""
 
     total: Tensor
     """float32 `[B, G]`."""
     terms: dict[str, Tensor]
-    """Each float32 `[B, G]`, unweighted, keyed by the term's name in the config."""
+    """float32 `[B, G]` each, unweighted, keyed by the term's name in the configuration."""
 
     def take(self, places: Sequence[int]) -> Scores:
-        """Of some samples, in the given order."""
+        """Return the scores of the samples at `places`, in that order."""
         return Scores(
             total=self.total[places], terms={name: value[places] for name, value in self.terms.items()}
         )
 
     @classmethod
     def joined(cls, parts: Sequence[Scores]) -> Scores:
-        """One after the other."""
+        """Return all scores in one, samples in order."""
         return cls(
             total=torch.cat([part.total for part in parts]),
             terms={name: torch.cat([part.terms[name] for part in parts]) for name in parts[0].terms},
@@ -315,35 +321,35 @@ class Scores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experience:
-    """Every frozen tensor that the update needs."""
+    """The frozen tensors that an update needs."""
 
     prefixes: list[Prefix]
-    """B of them."""
+    """B prefixes."""
     completions: Completions
     counts: Tensor
-    """bool `[N, T]`, tokens that count in the loss."""
+    """Loss mask, bool `[N, T]`, true on tokens that count in the loss."""
     advantages: Tensor
     """float32 `[N, T]`."""
     old_logprobs: Tensor | None = None
-    """float32 `[N, T]`, or none with one update per rollout: then old is new, detached."""
+    """float32 `[N, T]`. If None (one update per rollout), the update detaches its own."""
     reference_logprobs: Tensor | None = None
-    """float32 `[N, T]`, or none where nothing is measured against a reference."""
+    """float32 `[N, T]`. None without a reference."""
     values: Tensor | None = None
-    """float32 `[N, T]`, what the critic expected before each token; none without a critic."""
+    """float32 `[N, T]`, the critic's value before each token, at sampling time. None without a critic."""
     returns: Tensor | None = None
-    """float32 `[N, T]`, what it should have expected."""
+    """float32 `[N, T]`, the critic's targets. None without a critic."""
     insight: Tensor | None = None
-    """float32 `[N, I]`, what only the critic is told; none where it is told nothing."""
+    """float32 `[N, I]`, privileged input of the critic. None if the critic has none."""
     state: PrefixState | None = None
-    """The prefixes as the policy has read them, for gradients to flow into; none where they are still to be read."""
+    """The prefixes as the policy has read them, with their graph. If None, the update reads the prefixes."""
 
     @property
     def group_size(self) -> int:
-        """Completions per sample."""
+        """The number of completions per sample."""
         return len(self.advantages) // len(self.prefixes)
 
     def split(self, size: int) -> Iterator[tuple[Experience, list[int]]]:
-        """Runs of at most `size` samples, each with its rows of N. Groups stay whole."""
+        """Yield parts of at most `size` consecutive samples with whole groups, and each part's rows of N."""
         group = self.group_size
         for start in range(0, len(self.prefixes), size):
             prefixes = self.prefixes[start : start + size]
@@ -351,7 +357,10 @@ class Experience:
             yield self._of(prefixes, rows), rows
 
     def pieces(self, count: int | None) -> Iterator[tuple[Experience, list[int]]]:
-        """Runs of at most `count` completions of every group, each with its rows of N; none takes groups whole."""
+        """Yield parts of at most `count` completions of every group, and each part's rows of N.
+
+        If `count` is None, yield one part with all completions.
+        """
         group = self.group_size
         for start in range(0, group, count or group):
             places = range(start, min(start + (count or group), group))
@@ -379,9 +388,9 @@ class Experience:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossOutput:
-    """An objective's value and what it saw on the way."""
+    """A loss and the scalars to log with it."""
 
     loss: Tensor
     """Scalar, differentiable."""
     stats: dict[str, Tensor]
-    """Scalars, detached; summed over the parts of one update."""
+    """Detached scalars, summed over the micro-batches of one update."""
