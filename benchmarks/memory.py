@@ -107,7 +107,7 @@ def sampling(
     ledger: Ledger, policy: Any, prefixes: list[Any], group: int, length: int, kernel: bool = True
 ) -> int:
     """Most bytes while groups are sampled, what stays included."""
-    from segrl.rollout.shared_prefix import drawn
+    from segrl.rollout.shared_prefix import sample_tokens
 
     rows = len(prefixes) * group
     ledger.peak = ledger.now
@@ -117,7 +117,7 @@ def sampling(
         del state
         decoder.place = length - 1
         hidden = decoder.step(torch.zeros(rows, dtype=torch.long))
-        drawn(policy.logits(hidden, head).softmax(-1), torch.zeros(rows, dtype=torch.float64))
+        sample_tokens(policy.logits(hidden, head).softmax(-1), torch.zeros(rows, dtype=torch.float64))
     return ledger.peak
 
 

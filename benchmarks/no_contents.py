@@ -127,7 +127,7 @@ def as_on_a_gpu(kernel: bool = True) -> Iterator[None]:
         stack.enter_context(mock.patch.object(prefix_pass, "padded_to", lambda *_: 32))
         chunk = token_logprobs.chunk_on(torch.device("cuda"))
         stack.enter_context(mock.patch.object(token_logprobs, "chunk_on", lambda _: chunk))
-        stack.enter_context(mock.patch.object(decoder.Product, "__init__", plain))
+        stack.enter_context(mock.patch.object(decoder.PackedLinear, "__init__", plain))
         stack.enter_context(mock.patch.object(onednn_linear, "_by_onednn", lambda *_: False))
         stack.enter_context(torch.autocast("cpu", torch.bfloat16, cache_enabled=False))
         yield

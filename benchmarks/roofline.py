@@ -107,7 +107,7 @@ def line(part: str, roof: Roofline, least: float, times: int = 1, **more: object
 
 def sampling(policy: Any, prefixes: list[Any], least: dict[str, float]) -> None:
     """The prefixes, and a token of every completion, as many times as there are tokens."""
-    from segrl.rollout.shared_prefix import drawn
+    from segrl.rollout.shared_prefix import sample_tokens
 
     rows, roof = PROMPTS * GROUP, Roofline()
     with no_contents.as_on_a_gpu(), torch.no_grad():
@@ -118,7 +118,7 @@ def sampling(policy: Any, prefixes: list[Any], least: dict[str, float]) -> None:
         decoder.place, roof = TOKENS // 2, Roofline()
         with roof:
             hidden = decoder.step(torch.zeros(rows, dtype=torch.long))
-            drawn(policy.logits(hidden, head).softmax(-1), torch.zeros(rows, dtype=torch.float64))
+            sample_tokens(policy.logits(hidden, head).softmax(-1), torch.zeros(rows, dtype=torch.float64))
         line("sample", roof, least["sample"], TOKENS, tokens=TOKENS, kernels_are_of="a token")
 
 

@@ -189,9 +189,9 @@ def completions(bench: Bench) -> None:
     count = s.rows * s.length
     given = [bench.random(1, heads, count, s.width, learn=True) for heads in (s.heads, s.shared, s.shared)]
     work = 4e-9 * count * (s.prefix + s.length / 2) * s.heads * s.width
-    layouts: list[tuple[str, Any]] = [("padded", suffix_attention.SideBySide)]
+    layouts: list[tuple[str, Any]] = [("padded", suffix_attention.PaddedSuffixes)]
     if suffix_attention.has_kernel(bench.device, torch.bfloat16):
-        layouts.insert(0, ("kernel", partial(suffix_attention.Segments, dtype=torch.bfloat16)))
+        layouts.insert(0, ("kernel", partial(suffix_attention.VarlenSuffixes, dtype=torch.bfloat16)))
     for name, layout in layouts:
         made = layout(seen, real)
         attend = partial(made.attend, *given, (key, value), s.width**-0.5)
@@ -200,7 +200,7 @@ def completions(bench: Bench) -> None:
 
 def sampling(bench: Bench) -> None:
     """Time what a token of sampling is made of: products of few rows with all weights, and the draw."""
-    from segrl.rollout.shared_prefix import drawn
+    from segrl.rollout.shared_prefix import sample_tokens
 
     s = bench.shapes
     for name, out, into in (("gate and up", 2 * s.inner, s.hidden), ("down", s.hidden, s.inner)):
@@ -222,7 +222,7 @@ def sampling(bench: Bench) -> None:
     bench.alone("sampling, head in bfloat16", lambda: F.linear(given, half), 2e-9 * weight.numel())
     logits = bench.random(s.rows, s.vocabulary, dtype=torch.float32)
     noise = torch.rand(s.rows, device=bench.device, dtype=torch.float64)
-    bench.alone("sampling, softmax and draw", lambda: drawn(logits.softmax(-1), noise), 8e-9 * logits.numel())
+    bench.alone("sampling, softmax and draw", lambda: sample_tokens(logits.softmax(-1), noise), 8e-9 * logits.numel())
     never = torch.arange(s.vocabulary - 271, s.vocabulary, device=bench.device)
     bench.alone("sampling, index_fill", lambda: logits.index_fill_(-1, never, float("-inf")))
 

@@ -17,7 +17,7 @@ import torch
 
 from gpu_kit.clock import Clock, say_kernels, wait
 from gpu_kit.findings import Findings
-from segrl.models.kernels.cuda_graph import Recorder
+from segrl.models.kernels.cuda_graph import GraphRecorder
 from segrl.rollout.shared_prefix import SharedPrefixEngine
 from segrl.stages.grpo import GRPOStage
 
@@ -147,7 +147,7 @@ class Turns(lightning.Callback):
 
     def time_recordings(self) -> None:
         """Note the seconds of every recording of a graph from now on."""
-        plain = Recorder._recorded
+        plain = GraphRecorder._recorded
 
         def recording(recorder: Any, work: Any) -> Any:
             began = time.perf_counter()
@@ -155,7 +155,7 @@ class Turns(lightning.Callback):
             self.recorded.append(time.perf_counter() - began)
             return made
 
-        Recorder._recorded = recording  # type: ignore[method-assign]
+        GraphRecorder._recorded = recording  # type: ignore[method-assign]
 
 
 def _groups_that_fit(device: torch.device) -> int:

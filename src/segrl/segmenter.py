@@ -56,7 +56,7 @@ class Segmenter:
             for part in ("policy", "grammar", "head", "rollout")
         )
         segmenter = cls(policy.eval().to(device), grammar, engine, head.eval().to(device))
-        segmenter.passes = policy_card.PASSES[card["precision"]["passes"]]
+        segmenter.passes = policy_card.PRECISIONS[card["precision"]["passes"]]
         return segmenter
 
     @torch.inference_mode()

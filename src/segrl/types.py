@@ -174,9 +174,9 @@ class PrefixState:
     """Per layer `[B, K, P, d]`: K heads of width d, with RoPE applied."""
     values: list[Tensor]
     """Per layer `[B, K, P, d]`."""
-    seen: Tensor
+    attention_mask: Tensor
     """Attention mask, bool `[B, P]`, false on padding."""
-    following: Tensor
+    next_position: Tensor
     """int64 `[B]`, position id of the first completion token. An image advances it by its longer side."""
     last_hidden: Tensor
     """`[B, D]`, hidden state that predicts the first completion token, after the final norm."""
@@ -186,17 +186,21 @@ class PrefixState:
         """Every tensor that gradients flow through."""
         return [*self.keys, *self.values, self.last_hidden]
 
-    def cut(self) -> PrefixState:
+    def detached(self) -> PrefixState:
         """Return a detached copy: backward passes stop at its tensors and accumulate in their `.grad`."""
         keys, values, last = (
             [t.detach().requires_grad_(t.requires_grad) for t in part]
             for part in (self.keys, self.values, [self.last_hidden])
         )
         return PrefixState(
-            keys=keys, values=values, seen=self.seen, following=self.following, last_hidden=last[0]
+            keys=keys,
+            values=values,
+            attention_mask=self.attention_mask,
+            next_position=self.next_position,
+            last_hidden=last[0],
         )
 
-    def gathered(self, leaves: PrefixState) -> Tensor:
+    def chain_gradient(self, leaves: PrefixState) -> Tensor:
         """Return the scalar `sum(t * leaf.grad)` over the tensors t of this state and their `cut()` leaves.
 
         Its backward pass sends the gradients accumulated in the leaves on into this state.
@@ -326,7 +330,7 @@ class Experience:
     prefixes: list[Prefix]
     """B prefixes."""
     completions: Completions
-    counts: Tensor
+    loss_mask: Tensor
     """Loss mask, bool `[N, T]`, true on tokens that count in the loss."""
     advantages: Tensor
     """float32 `[N, T]`."""
@@ -338,7 +342,7 @@ class Experience:
     """float32 `[N, T]`, the critic's value before each token, at sampling time. None without a critic."""
     returns: Tensor | None = None
     """float32 `[N, T]`, the critic's targets. None without a critic."""
-    insight: Tensor | None = None
+    privileged: Tensor | None = None
     """float32 `[N, I]`, privileged input of the critic. None if the critic has none."""
     state: PrefixState | None = None
     """The prefixes as the policy has read them, with their graph. If None, the update reads the prefixes."""
@@ -374,13 +378,13 @@ class Experience:
         tensors: dict[str, Any] = {
             name: None if (value := getattr(self, name)) is None else value[rows]
             for name in (
-                "counts",
+                "loss_mask",
                 "advantages",
                 "old_logprobs",
                 "reference_logprobs",
                 "values",
                 "returns",
-                "insight",
+                "privileged",
             )
         }
         return replace(self, prefixes=prefixes, completions=self.completions.take(rows), **tensors)

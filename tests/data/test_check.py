@@ -15,7 +15,7 @@ from PIL import Image
 
 from segrl.data.check import Report, check
 from segrl.data.image_mask import ImageMaskFolders
-from segrl.data.jsonl import Listed
+from segrl.data.jsonl import JsonlDataset
 from segrl.data.survey import Survey
 
 PAIR = {"images": "i", "masks": "m"}
@@ -139,7 +139,7 @@ def test_a_list_is_checked_like_folders(tmp_path: Path) -> None:
     lines = [{"image": "i/a.jpg", "mask": "m/a.png"}, {"image": "i/z.jpg", "mask": "m/a.png"}]
     path = tmp_path / "l.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    (split,) = report({"test": Listed.survey(str(path), None, None)}).splits
+    (split,) = report({"test": JsonlDataset.survey(str(path), None, None)}).splits
     assert (split.samples, split.without_image, split.wrong) == (1, ["line 2 (i/z.jpg)"], True)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from segrl.data import collate
 from segrl.data.annotator import Annotator
-from segrl.data.collate import Collate, Share
+from segrl.data.collate import Collate, EvalShard
 from segrl.data.datamodule import SegDataModule
 from segrl.data.synthetic import SyntheticScenes
 from segrl.prompts.frames import absolute_pixels
@@ -19,7 +19,7 @@ from segrl.protocols import Message
 from segrl.types import Prefix, Sample
 
 
-class Shuffled(collate.Shuffled):
+class ResumableShuffle(collate.ResumableShuffle):
     """In batches of one, at the beginning of a given epoch."""
 
     def __init__(self, length: int, seed: int, rank: int, ranks: int) -> None:
@@ -139,15 +139,15 @@ def test_a_sample_without_an_object_is_refused_by_its_id() -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 17, 100])
 def test_one_rank_sees_every_index_once_in_another_order(length: int) -> None:
-    order = list(Shuffled(length, seed=0, rank=0, ranks=1))
+    order = list(ResumableShuffle(length, seed=0, rank=0, ranks=1))
     assert sorted(order) == list(range(length))
-    assert len(Shuffled(length, seed=0, rank=0, ranks=1)) == length
+    assert len(ResumableShuffle(length, seed=0, rank=0, ranks=1)) == length
     assert length < 17 or order != list(range(length))
 
 
 @pytest.mark.parametrize(("length", "ranks"), [(16, 2), (17, 2), (100, 8), (7, 3), (3, 4)])
 def test_ranks_share_an_epoch_equally_and_never_an_index(length: int, ranks: int) -> None:
-    shares = [Shuffled(length, seed=3, rank=rank, ranks=ranks) for rank in range(ranks)]
+    shares = [ResumableShuffle(length, seed=3, rank=rank, ranks=ranks) for rank in range(ranks)]
     seen = [index for share in shares for index in share]
     assert (
         [len(list(share)) for share in shares]
@@ -159,7 +159,7 @@ def test_ranks_share_an_epoch_equally_and_never_an_index(length: int, ranks: int
 
 
 def test_what_does_not_divide_is_left_for_another_epoch() -> None:
-    shares = [Shuffled(17, seed=0, rank=rank, ranks=4) for rank in range(4)]
+    shares = [ResumableShuffle(17, seed=0, rank=rank, ranks=4) for rank in range(4)]
     seen = set()
     for epoch in range(12):
         for share in shares:
@@ -169,7 +169,7 @@ def test_what_does_not_divide_is_left_for_another_epoch() -> None:
 
 
 def test_the_order_is_a_function_of_seed_and_epoch_and_of_nothing_else() -> None:
-    one, other = (Shuffled(50, seed=7, rank=1, ranks=2) for _ in range(2))
+    one, other = (ResumableShuffle(50, seed=7, rank=1, ranks=2) for _ in range(2))
     for sampler in (one, other):
         sampler.set_epoch(3)
     torch.manual_seed(1)
@@ -180,14 +180,14 @@ def test_the_order_is_a_function_of_seed_and_epoch_and_of_nothing_else() -> None
     assert list(other) != third
     other.set_epoch(3)
     assert list(other) == third, "a resumed run finds its order again"
-    assert list(Shuffled(50, seed=7, rank=1, ranks=2)) != third, "epoch 0"
+    assert list(ResumableShuffle(50, seed=7, rank=1, ranks=2)) != third, "epoch 0"
 
 
 def test_no_epoch_of_one_seed_is_an_epoch_of_the_next() -> None:
     orders = set()
     for seed in range(6):
         for epoch in range(6):
-            sampler = Shuffled(30, seed=seed, rank=0, ranks=1)
+            sampler = ResumableShuffle(30, seed=seed, rank=0, ranks=1)
             sampler.set_epoch(epoch)
             orders.add(tuple(sampler))
     assert len(orders) == 36
@@ -197,20 +197,20 @@ def test_drawing_an_order_leaves_the_global_random_state_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3).tolist()
     torch.manual_seed(5)
-    list(Shuffled(50, seed=7, rank=0, ranks=1))
+    list(ResumableShuffle(50, seed=7, rank=0, ranks=1))
     assert torch.rand(3).tolist() == expected
 
 
 @pytest.mark.parametrize(("length", "ranks"), [(1, 1), (10, 1), (10, 3), (2, 4), (250, 8)])
 def test_shares_of_an_evaluation_set_hold_each_index_once(length: int, ranks: int) -> None:
-    shares = [Share(length, rank, ranks) for rank in range(ranks)]
+    shares = [EvalShard(length, rank, ranks) for rank in range(ranks)]
     assert sorted(index for share in shares for index in share) == list(range(length))
     assert [len(list(share)) for share in shares] == [len(share) for share in shares]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_a_share_is_in_order() -> None:
-    assert list(Share(10, 1, 3)) == [1, 4, 7]
+    assert list(EvalShard(10, 1, 3)) == [1, 4, 7]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5])
@@ -218,8 +218,8 @@ def test_wherever_it_stands_what_follows_is_what_would_have_followed(batch_size:
     """Epoch after epoch from the beginning, against a start at every batch."""
     done = 0
 
-    def sampler(at: int) -> collate.Shuffled:
-        return collate.Shuffled(17, batch_size, 4, 1, 2, lambda: at)
+    def sampler(at: int) -> collate.ResumableShuffle:
+        return collate.ResumableShuffle(17, batch_size, 4, 1, 2, lambda: at)
 
     per_epoch = len(sampler(0)) // batch_size
     whole = [index for epoch in range(3) for index in sampler(epoch * per_epoch)]

@@ -13,7 +13,7 @@ from PIL import Image, ImageMode, PngImagePlugin
 
 from segrl.data import pictures
 from segrl.data.image_mask import ImageMaskFolders, pair, pair_maps
-from segrl.data.jsonl import Listed
+from segrl.data.jsonl import JsonlDataset
 from segrl.data.transforms import MaskRule, read_image, read_map, read_mask, read_pair
 
 OBJECT = np.zeros((12, 16), bool)
@@ -288,7 +288,7 @@ def test_names_pair_whatever_form_their_letters_have(tmp_path: Path, name: str) 
     )
     if '"e"' not in name:
         (root / "l.jsonl").write_text(line)
-        assert len(Listed(str(root / "l.jsonl"), None, None)) == 1
+        assert len(JsonlDataset(str(root / "l.jsonl"), None, None)) == 1
 
 
 def test_one_name_in_two_forms_is_two_files_of_one_name(tmp_path: Path) -> None:

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from layouts import photograph, truth
 
-from segrl.data.jsonl import Listed
+from segrl.data.jsonl import JsonlDataset
 
 
-def listed(tmp_path: Path, *lines: object, root: str | None = None) -> Listed:
+def listed(tmp_path: Path, *lines: object, root: str | None = None) -> JsonlDataset:
     for name in ("a", "b"):
         photograph(tmp_path / "i" / f"{name}.jpg")
         truth(tmp_path / "m" / f"{name}.png")
     path = tmp_path / "list.jsonl"
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-    return Listed(str(path), root, None)
+    return JsonlDataset(str(path), root, None)
 
 
 A, B = {"image": "i/a.jpg", "mask": "m/a.png"}, {"image": "i/b.jpg", "mask": "m/b.png"}
@@ -36,14 +36,14 @@ def test_files_are_relative_to_the_root_where_one_is_named(tmp_path: Path) -> No
     (tmp_path / "lists").mkdir()
     path = tmp_path / "lists" / "l.jsonl"
     path.write_text('\ufeff{"image": "i/a.jpg", "mask": "m/a.png", "id": 7}\r\n', encoding="utf-8")
-    assert Listed(str(path), str(tmp_path), None).ids == ["7"]
+    assert JsonlDataset(str(path), str(tmp_path), None).ids == ["7"]
     with pytest.raises(ValueError, match=r"there is none for line 1 \(i/a.jpg\)"):
-        Listed(str(path), None, None)
+        JsonlDataset(str(path), None, None)
 
 
 def test_side_resizes(tmp_path: Path) -> None:
     listed(tmp_path, A)
-    assert Listed(str(tmp_path / "list.jsonl"), None, 8)[0].image.shape == (8, 8, 3)
+    assert JsonlDataset(str(tmp_path / "list.jsonl"), None, 8)[0].image.shape == (8, 8, 3)
 
 
 def test_a_line_separator_inside_a_sentence_does_not_end_the_line(tmp_path: Path) -> None:
@@ -73,10 +73,10 @@ def test_a_line_that_is_no_sample_is_named(tmp_path: Path, line: object, words: 
 
 def test_a_list_that_is_missing_empty_or_in_another_encoding_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x\.jsonl: a \.jsonl.*no such file"):
-        Listed(str(tmp_path / "x.jsonl"), None, None)
+        JsonlDataset(str(tmp_path / "x.jsonl"), None, None)
     with pytest.raises(ValueError, match="the file is empty"):
         listed(tmp_path, "")
     path = tmp_path / "latin.jsonl"
     path.write_bytes('{"image": "é"}'.encode("latin1"))
     with pytest.raises(ValueError, match=r"latin\.jsonl, line 1"):
-        Listed(str(path), None, None)
+        JsonlDataset(str(path), None, None)

@@ -18,7 +18,7 @@ from PIL import Image
 from segrl.data.chat_traces import ChatTraces
 from segrl.data.check import look
 from segrl.data.image_mask import ImageMaskFolders
-from segrl.data.jsonl import Listed
+from segrl.data.jsonl import JsonlDataset
 from segrl.data.reasoning import ReasonSeg
 from segrl.data.referring import ReferringExpressions
 from segrl.data.survey import Survey
@@ -111,7 +111,7 @@ def lists(home: Path) -> Case:
     target = home / "list.jsonl"
     target.write_text("\n".join(map(json.dumps, lines)))
     keys = (str(target), None, None)
-    return target, through(lambda: Listed.survey(*keys), lambda: Listed(*keys))
+    return target, through(lambda: JsonlDataset.survey(*keys), lambda: JsonlDataset(*keys))
 
 
 def traces(home: Path) -> Case:

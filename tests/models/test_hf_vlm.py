@@ -85,7 +85,7 @@ def test_suffix_positions_counted_from_the_token_index_would_be_noticed(policy, 
 
     def wrong(given):
         state = prefill(given)
-        return replace(state, following=state.seen.sum(1))
+        return replace(state, next_position=state.attention_mask.sum(1))
 
     policy.prefill = wrong
     try:
@@ -248,12 +248,12 @@ def test_groups_in_pieces_give_the_gradients_of_whole_groups(policy, prefixes):
 
     def in_pieces():
         state = policy.prefill(prefixes)
-        leaves = state.cut()
+        leaves = state.detached()
         rows = [[b * GROUP + g for b in range(len(prefixes))] for g in range(GROUP)]
         for some in rows[:-1]:
             (policy.logprobs(prefixes, completions.take(some), leaves) * weights[some]).sum().backward()
         last = (policy.logprobs(prefixes, completions.take(rows[-1]), state) * weights[rows[-1]]).sum()
-        return last + state.gathered(leaves)
+        return last + state.chain_gradient(leaves)
 
     reads = []
     tower = policy.model.model.visual
@@ -269,12 +269,12 @@ def test_pieces_without_their_share_of_the_prefix_would_be_noticed(policy, prefi
     completions = sampled(policy, prefixes)
 
     def cut_off():
-        return policy.logprobs(prefixes, completions, policy.prefill(prefixes).cut()).sum()
+        return policy.logprobs(prefixes, completions, policy.prefill(prefixes).detached()).sum()
 
-    cut, whole = (
+    detached, whole = (
         gradients_of(policy, f) for f in (cut_off, lambda: policy.logprobs(prefixes, completions).sum())
     )
-    assert any("visual" in name for name in whole) and not any("visual" in name for name in cut)
+    assert any("visual" in name for name in whole) and not any("visual" in name for name in detached)
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])

@@ -93,7 +93,7 @@ def test_a_merged_policy_says_the_same(nano_weights, family, tmp_path):
 def test_weights_are_taken_over_between_policies_with_and_without_an_adapter(nano_weights, family):
     plain, policy = policy_of(nano_weights, family, None), policy_of(nano_weights, family)
     moved = {name: value + 0.01 for name, value in plain.state_dict().items()}
-    policy.take_over(moved)  # all weights, under an adapter
+    policy.load_policy(moved)  # all weights, under an adapter
     prefixes, said = spoken(policy)
     plain.load_state_dict(moved)
     torch.testing.assert_close(
@@ -102,12 +102,12 @@ def test_weights_are_taken_over_between_policies_with_and_without_an_adapter(nan
     disturb(policy)
     adapter = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
     other = policy_of(nano_weights, family)
-    other.take_over(adapter)  # an adapter alone
+    other.load_policy(adapter)  # an adapter alone
     assert all(torch.equal(dict(other.named_parameters())[name], value) for name, value in adapter.items())
     with pytest.raises(ValueError, match=r"policy\.lora"):
-        plain.take_over(adapter)
+        plain.load_policy(adapter)
     with pytest.raises(ValueError, match="it has no"):
-        policy_of(nano_weights, family, None, True).take_over({})
+        policy_of(nano_weights, family, None, True).load_policy({})
 
 
 @pytest.mark.parametrize("kind", [DetachedCritic, SharedCritic, AdapterCritic])

@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_map_only
 from segrl.models import sam2_head
 from segrl.models.hf_vlm import HFPolicy
 from segrl.models.kernels import pinned, token_logprobs, vision_tower, window_attention
-from segrl.models.kernels.decoder import Decoder, Product
+from segrl.models.kernels.decoder import Decoder, PackedLinear
 from segrl.models.kernels.prefix_pass import read_prefixes, read_suffixes
-from segrl.models.kernels.suffix_attention import Segments, shares_keys
+from segrl.models.kernels.suffix_attention import VarlenSuffixes, shares_keys
 from segrl.rollout.shared_prefix import SharedPrefixEngine
 
 GROUP, LENGTH = 3, 20
@@ -41,7 +41,7 @@ def moved(thing):
     if dataclasses.is_dataclass(thing):
         names = [field.name for field in dataclasses.fields(thing)]
         return dataclasses.replace(thing, **{name: moved(getattr(thing, name)) for name in names})
-    if isinstance(thing, (Decoder, Product, Segments)):
+    if isinstance(thing, (Decoder, PackedLinear, VarlenSuffixes)):
         vars(thing).update({name: moved(value) for name, value in vars(thing).items()})
     return thing
 
@@ -156,7 +156,7 @@ def test_sampling_waits_for_its_device_at_every_eighth_token_alone(step, policy,
     taken = []
     monkeypatch.setattr(Decoder, "step", lambda self, tokens: taken.append(1) or self._read(tokens, LENGTH))
     hidden = torch.empty(decoder.groups, width, device="cuda")
-    head = Product(torch.empty(vocabulary, width, device="cuda"), None)
+    head = PackedLinear(torch.empty(vocabulary, width, device="cuda"), None)
     pretended = SimpleNamespace(
         device=hidden.device, pad_id=0, temperature=1.0, stop_ids=moved(policy.stop_ids),
         decoder=lambda *_: decoder, head=lambda: head, logits=lambda *given: HFPolicy.logits(pretended, *given),
@@ -268,7 +268,7 @@ def test_completions_are_learned_from_in_one_call_of_the_kernel_per_layer(policy
     with torch.no_grad():
         state = policy.prefill(prefixes)
     count, rows = int(real.sum()), int(real.any(1).sum())
-    layout, calls = Segments(state.seen, real, torch.bfloat16), []
+    layout, calls = VarlenSuffixes(state.attention_mask, real, torch.bfloat16), []
 
     def kernel(query, key, value, query_ends, key_ends, most_queries, most_keys, **settings):
         for part in (query, key, value):
@@ -322,7 +322,7 @@ def test_prefixes_are_read_without_waiting_for_the_device(policy, prefixes, monk
         )  # asked of the grids alone, to split features
         state = read_prefixes(model, [moved(p) for p in prefixes], 0, recompute=False)
     assert state.last_hidden.device.type == "cuda" and len(state.keys) == len(model.language_model.layers)
-    assert state.seen.shape[1] % 32 == 0
+    assert state.attention_mask.shape[1] % 32 == 0
 
 
 def test_the_ledger_counts_what_lives(monkeypatch):

@@ -295,7 +295,7 @@ def update_gradient(size: int, shares: Callable[[Tensor], Tensor]) -> tuple[Tens
     experience = Experience(
         prefixes=[prefix] * 8,
         completions=Completions(tokens=tokens, mask=mask, texts=[""] * rows, finished=mask.any(1)),
-        counts=mask,
+        loss_mask=mask,
         advantages=group_relative(torch.rand(8, 3, generator=noise), 1e-4).reshape(-1, 1).expand(rows, width),
         old_logprobs=torch.log_softmax(torch.randn(rows, width, vocab, generator=noise), -1)[..., 0],
         reference_logprobs=-3 * torch.rand(rows, width, generator=noise),

@@ -32,7 +32,7 @@ TRUTH, WORSE, WHOLE = block(20, 20, 50, 60), block(20, 26, 50, 66), block(0, 0, 
 SAMPLE = Sample(id="s", image=np.zeros((SIDE, SIDE, 3), np.uint8), mask=TRUTH, objects=TRUTH[None])
 
 
-def drawn(prompt: MaskPrompt | None) -> np.ndarray:
+def sample_tokens(prompt: MaskPrompt | None) -> np.ndarray:
     """What a head without opinions draws: the boxes; without boxes a block of the truth's size around the first point."""
     mask = np.zeros((SIDE, SIDE), bool)
     if prompt is None:
@@ -98,7 +98,7 @@ class Pair:
             kind: Answer(
                 text=text,
                 parsed=parsed,
-                mask=drawn(parsed.prompt),
+                mask=sample_tokens(parsed.prompt),
                 length=30 if ended else LONG,
                 finished=ended,
             )

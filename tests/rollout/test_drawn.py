@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from segrl.rollout.shared_prefix import drawn
+from segrl.rollout.shared_prefix import sample_tokens
 
 MOST = 1 - 2**-24  # what a float32 generator can give
 
@@ -18,14 +18,14 @@ def test_blocks_are_the_whole(vocabulary):
     generator = torch.Generator().manual_seed(vocabulary)
     probabilities = (3 * torch.randn(400, vocabulary, generator=generator)).softmax(-1)
     noise = torch.rand(400, generator=generator).double()
-    assert torch.equal(drawn(probabilities, noise), at_once(probabilities, noise))
+    assert torch.equal(sample_tokens(probabilities, noise), at_once(probabilities, noise))
 
 
 def test_frequencies_are_the_probabilities():
     generator = torch.Generator().manual_seed(0)
     probabilities = (2 * torch.randn(300, generator=generator)).softmax(-1)
     noise = (torch.arange(100_000) / 100_000).double()
-    counts = torch.bincount(drawn(probabilities.expand(len(noise), -1), noise), minlength=300)
+    counts = torch.bincount(sample_tokens(probabilities.expand(len(noise), -1), noise), minlength=300)
     assert (counts / len(noise) - probabilities).abs().max() < 2e-5  # no token is off by more than two
 
 
@@ -34,7 +34,7 @@ def test_frequencies_are_the_probabilities():
 def test_what_has_no_probability_is_never_there(noise, only):
     probabilities = torch.zeros(1, 300)
     probabilities[0, only] = 1e-30
-    assert drawn(probabilities, torch.tensor([noise], dtype=torch.float64)).item() == only
+    assert sample_tokens(probabilities, torch.tensor([noise], dtype=torch.float64)).item() == only
 
 
 def test_holes_are_never_there():
@@ -45,4 +45,4 @@ def test_holes_are_never_there():
     probabilities /= probabilities.sum()
     edges = probabilities.double().cumsum(-1)[0]
     noise = torch.cat([(edges + away).clamp(0, MOST) for away in (0.0, 2**-53, -(2**-53), 1e-17, -1e-17)])
-    assert (probabilities[0, drawn(probabilities.expand(len(noise), -1), noise)] > 0).all()
+    assert (probabilities[0, sample_tokens(probabilities.expand(len(noise), -1), noise)] > 0).all()

@@ -42,7 +42,7 @@ def test_what_slept_is_filled_anew_before_it_takes_its_cache_back(sleep, monkeyp
     monkeypatch.setattr(wire, "needs_vllm", lambda extra: None)
     engine, llm = VLLMEngine(8, 100, 0.3, sleep=sleep, eager=True), mock.MagicMock()
     monkeypatch.setattr(engine, "_start", lambda policy: llm)
-    policy = SimpleNamespace(device=torch.device("cuda"), moves=0, merged=lambda: "weights")
+    policy = SimpleNamespace(device=torch.device("cuda"), weights_version=0, merged=lambda: "weights")
     update = [
         "start_weight_update",
         "update_weights",
@@ -51,8 +51,8 @@ def test_what_slept_is_filled_anew_before_it_takes_its_cache_back(sleep, monkeyp
         "llm_engine.reset_encoder_cache",
     ]
     asked = []
-    for moves in (0, 0, 1):
-        policy.moves = moves
+    for weights_version in (0, 0, 1):
+        policy.weights_version = weights_version
         llm.reset_mock()
         engine._wake(policy)
         asked.append([(name, given.get("tags")) for name, _, given in llm.mock_calls])

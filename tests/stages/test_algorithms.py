@@ -144,9 +144,9 @@ def test_dapo_takes_what_can_teach_and_stops_trying_when_it_has_enough(cli, tmp_
 
 def test_the_critic_is_told_the_truth_and_the_policy_is_not(cli, tmp_path, monkeypatch):
     told = []
-    insight = PPOStage.insight
+    privileged = PPOStage.privileged
     monkeypatch.setattr(
-        PPOStage, "insight", lambda self, batch: told.append(insight(self, batch)) or told[-1]
+        PPOStage, "privileged", lambda self, batch: told.append(privileged(self, batch)) or told[-1]
     )
     code, _, err = cli(*RUN, "stage=ppo", *REFERENCE, "stage.critic.insight=5", f"paths.run={tmp_path}/run")
     assert code == 0, err

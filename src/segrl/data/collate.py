@@ -76,7 +76,7 @@ def _written(grammar: Grammar, sample: Sample, parsed: Parsed, frame: Frame) -> 
         raise ValueError(f"{sample.id}: {reason(error)}") from None
 
 
-class Shuffled(Sampler[int]):
+class ResumableShuffle(Sampler[int]):
     """A sampler with one permutation per epoch that starts at the run's position.
 
     The order is a function of the seed and of the number of batches done. A resumed run therefore continues
@@ -110,7 +110,7 @@ class Shuffled(Sampler[int]):
         return iter(share[batch * self.batch_size :].tolist())
 
 
-class Share(Sampler[int]):
+class EvalShard(Sampler[int]):
     """A sampler of one rank's part of an evaluation set. Each index occurs once: nothing is padded."""
 
     def __init__(self, length: int, rank: int, ranks: int) -> None:

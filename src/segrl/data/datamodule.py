@@ -7,7 +7,7 @@ from typing import cast
 import lightning
 from torch.utils.data import DataLoader, Dataset
 
-from segrl.data.collate import Collate, Share, Shuffled
+from segrl.data.collate import Collate, EvalShard, ResumableShuffle
 from segrl.host import signals
 from segrl.protocols import SampleSet
 from segrl.types import Sample
@@ -91,7 +91,7 @@ class SegDataModule(lightning.LightningDataModule):
         return DataLoader(
             cast("Dataset[Sample]", self.train),
             batch_size=self.batch_size,
-            sampler=Shuffled(length, self.batch_size, self.seed, rank, ranks, self._batches_done),
+            sampler=ResumableShuffle(length, self.batch_size, self.seed, rank, ranks, self._batches_done),
             num_workers=self.workers,
             collate_fn=self.collate,
             drop_last=True,
@@ -105,7 +105,7 @@ class SegDataModule(lightning.LightningDataModule):
             DataLoader(
                 cast("Dataset[Sample]", dataset),
                 batch_size=self.eval_batch_size,
-                sampler=Share(len(dataset), *self._ranks()),
+                sampler=EvalShard(len(dataset), *self._ranks()),
                 num_workers=self.workers,
                 collate_fn=self.eval_collate,
                 pin_memory=self._on_gpu,

@@ -52,7 +52,7 @@ def _read(image: Path, mask: Path, line: Line, name: str) -> Sample:
     return replace(read_pair(image, mask, line.query), id=name, cluster=line.image)
 
 
-class Listed(Pieces):
+class JsonlDataset(Pieces):
     """A dataset of one sample per line of a `.jsonl`.
 
     Args:

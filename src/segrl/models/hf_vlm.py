@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from segrl.models.hf_folder import family_of, whole_model
 from segrl.models.kernels import window_attention
-from segrl.models.kernels.cuda_graph import Recorder
-from segrl.models.kernels.decoder import Decoder, Product, linear_weight
+from segrl.models.kernels.cuda_graph import GraphRecorder
+from segrl.models.kernels.decoder import Decoder, PackedLinear, linear_weight
 from segrl.models.kernels.onednn_linear import take_products
 from segrl.models.kernels.prefix_pass import grouped_attention, read_prefixes, read_suffixes
 from segrl.models.kernels.rms_norm import fuse_norms
@@ -158,8 +158,8 @@ class HFPolicy(nn.Module):
         AttentionMaskInterface.register("segrl_grouped", sdpa_mask)
         self.model.model.language_model.config._attn_implementation = "segrl_grouped"
         self.weights, self.temperature, self.lora = weights, temperature, lora
-        self.moves = 0  # times its weights have changed
-        self.register_load_state_dict_post_hook(lambda *_: self.has_moved())
+        self.weights_version = 0  # times its weights have changed
+        self.register_load_state_dict_post_hook(lambda *_: self.bump_version())
         self.model.model.visual.requires_grad_(train_vision)
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
@@ -196,9 +196,9 @@ class HFPolicy(nn.Module):
         """Of its passes, here and now."""
         return pass_dtype(self.model)
 
-    def has_moved(self) -> None:
+    def bump_version(self) -> None:
         """Its weights have changed: what was copied from them is out of date."""
-        self.moves += 1
+        self.weights_version += 1
 
     def features(self, prefix: Prefix) -> Tensor:
         """What the tower sees: image tokens `[n, D]`, or with Qwen3-VL's earlier layers beside them `[n, D * (1 + levels)]`."""
@@ -228,7 +228,7 @@ class HFPolicy(nn.Module):
 
     def decoder(
         self, state: PrefixState, group_size: int, length: int, stride: int | None = None,
-        recorder: Recorder | None = None,
+        recorder: GraphRecorder | None = None,
     ) -> Decoder:  # fmt: skip
         """Return what samples behind `state`, from the weights of this moment, in the precision of the passes."""
         language = self.model.model.language_model
@@ -239,15 +239,15 @@ class HFPolicy(nn.Module):
         weight: Tensor = self.model.lm_head.weight
         return weight.float()
 
-    def head(self) -> Product:
+    def head(self) -> PackedLinear:
         """Return the product that ends in logits, in float32, for sampling; its bias hides what may not be sampled."""
         weight = self.head_weight().detach()
-        return Product(
+        return PackedLinear(
             weight, weight.new_zeros(len(weight)).index_fill_(0, self.never_sampled, float("-inf"))
         )
 
     @torch.no_grad()
-    def logits(self, hidden: Tensor, head: Product) -> Tensor:
+    def logits(self, hidden: Tensor, head: PackedLinear) -> Tensor:
         """Hidden states `[N, D]` to float32 logits `[N, V]` at the temperature; minus infinity where nothing may be sampled.
 
         Args:
@@ -286,7 +286,7 @@ class HFPolicy(nn.Module):
         """As `logprobs_of`, of what `read` reads."""
         return self.logprobs_of(self.read(prefixes, completions, state), completions)
 
-    def take_over(self, weights: dict[str, Tensor]) -> None:
+    def load_policy(self, weights: dict[str, Tensor]) -> None:
         """Load a checkpoint of an earlier stage: all weights, or those of an adapter like this policy's own.
 
         Raises:
@@ -351,7 +351,7 @@ class HFPolicy(nn.Module):
             file.chmod((folder / "config.json").stat().st_mode)
 
     @contextmanager
-    def speaking_with(self, adapter: str | None) -> Iterator[None]:
+    def adapter_active(self, adapter: str | None) -> Iterator[None]:
         """Inside, another adapter is on, or none; outside the policy's own."""
         assert self.lora is not None, "without adapters there is nothing to change"
         if adapter is None:
@@ -362,9 +362,9 @@ class HFPolicy(nn.Module):
             yield
         finally:
             self.model.enable_adapters()
-            self.speak_as_policy()
+            self.activate_policy_adapter()
 
-    def speak_as_policy(self) -> None:
+    def activate_policy_adapter(self) -> None:
         """Its own adapter is on; all learn, though switching froze those that were off."""
         self.model.set_adapter("policy")
         for name, parameter in self.model.named_parameters():

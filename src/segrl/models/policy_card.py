@@ -30,7 +30,7 @@ _ARCHITECTURE = re.compile(r"asset:[\w.]+|configs/sam2(?:\.1)?/[\w.+]+\.yaml")
 _CHECKPOINT = re.compile(r"(?:asset|weights):[\w.-]+")
 _DTYPE = re.compile("float32|bfloat16|float16")
 
-PASSES = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """Lightning's names of precisions, and what passes are cast to."""
 
 Card = dict[str, dict[str, Any]]
@@ -111,9 +111,9 @@ def checked(card: object, path: Path) -> Card:
         raise ValueError(
             f"{path}: {', '.join(wanted)} are needed; got {sorted(card) if isinstance(card, dict) else card}"
         )
-    if not isinstance(card["precision"], dict) or card["precision"].get("passes") not in PASSES:
+    if not isinstance(card["precision"], dict) or card["precision"].get("passes") not in PRECISIONS:
         raise ValueError(
-            f"{path}: precision.passes: one of {', '.join(PASSES)} is needed; got {card['precision']!r:.80}"
+            f"{path}: precision.passes: one of {', '.join(PRECISIONS)} is needed; got {card['precision']!r:.80}"
         )
     for part, pattern in PARTS.items():
         values = card[part]

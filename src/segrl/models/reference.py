@@ -85,5 +85,5 @@ class AdapterOff(Reference):
     def logprobs(self, prefixes: Sequence[Prefix], completions: Completions) -> Tensor:
         """As the policy's, float32 `[N, T]`, without gradient."""
         (policy,) = self.shared
-        with policy.speaking_with(None):
+        with policy.adapter_active(None):
             return policy.logprobs(prefixes, completions)

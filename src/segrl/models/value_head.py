@@ -106,7 +106,7 @@ class AdapterCritic(Critic):
             )
         super().__init__(policy, insight, prior)
         policy.add_adapter("critic", lora)
-        policy.speak_as_policy()
+        policy.activate_policy_adapter()
         self.shared = (policy,)  # in a tuple: the stage owns its weights
 
     def forward(
@@ -114,6 +114,6 @@ class AdapterCritic(Critic):
     ) -> Tensor:
         """See `Critic`."""
         (policy,) = self.shared
-        with policy.speaking_with("critic"):
+        with policy.adapter_active("critic"):
             values: Tensor = self.head(policy.read(prefixes, completions), insight)
         return values

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segrl.models.hf_vlm import HFPolicy
-from segrl.models.kernels.cuda_graph import Recorder
+from segrl.models.kernels.cuda_graph import GraphRecorder
 from segrl.types import Completions, Prefix, PrefixState
 
 _STRIDE = 128  # tokens for which a recorded step is good; what lies ahead of them is read in vain
@@ -35,7 +35,7 @@ class SharedPrefixEngine:
         self, max_tokens: int, graphs: bool | Literal["auto"] = "auto", prefixes_at_once: int | None = None
     ) -> None:
         self.max_tokens, self.graphs, self.prefixes_at_once = max_tokens, graphs, prefixes_at_once
-        self.recorder = Recorder(required=graphs is True)
+        self.recorder = GraphRecorder(required=graphs is True)
 
     def sample(
         self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, seeds: Sequence[int],
@@ -51,7 +51,7 @@ class SharedPrefixEngine:
 
         def choose(logits: Tensor, place: int, which: Tensor) -> Tensor:
             """By the noise of the place."""
-            return drawn(logits.softmax(-1), noise[which, place])
+            return sample_tokens(logits.softmax(-1), noise[which, place])
 
         return self._in_parts(policy, prefixes, group_size, choose, state)
 
@@ -72,7 +72,7 @@ class SharedPrefixEngine:
         ]
         return parts[0] if len(parts) == 1 else Completions.joined(parts)
 
-    def _recorder_on(self, device: torch.device) -> Recorder | None:
+    def _recorder_on(self, device: torch.device) -> GraphRecorder | None:
         """Return what records steps; None computes each."""
         return self.recorder if self.graphs and device.type == "cuda" and not self.recorder.gave_up else None
 
@@ -115,7 +115,7 @@ class SharedPrefixEngine:
         return _until_stop(policy, written)
 
 
-def drawn(probabilities: Tensor, noise: Tensor) -> Tensor:
+def sample_tokens(probabilities: Tensor, noise: Tensor) -> Tensor:
     """Tokens `[R]`: where the cumulative distribution `[R, V]` passes the noise; what has no probability is never there.
 
     Looked for among blocks and then within one: a GPU sums up rows of a whole vocabulary slowly.

@@ -85,13 +85,13 @@ class VLLMEngine(wire.Engine):
         asleep = self.sleep and policy.device.type == "cuda" and self.pushed is not None
         if asleep:
             self.llm.wake_up(tags=["weights"])
-        if asleep or policy.moves != self.pushed:  # sleep of level 2 forgets the weights
+        if asleep or policy.weights_version != self.pushed:  # sleep of level 2 forgets the weights
             self.llm.start_weight_update()
             self.llm.update_weights({"update_info": {"weights": policy.merged()}})
             self.llm.finish_weight_update()
             self.llm.reset_prefix_cache()
             self.llm.llm_engine.reset_encoder_cache()
-            self.pushed = policy.moves
+            self.pushed = policy.weights_version
         if asleep:
             self.llm.wake_up(tags=["kv_cache"])
 

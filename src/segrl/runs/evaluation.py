@@ -85,7 +85,7 @@ class Evaluation:
         if cfg.init_from is not None:
             learned = learned_policy(Path(cfg.init_from), "init_from")
             try:
-                policy.take_over(learned)
+                policy.load_policy(learned)
             except ValueError as error:
                 raise ValueError(
                     f"init_from: a policy of this architecture is needed; "

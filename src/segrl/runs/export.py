@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Queries for which a model card shows the chat text, by loader of the training data; None: no query.
 _QUERIES: dict[str, tuple[str | None, ...]] = {
-    "ReferringExpressions": ("QUERY",), "ReasonSeg": ("QUERY",), "Listed": (None, "QUERY"),
+    "ReferringExpressions": ("QUERY",), "ReasonSeg": ("QUERY",), "JsonlDataset": (None, "QUERY"),
 }  # fmt: skip
 # Keys that the model card and `segrl.json` are made from.
 _CARD = (
@@ -69,7 +69,7 @@ def export_policy(
     grammar = instantiate(own.grammar)
     parts["grammar"]["instructions"] = {grammar.section: grammar.texts}  # the texts instead of their file
     policy = instantiate(own.policy)
-    policy.take_over(learned)
+    policy.load_policy(learned)
     asked = _asked(policy, grammar, str(cfg.data.module.train._target_))
     text = card(run, note, ckpt, asked, licence)
     policy.save(out, own.max_tokens)

@@ -19,7 +19,7 @@ from segrl.runs.messages import Said
 _MOVED = {
     "segrl.stages.tower.TowerStage": "segrl.nano.tower.TowerStage",
     "segrl.stages.mask_head.MaskHeadStage": "segrl.nano.mask_head.MaskHeadStage",
-    "segrl.data.listed.Listed": "segrl.data.jsonl.Listed",
+    "segrl.data.listed.Listed": "segrl.data.jsonl.JsonlDataset",
     "segrl.data.traces.Annotator": "segrl.data.annotator.Annotator",
 }
 

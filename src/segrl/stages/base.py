@@ -240,13 +240,13 @@ class SegStage(Stage):
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Take over the policy of an earlier stage; raises ValueError if its architecture is another."""
-        self.policy.take_over(weights)
+        self.policy.load_policy(weights)
         self.keep_frozen = True  # what does not learn is no longer what policy.weights holds
 
     def after_step(self) -> None:
         """Move the schedule, and tell the policy that it has moved."""
         super().after_step()
-        self.policy.has_moved()
+        self.policy.bump_version()
 
     def evaluate_batch(self, batch: Batch) -> list[Record]:
         """Segment a batch and score it at the size of its masks."""

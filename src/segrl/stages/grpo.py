@@ -82,10 +82,10 @@ class GRPOStage(PolicyGradientStage):
             Scores.joined([part[3] for part in tried]).take(chosen),
         )
 
-    def counts(self, completions: Completions, scores: Scores) -> Tensor:
+    def loss_mask(self, completions: Completions, scores: Scores) -> Tensor:
         """All, or under dynamic sampling those of groups that have spread."""
         if self.live_samples is None:
-            return super().counts(completions, scores)
+            return super().loss_mask(completions, scores)
         live = _with_spread(scores).to(completions.mask.device)
         return completions.mask & live.repeat_interleave(self.group_size)[:, None]
 

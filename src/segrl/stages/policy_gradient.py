@@ -14,7 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from segrl.models.hf_vlm import HFPolicy
-from segrl.models.policy_card import PASSES
+from segrl.models.policy_card import PRECISIONS
 from segrl.models.reference import AdapterOff, Reference
 from segrl.objectives.masked import weighted_sum
 from segrl.objectives.mismatch import truncated_importance
@@ -97,7 +97,7 @@ class PolicyGradientStage(SegStage):
 
     def setup(self, stage: str) -> None:
         """The precision of the passes is known now, and no strategy has laid hands on the weights yet."""
-        if self.reference is not None and (passes := PASSES[str(self.trainer.precision)]) is not None:
+        if self.reference is not None and (passes := PRECISIONS[str(self.trainer.precision)]) is not None:
             self.reference.made_for(passes)
 
     @property
@@ -141,7 +141,7 @@ class PolicyGradientStage(SegStage):
         experience = Experience(
             prefixes=batch.prefixes,
             completions=completions,
-            counts=self.counts(completions, scores),
+            loss_mask=self.loss_mask(completions, scores),
             advantages=torch.zeros_like(completions.mask, dtype=torch.float32),
             old_logprobs=old_logprobs,
             reference_logprobs=self.reference_logprobs(batch, completions),
@@ -185,7 +185,7 @@ class PolicyGradientStage(SegStage):
         answers = self.segmenter.read(batch, completions, self.group_size)
         return batch, completions, answers, self.reward(answers, batch.samples)
 
-    def counts(self, completions: Completions, scores: Scores) -> Tensor:
+    def loss_mask(self, completions: Completions, scores: Scores) -> Tensor:
         """Tokens that count in the loss, bool `[N, T]`: all that were sampled."""
         return completions.mask
 
@@ -280,8 +280,8 @@ class PolicyGradientStage(SegStage):
     def update(self, minibatch: Experience) -> dict[str, Tensor]:
         """One optimizer step on whole groups; the parts' losses add up to the minibatch's."""
         optimizer = cast("LightningOptimizer", self.optimizers())
-        tokens = self.over_ranks(minibatch.counts.sum())
-        weights = self.token_weights(minibatch.counts, self.group_size, float(tokens))
+        tokens = self.over_ranks(minibatch.loss_mask.sum())
+        weights = self.token_weights(minibatch.loss_mask, self.group_size, float(tokens))
         stats: dict[str, Tensor] = {}
         parts = list(minibatch.split(self.micro_batch_size))
         for i, (part, rows) in enumerate(parts):
@@ -301,14 +301,14 @@ class PolicyGradientStage(SegStage):
         """Add a part's gradients; where its groups are cut in pieces they gather in the prefixes, read and left once."""
         pieces, stats = list(part.pieces(self.completions_per_pass)), dict[str, Tensor]()
         whole = part.state or (self.policy.prefill(part.prefixes) if len(pieces) > 1 else None)
-        leaves = whole.cut() if whole is not None and len(pieces) > 1 else None
+        leaves = whole.detached() if whole is not None and len(pieces) > 1 else None
         for i, (piece, rows) in enumerate(pieces):
             final = i == len(pieces) - 1
             loss, seen = self(replace(piece, state=whole if final else leaves), weights[rows])
             for name, value in {"policy/loss": loss.detach(), **seen}.items():
                 stats[name] = stats.get(name, 0.0) + value
             if final and whole is not None and leaves is not None:
-                loss = loss + whole.gathered(leaves)
+                loss = loss + whole.chain_gradient(leaves)
             self.backward_part(loss, last=last and final)
         return stats
 

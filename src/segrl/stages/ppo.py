@@ -97,7 +97,7 @@ class PPOStage(PolicyGradientStage):
     @torch.no_grad()
     def as_sampled(self, batch: Batch, completions: Completions) -> tuple[Tensor | None, Tensor | None]:
         """Log-probabilities and values, from one pass."""
-        insight = self.insight(batch)
+        privileged = self.privileged(batch)
         group, size = self.group_size, self.micro_batch_size
         logprobs, values = [], []
         for b in range(0, len(batch), size):
@@ -105,10 +105,12 @@ class PPOStage(PolicyGradientStage):
             prefixes, part = batch.prefixes[b : b + size], completions.rows(rows)
             hidden = self.policy.read(prefixes, part)
             logprobs.append(self.policy.logprobs_of(hidden, part))
-            values.append(self.critic(hidden, prefixes, part, None if insight is None else insight[rows]))
+            values.append(
+                self.critic(hidden, prefixes, part, None if privileged is None else privileged[rows])
+            )
         return torch.cat(logprobs), torch.cat(values).masked_fill(~completions.mask, 0.0)
 
-    def insight(self, batch: Batch) -> Tensor | None:
+    def privileged(self, batch: Batch) -> Tensor | None:
         """The truth's box and area, `[N, 5]`, for a critic that is told it; the policy never is."""
         if self.critic.insight == 0:
             return None
@@ -140,7 +142,7 @@ class PPOStage(PolicyGradientStage):
             experience,
             advantages=self._whitened(advantages, mask).masked_fill(~mask, 0.0),
             returns=returns,
-            insight=self.insight(batch),
+            privileged=self.privileged(batch),
         )
 
     def _whitened(self, advantages: Tensor, mask: Tensor) -> Tensor:
@@ -157,7 +159,7 @@ class PPOStage(PolicyGradientStage):
         assert part.values is not None and part.returns is not None
         hidden = self.policy.read(part.prefixes, part.completions, part.state)
         actor = self.policy_objective(self.policy.logprobs_of(hidden, part.completions), part, weights)
-        values = self.critic(hidden, part.prefixes, part.completions, part.insight)
+        values = self.critic(hidden, part.prefixes, part.completions, part.privileged)
         judged = clipped_value_loss(values, part.values, part.returns, weights, self.value_clip)
         return LossOutput(
             loss=actor.loss + self.value_weight * judged.loss,

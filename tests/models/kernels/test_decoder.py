@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from segrl.data.synthetic import SyntheticScenes
-from segrl.models.kernels.cuda_graph import Recorder
+from segrl.models.kernels.cuda_graph import GraphRecorder
 from segrl.models.kernels.decoder import Decoder
 from segrl.prompts.tags import SegR1Tags
 from segrl.rollout import shared_prefix
@@ -124,7 +124,7 @@ def test_an_adapter_counts_and_is_left_out_where_it_is_off(nano_weights):
     policy, prefixes = adapted(nano_weights("qwen3_vl"), "float32", 0.1)
     said, steps = told(policy, GROUP), []
     for adapter in ("policy", None):
-        with policy.speaking_with(adapter):
+        with policy.adapter_active(adapter):
             hidden = policy.read(prefixes, said)
             decoder = policy.decoder(policy.prefill(prefixes), GROUP, LENGTH)
             steps.append(decoder.step(said.tokens[:, 0]))
@@ -170,7 +170,7 @@ class Pretended(TorchDispatchMode):
         self.result += self.spoilt
 
 
-class PretendedRecorder(Recorder):
+class PretendedRecorder(GraphRecorder):
     launched, recorded, spoilt = 0, 0, 0.0
 
     def _recorded(self, work):

@@ -57,7 +57,7 @@ def test_padding_up_to_a_multiple_changes_nothing(policy, prefixes, monkeypatch)
     tokens = torch.randint(0, 60, (6, 7), generator=torch.Generator().manual_seed(0))
     said = Completions(tokens=tokens, mask=tokens >= 0, texts=[""] * 6, finished=tokens[:, 0] >= 0)
     outcomes = []
-    longest = policy.prefill(prefixes).seen.shape[1]
+    longest = policy.prefill(prefixes).attention_mask.shape[1]
     much = next(multiple for multiple in (32, 48) if longest % multiple)
     for multiple in (1, much):
         policy.zero_grad()
@@ -67,7 +67,7 @@ def test_padding_up_to_a_multiple_changes_nothing(policy, prefixes, monkeypatch)
             logprobs = policy.logprobs(prefixes, said, state)
         (logprobs * torch.linspace(-1, 1, 42).view_as(logprobs)).sum().backward()
         gradients = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
-        outcomes.append((state.seen.shape[1], logprobs.detach(), gradients))
+        outcomes.append((state.attention_mask.shape[1], logprobs.detach(), gradients))
     (short, plain, expected), (long, padded, found) = outcomes
     assert long % much == 0 and short < long and (padded - plain).abs().max() < 1e-5
     for name, gradient in found.items():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from segrl.models.kernels import prefix_pass, suffix_attention
-from segrl.models.kernels.suffix_attention import Segments, SideBySide
+from segrl.models.kernels.suffix_attention import PaddedSuffixes, VarlenSuffixes
 from segrl.types import Completions
 
 GROUP, LENGTHS = 3, [5, 1, 7, 2, 7, 3]  # one has no token to be read: its only one is predicted by the prefix
@@ -42,7 +42,7 @@ def learned(policy, prefixes):
 
 
 def in_segments(monkeypatch, kernel):
-    monkeypatch.setattr(prefix_pass, "laid_out", Segments)
+    monkeypatch.setattr(prefix_pass, "laid_out", VarlenSuffixes)
     monkeypatch.setattr(suffix_attention, "varlen_attn", kernel)
 
 
@@ -108,7 +108,7 @@ def test_completions_of_one_token_are_predicted_by_their_prefix(policy, prefixes
 def test_packing_is_undone():
     real = said().mask
     seen = torch.tensor([[False, True, True], [True, True, True]])
-    lay = SideBySide(seen, real)
+    lay = PaddedSuffixes(seen, real)
     values = torch.arange(42.0).view(6, 7, 1)
     packed = lay.pack(values)
     assert packed.flatten().tolist() == values[real].flatten().tolist()
@@ -139,7 +139,7 @@ def test_the_kernel_says_what_padded_attention_says(gpu):
     seen = torch.ones(2, 40, dtype=torch.bool, device=gpu)
     seen[0, 33:] = False
     real = (torch.arange(7) < torch.tensor(LENGTHS)[:, None]).to(gpu)
-    kernel = Segments(seen, real, torch.bfloat16) if gpu.type == "cuda" else SideBySide(seen, real)
+    kernel = VarlenSuffixes(seen, real, torch.bfloat16) if gpu.type == "cuda" else PaddedSuffixes(seen, real)
     for width in (32, 64, 128):
         given = [
             torch.randn(shape, device=gpu, dtype=torch.bfloat16, requires_grad=True)
@@ -150,7 +150,7 @@ def test_the_kernel_says_what_padded_attention_says(gpu):
             )
         ]
         outs, gradients = [], []
-        for layout in (SideBySide(seen, real), kernel):
+        for layout in (PaddedSuffixes(seen, real), kernel):
             out = layout.attend(*given[:3], (given[3], given[4]), width**-0.5)
             gradients.append(torch.autograd.grad(out.float().square().sum(), given))
             outs.append(out)
@@ -159,14 +159,14 @@ def test_the_kernel_says_what_padded_attention_says(gpu):
             torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
 
 
-class Wrong(SideBySide):
+class Wrong(PaddedSuffixes):
     """A kernel that is not to be believed."""
 
     def attend(self, *given):
         return 1.1 * super().attend(*given)
 
 
-class WrongGradient(SideBySide):
+class WrongGradient(PaddedSuffixes):
     """A kernel whose backward pass is not to be believed."""
 
     def attend(self, *given):
@@ -174,7 +174,7 @@ class WrongGradient(SideBySide):
         return out + (out - out.detach()) * float("nan")
 
 
-class Raising(SideBySide):
+class Raising(PaddedSuffixes):
     """A kernel that this machine cannot run."""
 
     def attend(self, *given):
@@ -185,14 +185,14 @@ class Raising(SideBySide):
 @pytest.mark.parametrize(
     ("kernel", "said"),
     [
-        (SideBySide, None),
+        (PaddedSuffixes, None),
         (Wrong, "off by"),
         (WrongGradient, "off by .*nan"),
         (Raising, "no kernel image is available$"),
     ],
 )
 def test_a_kernel_serves_once_it_has_repeated_padded_attention(kernel, said, inside, monkeypatch, recwarn):
-    monkeypatch.setattr(suffix_attention, "Segments", lambda seen, real, dtype: kernel(seen, real))
+    monkeypatch.setattr(suffix_attention, "VarlenSuffixes", lambda seen, real, dtype: kernel(seen, real))
     suffix_attention._kernel_repeats.cache_clear()
     before = torch.get_rng_state()
     with inside(), torch.autocast("cpu", torch.bfloat16):

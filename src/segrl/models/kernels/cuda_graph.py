@@ -39,7 +39,7 @@ class _Graph(Protocol):
         """Launch the captured kernels."""
 
 
-class Recorder:
+class GraphRecorder:
     """Calls a function of tokens `[N]` and a size through a CUDA graph.
 
     The first call with a new shape runs the function eagerly, captures it, replays the graph once and

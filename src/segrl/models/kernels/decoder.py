@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segrl.models.kernels import onednn_linear
-from segrl.models.kernels.cuda_graph import Recorder
+from segrl.models.kernels.cuda_graph import GraphRecorder
 from segrl.types import PrefixState
 
 
-class Product:
+class PackedLinear:
     """A linear layer whose weight has a layout that is fast for few rows.
 
     On a CPU that is oneDNN's own layout for float32, where torch has its operations, else column-major order.
@@ -51,7 +51,7 @@ class Product:
         return out
 
 
-class _Joined(Product):
+class _FusedLinear(PackedLinear):
     """Linear layers that read the same input, joined into one; their LoRA adapters cost one more product.
 
     Adapters are not merged: in bfloat16, rounding would remove an update smaller than the weight's last
@@ -92,12 +92,12 @@ class _Layer:
     """Weights of a layer, and its keys and values."""
 
     norm_in: Tensor
-    qkv: _Joined
+    qkv: _FusedLinear
     norms: tuple[Tensor, ...] | None  # of queries and keys: Qwen3 has them, Qwen2.5 does not
-    out: _Joined
+    out: _FusedLinear
     norm_mlp: Tensor
-    gate_up: _Joined
-    down: _Joined
+    gate_up: _FusedLinear
+    down: _FusedLinear
     prefix_keys: Tensor  # [B, K, d, P]
     prefix_values: Tensor  # [B, K, P, d]
     own: Tensor  # [2, B, K, G, T, d], keys and values of the completions
@@ -126,7 +126,7 @@ class Decoder:
         length: int,
         dtype: torch.dtype,
         stride: int | None = None,
-        recorder: Recorder | None = None,
+        recorder: GraphRecorder | None = None,
     ) -> None:
         config = language.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -135,20 +135,24 @@ class Decoder:
         self.norm: Tensor = language.norm.weight
         self.eps: float = language.norm.variance_epsilon
         self.scale: float = language.layers[0].self_attn.scaling
-        self.groups, self.group, self.place = len(state.seen), group_size, 0
+        self.groups, self.group, self.place = len(state.attention_mask), group_size, 0
         # A GPU reads rows fast that begin at multiples of 16 bytes, so prefixes get `made_up` masked
         # positions.
         aligned = 1 if stride is None else 8
         self.length, self.stride = -(-length // aligned) * aligned, stride
-        self.made_up = -state.seen.shape[1] % aligned
-        self.at = torch.zeros(1, dtype=torch.long, device=state.following.device)  # `place`, on the device
+        self.made_up = -state.attention_mask.shape[1] % aligned
+        self.at = torch.zeros(
+            1, dtype=torch.long, device=state.next_position.device
+        )  # `place`, on the device
         self.recorder, self.dtype = recorder, dtype
         self.layers = [
             self._layer(layer, k, v)
             for layer, k, v in zip(language.layers, state.keys, state.values, strict=True)
         ]
-        steps = torch.arange(length, device=state.following.device)
-        cos, sin = language.rotary_emb(self.embedding, (state.following[:, None] + steps).expand(3, -1, -1))
+        steps = torch.arange(length, device=state.next_position.device)
+        cos, sin = language.rotary_emb(
+            self.embedding, (state.next_position[:, None] + steps).expand(3, -1, -1)
+        )
         cos, sin = cos.float(), sin.float()  # keep the values of the passes: no second rounding
         half = self.width // 2
         self.cos, self.sin = cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
@@ -157,7 +161,7 @@ class Decoder:
         kinds = torch.tensor([self.heads, self.kv_heads, self.kv_heads], device=cos.device)
         turns = torch.tensor([[self.scale, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=cos.dtype, device=cos.device)
         self.turned, self.kept = turns.repeat_interleave(kinds, 0)[..., None].unbind(1)
-        unseen = F.pad(state.seen, (0, self.made_up)).logical_not()
+        unseen = F.pad(state.attention_mask, (0, self.made_up)).logical_not()
         self.unseen = unseen if bool(unseen.any()) else None
 
     def _layer(self, layer: Any, prefix_keys: Tensor, prefix_values: Tensor) -> _Layer:
@@ -169,14 +173,14 @@ class Decoder:
         )
         return _Layer(
             norm_in=layer.input_layernorm.weight,
-            qkv=_Joined([attention.q_proj, attention.k_proj, attention.v_proj], dtype),
+            qkv=_FusedLinear([attention.q_proj, attention.k_proj, attention.v_proj], dtype),
             norms=tuple(inner[f"{x}_norm.weight"].to(dtype) for x in "qk")
             if "q_norm.weight" in inner
             else None,
-            out=_Joined([attention.o_proj], dtype),
+            out=_FusedLinear([attention.o_proj], dtype),
             norm_mlp=layer.post_attention_layernorm.weight,
-            gate_up=_Joined([mlp.gate_proj, mlp.up_proj], dtype),
-            down=_Joined([mlp.down_proj], dtype),
+            gate_up=_FusedLinear([mlp.gate_proj, mlp.up_proj], dtype),
+            down=_FusedLinear([mlp.down_proj], dtype),
             prefix_keys=prefix_keys.transpose(-1, -2).contiguous(),
             prefix_values=prefix_values.contiguous(),
             own=prefix_keys.new_zeros(shape, dtype=dtype),

@@ -184,7 +184,7 @@ def read_prefixes(vlm: Any, prefixes: Sequence[Prefix], pad_id: int, recompute: 
     device, language = prefixes[0].token_ids.device, vlm.language_model
     multiple = padded_to(device, pass_dtype(language))
     lengths = [len(p.token_ids) for p in prefixes]
-    ids, seen = pad_right([p.token_ids for p in prefixes], pad_id, multiple)
+    ids, attention_mask = pad_right([p.token_ids for p in prefixes], pad_id, multiple)
     positions = pad_right([p.positions.t() for p in prefixes], 0, multiple)[0].permute(2, 0, 1)
     even, last = min(lengths) == ids.shape[1], sent(torch.tensor(lengths) - 1, device)
     features = image_features(vlm, prefixes)
@@ -198,7 +198,7 @@ def read_prefixes(vlm: Any, prefixes: Sequence[Prefix], pad_id: int, recompute: 
         # Of the last layer, only the last token's output is used; of the other tokens, only keys and values.
         # If DeepStack adds features behind the last layer, it is run for all tokens.
         if layer is language.layers[-1] and level >= len(deeper):
-            mask = None if even else seen[:, None, None]
+            mask = None if even else attention_mask[:, None, None]
             hidden, k, v = _pass(_last_row, layer, recompute, hidden, rope, last, mask)
         else:
             hidden, k, v = _pass(_through, layer, recompute, hidden, rope)
@@ -209,7 +209,7 @@ def read_prefixes(vlm: Any, prefixes: Sequence[Prefix], pad_id: int, recompute: 
         values.append(v)
     hidden = hidden if len(deeper) < len(language.layers) else at_rows(hidden, last)
     return PrefixState(
-        keys=keys, values=values, seen=seen, following=positions.amax((0, 2)) + 1,
+        keys=keys, values=values, attention_mask=attention_mask, next_position=positions.amax((0, 2)) + 1,
         last_hidden=language.norm(hidden[:, 0]),
     )  # fmt: skip
 
@@ -230,9 +230,9 @@ def read_suffixes(vlm: Any, state: PrefixState, tokens: Tensor, real: Tensor, re
         Hidden states `[B*G, T, D]`, zero on padding.
     """
     language = vlm.language_model
-    suffixes = laid_out(state.seen, real, pass_dtype(language))
+    suffixes = laid_out(state.attention_mask, real, pass_dtype(language))
     steps = torch.arange(tokens.shape[1], device=tokens.device)
-    positions = state.following.repeat_interleave(suffixes.group)[:, None] + steps
+    positions = state.next_position.repeat_interleave(suffixes.group)[:, None] + steps
     hidden = language.embed_tokens(suffixes.pack(tokens))[None]
     if hidden.shape[1] == 0:
         return suffixes.unpack(hidden[0])

@@ -3,7 +3,7 @@
     queries           a a a | b b b b b | c c       M tokens of N completions, packed
     keys, values    P a a a | Q b b b b b | Q c c   prefix of the group, and the completion up to the query
 
-`Segments` makes one call of a variable-length kernel per layer, in half precision on a GPU. `SideBySide` pads
+`VarlenSuffixes` makes one call of a variable-length kernel per layer, in half precision on a GPU. `PaddedSuffixes` pads
 the completions for the attention only, and works on every device.
 """
 
@@ -51,12 +51,12 @@ class Suffixes(ABC):
     """Layout of N completions behind B prefixes.
 
     Args:
-        seen: bool `[B, P]`, attention mask of the prefixes, false on padding.
+        attention_mask: bool `[B, P]`, attention mask of the prefixes, false on padding.
         real: bool `[N, T]`, false on padding of the completions; groups contiguous.
     """
 
-    def __init__(self, seen: Tensor, real: Tensor) -> None:
-        self.shape, self.group = real.shape, len(real) // len(seen)
+    def __init__(self, attention_mask: Tensor, real: Tensor) -> None:
+        self.shape, self.group = real.shape, len(real) // len(attention_mask)
         self.places = None if bool(real.all()) else real.flatten().nonzero()[:, 0]  # None: all
 
     def pack(self, padded: Tensor) -> Tensor:
@@ -89,15 +89,19 @@ class Suffixes(ABC):
         """
 
 
-class SideBySide(Suffixes):
+class PaddedSuffixes(Suffixes):
     """Layout with one row per completion, padded to the longest; uses `grouped_product`."""
 
-    def __init__(self, seen: Tensor, real: Tensor) -> None:
-        super().__init__(seen, real)
+    def __init__(self, attention_mask: Tensor, real: Tensor) -> None:
+        super().__init__(attention_mask, real)
         length = real.shape[1]
         own = torch.ones(length, length, dtype=torch.bool, device=real.device).tril()
         # If no prefix is padded, one mask serves all completions.
-        before = seen[:1] if bool(seen.all()) else seen.repeat_interleave(self.group, 0)
+        before = (
+            attention_mask[:1]
+            if bool(attention_mask.all())
+            else attention_mask.repeat_interleave(self.group, 0)
+        )
         self.mask = torch.cat(
             [before[:, None, None].expand(-1, 1, length, -1), own.expand(len(before), 1, length, length)], -1
         )
@@ -121,25 +125,25 @@ class SideBySide(Suffixes):
         return shared[:, None].expand(-1, self.group, *shared.shape[1:]).flatten(0, 1)
 
 
-class Segments(Suffixes):
+class VarlenSuffixes(Suffixes):
     """Layout for a variable-length kernel: per completion the keys of its prefix, then its own, unpadded.
 
     `dtype` is the precision of the passes: autocast leaves queries and keys in float32, which the kernel does
     not accept.
     """
 
-    def __init__(self, seen: Tensor, real: Tensor, dtype: torch.dtype) -> None:
-        super().__init__(seen, real)
+    def __init__(self, attention_mask: Tensor, real: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(attention_mask, real)
         self.dtype = dtype
-        count, prefix_length = seen.shape
-        before, own = seen.repeat_interleave(self.group, 0), real.sum(1)
+        count, prefix_length = attention_mask.shape
+        before, own = attention_mask.repeat_interleave(self.group, 0), real.sum(1)
         attended = torch.cat([before, real], 1) & (own > 0)[:, None]
         starts = (own.cumsum(0) - own)[:, None] + count * prefix_length
-        groups = torch.arange(count, device=seen.device).repeat_interleave(self.group)[:, None]
+        groups = torch.arange(count, device=attention_mask.device).repeat_interleave(self.group)[:, None]
         where = torch.cat(
             [
-                groups * prefix_length + torch.arange(prefix_length, device=seen.device),
-                starts + torch.arange(real.shape[1], device=seen.device),
+                groups * prefix_length + torch.arange(prefix_length, device=attention_mask.device),
+                starts + torch.arange(real.shape[1], device=attention_mask.device),
             ],
             1,
         )
@@ -191,7 +195,7 @@ class _Laid(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, prefix: Tensor, own: Tensor, suffixes: Segments) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, prefix: Tensor, own: Tensor, suffixes: VarlenSuffixes) -> Tensor:  # noqa: ANN401
         """Return the keys or values of the layout."""
         ctx.suffixes = suffixes
         return torch.cat([prefix.transpose(1, 2).flatten(0, 1), own[0].transpose(0, 1)])[suffixes.source]
@@ -232,15 +236,19 @@ def grouped_product(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     return out.view(rows, heads, length, width).transpose(1, 2).contiguous()
 
 
-def laid_out(seen: Tensor, real: Tensor, dtype: torch.dtype) -> Suffixes:
+def laid_out(attention_mask: Tensor, real: Tensor, dtype: torch.dtype) -> Suffixes:
     """Return the layout that suits the tensors' device and the precision of the passes.
 
     Args:
-        seen: see `Suffixes`.
+        attention_mask: see `Suffixes`.
         real: see `Suffixes`.
         dtype: precision of the passes.
     """
-    return Segments(seen, real, dtype) if has_kernel(seen.device, dtype) else SideBySide(seen, real)
+    return (
+        VarlenSuffixes(attention_mask, real, dtype)
+        if has_kernel(attention_mask.device, dtype)
+        else PaddedSuffixes(attention_mask, real)
+    )
 
 
 def half_on_a_gpu(device: torch.device, dtype: torch.dtype) -> bool:
@@ -263,8 +271,8 @@ def _kernel_repeats(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _repeats_at(width: int, device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether the kernel's values and gradients match those of padded attention at one head width."""
-    seen = torch.ones(2, 40, dtype=torch.bool, device=device)
-    seen[0, 33:] = False
+    attention_mask = torch.ones(2, 40, dtype=torch.bool, device=device)
+    attention_mask[0, 33:] = False
     real = torch.arange(9, device=device) < torch.tensor([5, 1, 9, 0, 7, 3], device=device)[:, None]
     shapes = ((1, 4, 25, width), *[(1, 2, 25, width)] * 2, *[(2, 2, 40, width)] * 2)
 
@@ -278,8 +286,8 @@ def _repeats_at(width: int, device: torch.device, dtype: torch.dtype) -> bool:
 
     return repeats(
         f"attention on {device}: padded, not by torch's kernel for unequal lengths",
-        lambda: outcome(Segments(seen, real, dtype)),
-        lambda: outcome(SideBySide(seen, real)),
+        lambda: outcome(VarlenSuffixes(attention_mask, real, dtype)),
+        lambda: outcome(PaddedSuffixes(attention_mask, real)),
         CLOSE,
     )
 

@@ -88,7 +88,7 @@ PARTS: dict[str, dict[str, type[Part]]] = {
     "module": _in("data.datamodule", SegDataModule=parts.Module),
     "samples": {
         **_in("data.image_mask", ImageMaskFolders=parts.Folders),
-        **_in("data.jsonl", Listed=parts.Listed),
+        **_in("data.jsonl", JsonlDataset=parts.Listed),
         **_in("data.reasoning", ReasonSeg=parts.ReasonSeg),
         **_in("data.referring", ReferringExpressions=parts.Referring),
         **_in("data.synthetic", SyntheticScenes=parts.Scenes),
