@@ -86,8 +86,12 @@ def grpo_stage(kind: type, policy: Any, engine: Any, work: Work, micro_batch_siz
     from segrl.objectives.clipped import ppo_clip
     from segrl.objectives.kl import k3
     from segrl.objectives.masked import per_sequence
+    from segrl.objectives.policy_gradient import PolicyGradient
     from segrl.prompts.tags import SegR1Points
     from segrl.rewards.mixture import RewardMixture
+    from segrl.segmenter import Segmenter
+    from segrl.stages.base import Optimization
+    from segrl.stages.policy_gradient import Loop
 
     class NoHead(torch.nn.Module):
         """Empty masks: TRL's reward segments nothing either."""
@@ -100,12 +104,20 @@ def grpo_stage(kind: type, policy: Any, engine: Any, work: Work, micro_batch_siz
 
     noise = {"noise": {"fn": lambda answer, sample: random.random(), "weight": 1.0}}
     return kind(
-        policy=policy, grammar=SegR1Points(64), head=NoHead(), engine=engine, reward=RewardMixture(noise),
-        reference=FrozenCopy if work.beta else None, optimizer=partial(torch.optim.AdamW, lr=1e-6, fused=True), schedule=None,
-        max_grad_norm=1.0, seed=0, group_size=work.group, micro_batch_size=micro_batch_size, completions_per_pass=None,
-        updates_per_rollout=1, epochs_per_rollout=1, surrogate=partial(ppo_clip, low=0.2, high=0.2, dual=None),
-        token_weights=partial(per_sequence), divergence=partial(k3), kl_weight=work.beta, kl_reward=0.0, mismatch_cap=None,
-        advantage=partial(group_relative, floor=1e-4), live_samples=None,
+        segmenter=Segmenter(policy=policy, grammar=SegR1Points(64), head=NoHead(), engine=engine),
+        reward=RewardMixture(noise), reference=FrozenCopy if work.beta else None,
+        objective=PolicyGradient(
+            surrogate=partial(ppo_clip, low=0.2, high=0.2, dual=None), token_weights=per_sequence,
+            divergence=k3, kl_weight=work.beta, kl_reward=0.0, mismatch_cap=None,
+        ),
+        loop=Loop(
+            group_size=work.group, micro_batch_size=micro_batch_size, completions_per_pass=None,
+            updates_per_rollout=1, epochs_per_rollout=1,
+        ),
+        optimization=Optimization(
+            optimizer=partial(torch.optim.AdamW, lr=1e-6, fused=True), schedule=None, max_grad_norm=1.0
+        ),
+        seed=0, advantage=partial(group_relative, floor=1e-4), live_samples=None,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import os
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ class Turns(lightning.Callback):
         if kind == "activations kept" and self.plan[batch_idx - 1] != kind:
             stage.policy.gradient_checkpointing = False
             stage.policy.model.model.visual.gradient_checkpointing_disable()
-            stage.micro_batch_size = min(stage.micro_batch_size, _groups_that_fit(self.clock.device))
+            fitting = min(stage.loop.micro_batch_size, _groups_that_fit(self.clock.device))
+            stage.loop = replace(stage.loop, micro_batch_size=fitting)
         self.recorded.clear()
         self.clock.taken()
         self.clock.peaks.clear()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from segrl.types import Answer, Completions, Frame, MaskPrompt, Parsed, Prefix, PrefixState, Sample
 
@@ -161,4 +162,29 @@ class RewardTerm(Protocol):
 
     def __call__(self, answer: Answer, sample: Sample) -> float:
         """Return the reward of an answer to a sample; their masks have the same size."""
+        ...
+
+
+@runtime_checkable
+class Sharding(Protocol):
+    """A training strategy that shards weights, gradients or optimizer state over the ranks.
+
+    A stage asks its strategy for what differs then; `stages.unsharded` answers for every other strategy.
+
+    Attributes:
+        early_graphs: whether a backward pass may reach a graph that was made before the training pass.
+        split_groups: whether completions of one prefix may be learned in several passes.
+        partial_updates: whether an update may leave some parameters without a gradient.
+    """
+
+    early_graphs: bool
+    split_groups: bool
+    partial_updates: bool
+
+    def whole_weights(self, *modules: nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which every rank holds the whole weights of these modules."""
+        ...
+
+    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+        """Clip the gradients to `max_norm` and return their L2 norm before, over all shards."""
         ...

@@ -37,7 +37,7 @@ def job(cfg: DictConfig) -> None:
     from segrl.data.image_mask import pair_maps
     from segrl.data.transforms import read_map, read_mask
     from segrl.metrics.parts import scores
-    from segrl.runs.records import tables_text
+    from segrl.runs.tables import scores_text
 
     metrics = [cfg.metrics] if isinstance(cfg.metrics, str) else cfg.metrics
     family = instantiate(cfg.scores, **({} if metrics is None else {"metrics": metrics}))
@@ -55,7 +55,7 @@ def job(cfg: DictConfig) -> None:
         if number % 500 == 0:
             print(f"  {number}/{len(pairs)}", flush=True)
     table = scores(family, rows, cfg.draws, cfg.seed)
-    print(tables_text({Path(cfg.pred).name: table}, {Path(cfg.pred).name: len(rows)}))
+    print(scores_text({Path(cfg.pred).name: table}, {Path(cfg.pred).name: len(rows)}))
     print(family.convention)
     if out is not None:
         report = {

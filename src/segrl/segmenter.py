@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +18,19 @@ from segrl.protocols import Grammar, MaskHead, Policy, RolloutEngine
 from segrl.types import Answer, Batch, Completions, Sample
 
 
+@dataclass(kw_only=True)
 class Segmenter:
     """A policy with its grammar, engine and mask head; training, evaluation and Python use share it.
 
     Example: `Segmenter.from_pretrained("my_policy").segment("fish.jpg", "the fish on the left").mask`.
-
-    Args:
-        policy, grammar, engine, head: in training, the objects of the stage.
     """
 
-    def __init__(self, policy: Policy, grammar: Grammar, engine: RolloutEngine, head: MaskHead) -> None:
-        self.policy, self.grammar, self.engine, self.head = policy, grammar, engine, head
-        self.passes: torch.dtype | None = None  # autocast dtype of `segment`; elsewhere the trainer sets it
+    policy: Policy
+    grammar: Grammar
+    engine: RolloutEngine
+    head: MaskHead
+    passes: torch.dtype | None = field(default=None, init=False)
+    """Autocast dtype of `segment`; in training and evaluation the trainer sets the precision."""
 
     @classmethod
     def from_pretrained(
@@ -55,7 +57,9 @@ class Segmenter:
             policy_card.build(part, card[part], Path(weights))
             for part in ("policy", "grammar", "head", "rollout")
         )
-        segmenter = cls(policy.eval().to(device), grammar, engine, head.eval().to(device))
+        segmenter = cls(
+            policy=policy.eval().to(device), grammar=grammar, engine=engine, head=head.eval().to(device)
+        )
         segmenter.passes = policy_card.PRECISIONS[card["precision"]["passes"]]
         return segmenter
 

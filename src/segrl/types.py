@@ -201,7 +201,7 @@ class PrefixState:
         )
 
     def chain_gradient(self, leaves: PrefixState) -> Tensor:
-        """Return the scalar `sum(t * leaf.grad)` over the tensors t of this state and their `cut()` leaves.
+        """Return the scalar `sum(t * leaf.grad)` over the tensors t of this state and their `detached()` leaves.
 
         Its backward pass sends the gradients accumulated in the leaves on into this state.
         """
@@ -360,7 +360,7 @@ class Experience:
             rows = list(range(start * group, (start + len(prefixes)) * group))
             yield self._of(prefixes, rows), rows
 
-    def pieces(self, count: int | None) -> Iterator[tuple[Experience, list[int]]]:
+    def chunks(self, count: int | None) -> Iterator[tuple[Experience, list[int]]]:
         """Yield parts of at most `count` completions of every group, and each part's rows of N.
 
         If `count` is None, yield one part with all completions.

@@ -177,7 +177,7 @@ def asked(home: Path, form: str) -> Case:
         raise Seen
 
     policy = SimpleNamespace(encoder=SimpleNamespace(encode=encode))
-    segmenter = Segmenter(policy, SegR1Tags(16, 64), None, None)
+    segmenter = Segmenter(policy=policy, grammar=SegR1Tags(16, 64), engine=None, head=None)
     target = stored(home / f"a.{form}", PHOTO)
 
     def read() -> None:

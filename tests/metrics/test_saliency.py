@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segrl.metrics.saliency import METRICS, NAMES, Saliency, score
+from segrl.metrics.functional.overlap import iou, mean_absolute_error
+from segrl.metrics.functional.structure import structure
+from segrl.metrics.saliency import METRICS, NAMES, Saliency, brief
+from segrl.types import Answer, Parsed, ParseFault, Sample
 
 OURS = {"giou_empty_is_1": "iou"}
 SETS = {
@@ -51,14 +54,29 @@ def test_every_value_of_a_set_is_pysodmetrics(cli, tmp_path: Path, realdata: Pat
         assert found[OURS.get(key, key)] == pytest.approx(value, abs=1e-9), key
 
 
-def test_what_is_scored_while_training_is_what_the_set_is_scored_by() -> None:
+def answered(mask: np.ndarray, truth: np.ndarray, fault: ParseFault | None, ignore=None) -> dict[str, float]:
+    """Return the scores that a training logs for one answer."""
+    answer = Answer(text="", parsed=Parsed(fault=fault), mask=mask, length=1, finished=True)
+    sample = Sample(id="a", image=np.zeros((*mask.shape, 3), np.uint8), mask=truth, ignore=ignore)
+    return {name: float(value[0]) for name, value in brief(answer, sample).items() if name in NAMES}
+
+
+def test_a_training_scores_masks_as_the_functions_on_masks_do() -> None:
     rng = np.random.default_rng(0)
     masks = [(rng.random((9, 13)) < 0.4, np.roll(rng.random((9, 13)) < 0.5, 1)) for _ in range(4)]
-    family = Saliency(("iou", "sm", "mae"))
     for mask, truth in masks:
-        parts, found = family.parts(mask.astype(np.uint8) * 255, truth, None), score(mask, truth, True)
-        assert tuple(found) == NAMES and found["fault_rate"] == 1.0
-        assert [found[n] for n in NAMES[:3]] == pytest.approx([parts[n][0] for n in NAMES[:3]], abs=1e-12)
+        found = answered(mask, truth, ParseFault.NO_ANSWER)
+        assert set(found) == set(NAMES) and found["fault_rate"] == 1.0
+        wanted = [iou(mask, truth), structure(mask, truth), mean_absolute_error(mask, truth)]
+        assert [found[n] for n in NAMES[:3]] == pytest.approx(wanted, abs=1e-12)
+
+
+def test_a_training_leaves_ignored_pixels_out_of_the_mask() -> None:
+    truth, mask = np.zeros((6, 6), bool), np.zeros((6, 6), bool)
+    truth[:3], mask[:5] = True, True
+    ignore = np.zeros((6, 6), bool)
+    ignore[3:] = True
+    assert answered(mask, truth, None, ignore)["iou"] == 1.0 > answered(mask, truth, None)["iou"]
 
 
 def test_every_metric_is_there_alone_and_in_the_order_asked_for() -> None:

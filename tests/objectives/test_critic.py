@@ -9,7 +9,7 @@ import torch
 
 from segrl.objectives.advantages import group_relative
 from segrl.objectives.clipped import ppo_clip
-from segrl.objectives.gae import constant_decay, gae, length_decay, segment_decay
+from segrl.objectives.gae import constant_decay, gae, segment_decay
 from segrl.objectives.kl import k3
 from segrl.objectives.masked import per_token
 from segrl.objectives.policy_gradient import policy_gradient
@@ -71,11 +71,6 @@ def test_decays_by_hand():
     closes = torch.tensor([[False, True, False, False]])
     assert constant_decay(mask, closes, decay=0.5).tolist() == [[0.5] * 4]
     assert segment_decay(mask, closes, decay=0.5).tolist() == [[1.0, 0.5, 1.0, 1.0]]
-    lengths = torch.tensor(
-        [[True, True, True, False], [True, True, False, False], [True, False, False, False]]
-    )
-    third = length_decay(lengths, torch.zeros_like(lengths), alpha=0.5)
-    torch.testing.assert_close(third, torch.tensor([[1 / 3], [0.0], [0.0]]).expand(3, 4))  # never below 0
 
 
 def tree(seed):

@@ -50,7 +50,7 @@ def spoken(request, nano_policy, nano_head):
         tokens=tokens, mask=mask, texts=policy.encoder.decode(tokens, mask), finished=mask.any(1)
     )
     batch = Batch(samples=samples, prefixes=prefixes)
-    answers = Segmenter(policy, grammar, None, nano_head).read(batch, said, 5)
+    answers = Segmenter(policy=policy, grammar=grammar, engine=None, head=nano_head).read(batch, said, 5)
     return grammar, policy.encoder, nano_head, batch, said, answers
 
 

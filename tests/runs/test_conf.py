@@ -1,6 +1,7 @@
 """Every experiment composes, and every node of it binds to its constructor; no weights are loaded."""
 
 import inspect
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
+from segrl.runs.assembly import composites
 from segrl.runs.configuration import check_keys, conf_folder, register_resolvers
 
 EXPERIMENTS = sorted(p.stem for p in (conf_folder() / "experiment").glob("*.yaml"))
@@ -33,8 +35,12 @@ def targets(node, path=""):
 
 def bind(path, node):
     keywords = {k: v for k, v in node.items() if k not in ("_target_", "_partial_")}
-    signature = inspect.signature(get_object(node["_target_"]))
+    made = get_object(node["_target_"])
     try:
+        for name, composite in composites(made).items():
+            inner = {f.name: keywords.pop(f.name) for f in fields(composite) if f.name in keywords}
+            keywords[name] = inspect.signature(composite).bind(**inner)
+        signature = inspect.signature(made)
         (signature.bind_partial if node.get("_partial_") else signature.bind)(**keywords)
     except TypeError as error:
         raise AssertionError(f"{path}: {node['_target_']}: {error}") from None

@@ -19,10 +19,8 @@ def line(i: int, iou: float, text: str = "same", cluster: str | None = None, dat
         "dataset": dataset,
         "id": f"s{i}",
         **own,
-        "iou": iou,
-        "sm": iou,
-        "mae": 1 - iou,
-        "fault_rate": 0.0,
+        "scores": {"iou": iou, "sm": iou, "mae": 1 - iou},
+        "fault": None,
         "text": text,
     }
 

@@ -33,7 +33,7 @@ def test_a_step_by_hand_is_the_stages_step(cli, tmp_path):
         instantiate(cfg.reward),
         instantiate(cfg.data.module.train),
     )
-    segmenter = Segmenter(policy, grammar, engine, head)
+    segmenter = Segmenter(policy=policy, grammar=grammar, engine=engine, head=head)
 
     # Data: B images and queries; pixels and token ids are made once per sample. The order follows from the seed.
     order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(SEED * 1_000_003))

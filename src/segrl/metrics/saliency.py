@@ -8,27 +8,16 @@ import numpy as np
 
 from segrl.metrics.functional import tally as of
 from segrl.metrics.functional.boundary import boundary_accuracy, boundary_iou, correction_effort
-from segrl.metrics.functional.overlap import intersection_union, iou, mean_absolute_error
-from segrl.metrics.functional.structure import structure
+from segrl.metrics.functional.overlap import intersection_union, iou
 from segrl.metrics.functional.weighted import weighted_f
 from segrl.metrics.parts import Parts
+from segrl.types import Answer, Sample
 
 _HALF = 128
-NAMES = ("iou", "sm", "mae", "fault_rate")
-"""Scores of every answer that a stage evaluates."""
-
 METRICS = (
     "sm", "wfm", "mae", "adp_e", "mean_e", "max_e", "adp_f", "mean_f", "max_f",
     "iou", "ciou", "hce", "biou", "mba",
 )  # fmt: skip
-
-
-def score(mask: np.ndarray, truth: np.ndarray, faulty: bool) -> dict[str, float]:
-    """Return the scores `NAMES` of one answer; the empty mask of a fault is scored as by `Saliency`."""
-    if faulty and not truth.any():
-        mask = np.ones_like(mask)
-    values = (iou(mask, truth), structure(mask, truth), mean_absolute_error(mask, truth), float(faulty))
-    return dict(zip(NAMES, values, strict=True))
 
 
 class Saliency:
@@ -93,9 +82,10 @@ class Saliency:
         if wanted & {"sm", "mae", "adp_e", "mean_e", "max_e", "adp_f", "mean_f", "max_f"}:
             counted = of.tally(saliency, truth)
             found["sm"], found["mae"] = of.structure(counted), of.mean_absolute_error(counted)
-            found["adp_e"], e_curve = of.enhanced(counted)
-            found["adp_f"], f_curve = of.f_measure(counted)
-            found |= {"e_curve": e_curve, "f_curve": f_curve}
+            if wanted & {"adp_e", "mean_e", "max_e"}:
+                found["adp_e"], found["e_curve"] = of.enhanced(counted)
+            if wanted & {"adp_f", "mean_f", "max_f"}:
+                found["adp_f"], found["f_curve"] = of.f_measure(counted)
         if "wfm" in wanted:
             found["wfm"] = weighted_f(saliency, truth)
         if wanted & {"iou", "ciou", "hce", "biou", "mba"}:
@@ -127,3 +117,17 @@ def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.divide(
         part, whole, out=np.full_like(np.asarray(part, np.float64), np.nan), where=np.asarray(whole) > 0
     )
+
+
+BRIEF = Saliency(("iou", "sm", "mae"))
+"""The family of validation sets, and of test sets before and after a training."""
+
+NAMES = (*BRIEF.names, "fault_rate")
+"""Scores that a training logs and compares."""
+
+
+def brief(answer: Answer, sample: Sample) -> Parts:
+    """Return the parts of `BRIEF` of one answer, without its sample's ignored pixels, and its `fault_rate`."""
+    faulty = answer.parsed.fault is not None
+    mask = sample.counted(answer.mask).astype(np.uint8) * 255
+    return BRIEF.parts(mask, sample.mask, None, faulty) | {"fault_rate": np.array([float(faulty)])}

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from segrl.geometry import components, tight_box
 from segrl.metrics.functional.overlap import iou
 from segrl.models.sam2_head import Sam2Head
-from segrl.stages.base import MakeOptimizer, MakeSchedule, Stage
+from segrl.stages.base import Optimization, Stage
 from segrl.types import Batch, MaskPrompt
 
 # (has a box, foreground points, background points): every shape that a grammar can ask for is met in training.
@@ -87,14 +87,13 @@ class MaskHeadStage(Stage):
         head: learns here, and only here.
         jitter: boxes are moved by up to this share of their extent.
         astray: share of boxes that are drawn anywhere instead; see `_astray`.
-        optimizer, schedule, max_grad_norm, seed: see `Stage`.
+        optimization, seed: see `Stage`.
     """
 
     def __init__(
-        self, head: Sam2Head, jitter: float, astray: float,
-        optimizer: MakeOptimizer, schedule: MakeSchedule | None, max_grad_norm: float, seed: int,
-    ) -> None:  # fmt: skip
-        super().__init__(optimizer, schedule, max_grad_norm, seed)
+        self, *, head: Sam2Head, jitter: float, astray: float, optimization: Optimization, seed: int
+    ) -> None:
+        super().__init__(optimization=optimization, seed=seed)
         self.head, self.jitter, self.astray = head.requires_grad_(True), jitter, astray
         self.head.embeddings.kept, self.head.embeddings.folder = (
             0,

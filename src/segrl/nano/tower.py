@@ -17,7 +17,7 @@ from segrl.geometry import tight_box
 from segrl.models.hf_vlm import HFPolicy
 from segrl.models.kernels.vision_tower import image_features
 from segrl.protocols import Grammar
-from segrl.stages.base import MakeOptimizer, MakeSchedule, Stage
+from segrl.stages.base import Optimization, Stage
 from segrl.types import Batch
 
 
@@ -28,14 +28,13 @@ class TowerStage(Stage):
         policy: only its tower learns.
         grammar: asks as the later stages will.
         image_tokens: features per image, the same for all.
-        optimizer, schedule, max_grad_norm, seed: see `Stage`.
+        optimization, seed: see `Stage`.
     """
 
     def __init__(
-        self, policy: HFPolicy, grammar: Grammar, image_tokens: int,
-        optimizer: MakeOptimizer, schedule: MakeSchedule | None, max_grad_norm: float, seed: int,
-    ) -> None:  # fmt: skip
-        super().__init__(optimizer, schedule, max_grad_norm, seed)
+        self, *, policy: HFPolicy, grammar: Grammar, image_tokens: int, optimization: Optimization, seed: int
+    ) -> None:
+        super().__init__(optimization=optimization, seed=seed)
         self.keep_frozen = True  # a later stage starts from the whole policy
         self.policy = policy.requires_grad_(False)
         self.tower.requires_grad_(True)

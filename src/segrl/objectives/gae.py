@@ -1,10 +1,9 @@
 """Compute advantages by generalised advantage estimation (GAE, arXiv 1506.02438) with a decay per token.
 
-The decay `λ[n,t]` makes all variants one function:
+The decay `λ[n,t]` makes both variants one function:
 
 - constant: GAE of tokens;
-- 1 inside a segment and below 1 where it closes: GAE of segments (the bi-level GAE of VAGEN);
-- a function of the completion's length: VAPO.
+- 1 inside a segment and below 1 where it closes: GAE of segments (the bi-level GAE of VAGEN).
 
 Decoupled GAE (VC-PPO, arXiv 2503.01491) calls `gae` twice: with a decay for the policy's advantages, and with
 1 for the critic's targets.
@@ -12,9 +11,20 @@ Decoupled GAE (VC-PPO, arXiv 2503.01491) calls `gae` twice: with a decay for the
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+
+@runtime_checkable
+class Decay(Protocol):
+    """A decay per token, such as `constant_decay` and `segment_decay`."""
+
+    def __call__(self, mask: Tensor, closes: Tensor) -> Tensor:
+        """Return λ after each token, `[N, T]`, from the token mask and the tokens that close a segment."""
+        ...
 
 
 def gae(
@@ -63,14 +73,3 @@ def segment_decay(
         decay: λ at these tokens.
     """
     return torch.where(closes, decay, 1.0)
-
-
-def length_decay(
-    mask: Bool[Tensor, "N T"], closes: Bool[Tensor, "N T"], *, alpha: float
-) -> Float[Tensor, "N T"]:
-    """Return `1 - 1/(α |o_n|)`, at least 0: longer completions decay less (VAPO, arXiv 2504.05118, eq. 10).
-
-    `closes` is not used.
-    """
-    lengths = mask.sum(1, keepdim=True).clamp_min(1)
-    return (1 - 1 / (alpha * lengths)).clamp_min(0.0).expand(mask.shape)

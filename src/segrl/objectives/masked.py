@@ -10,8 +10,19 @@ average their gradients, so the gradient does not depend on the number of ranks.
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+
+@runtime_checkable
+class TokenWeights(Protocol):
+    """A weighting of tokens, such as the functions of this module."""
+
+    def __call__(self, mask: Tensor, group_size: int, tokens: float) -> Tensor:
+        """Return the weight of each token, `[N, T]`, from the loss mask."""
+        ...
 
 
 def per_sequence(mask: Bool[Tensor, "N T"], group_size: int, tokens: float) -> Float[Tensor, "N T"]:

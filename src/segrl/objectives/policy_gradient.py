@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
 from segrl.objectives.clipped import Surrogate
-from segrl.objectives.masked import counted, weighted_sum
+from segrl.objectives.masked import TokenWeights, counted, weighted_sum
 from segrl.types import LossOutput
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
@@ -22,6 +23,44 @@ class MakeSurrogate(Protocol):
     def __call__(self, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Surrogate:
         """Return the surrogate of each token; all tensors are `[N, T]`."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyGradient:
+    """What a policy gradient minimises: a surrogate plus the divergence from a reference.
+
+    Attributes:
+        surrogate: loss of each token; see `objectives.clipped`.
+        token_weights: weight of each token in an update; see `objectives.masked`.
+        divergence: estimate of the divergence from the reference, per token; see `objectives.kl`.
+        kl_weight: weight of the divergence in the loss.
+        kl_reward: weight of the divergence that is subtracted from each token's reward. One of the two is 0.
+        mismatch_cap: largest importance weight that corrects for the rounding of another engine that sampled;
+            see `objectives.mismatch`. If None, there is no correction.
+
+    Raises:
+        ValueError: if both weights of the divergence are positive.
+    """
+
+    surrogate: MakeSurrogate
+    token_weights: TokenWeights
+    divergence: Divergence
+    kl_weight: float
+    kl_reward: float
+    mismatch_cap: float | None
+
+    def __post_init__(self) -> None:
+        """Check the weights of the divergence."""
+        if self.kl_weight > 0 and self.kl_reward > 0:
+            raise ValueError(
+                f"stage.kl_reward: must be 0 where stage.kl_weight is positive, and the other way round; "
+                f"got {self.kl_reward} and {self.kl_weight}"
+            )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the divergence has a weight."""
+        return self.kl_weight + self.kl_reward > 0
 
 
 def policy_gradient(

@@ -20,9 +20,9 @@ from lightning.fabric import Fabric
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from segrl.data.collate import Collate
+from segrl.data.collate import Collate, EvalShard
 from segrl.data.datamodule import begin_worker
 from segrl.host import signals
 from segrl.host.files import write_whole
@@ -32,7 +32,7 @@ from segrl.protocols import Grammar, SampleSet
 from segrl.runs import folder as folders
 from segrl.runs import records
 from segrl.runs.departures import of_counts, published
-from segrl.runs.report import tell
+from segrl.runs.tables import scores_text, tell
 from segrl.runs.training import memory_said, quiet, run_folder, say
 from segrl.segmenter import Segmenter
 from segrl.tracking.checkpoints import learned_policy
@@ -91,7 +91,10 @@ class Evaluation:
                     f"init_from: a policy of this architecture is needed; "
                     f"{cfg.init_from} has another ({error})"
                 ) from None
-        segmenter = Segmenter(policy.eval(), grammar, instantiate(cfg.rollout), instantiate(cfg.head))
+        segmenter = Segmenter(
+            policy=policy.eval(), grammar=grammar,
+            engine=instantiate(cfg.rollout), head=instantiate(cfg.head),
+        )  # fmt: skip
         trainer = cfg.trainer
         try:
             fabric = Fabric(
@@ -189,14 +192,13 @@ class Evaluation:
         """Segment this rank's share of the samples that have no line yet, and write one line per sample."""
         done, ids = {row["id"] for row in records.lines(self.folder, name)}, samples.ids
         self.fabric.barrier()  # no rank writes before all have read the lines
-        left = [i for i, one in enumerate(ids) if one not in done][
-            self.fabric.global_rank :: self.fabric.world_size
-        ]
+        left = [i for i, one in enumerate(ids) if one not in done]
+        shard = EvalShard(len(left), self.fabric.global_rank, self.fabric.world_size)
         if done:
             say(f"  {name}: {len(done)} of {len(ids)} were there")
         settings = self.cfg.suite
         loader = DataLoader(
-            cast("Dataset[Sample]", samples), sampler=left, batch_size=settings.batch_size,
+            Subset(cast("Dataset[Sample]", samples), left), sampler=shard, batch_size=settings.batch_size,
             num_workers=self.cfg.data.workers,
             collate_fn=Collate(self.segmenter.policy.encoder, self.segmenter.grammar),
             worker_init_fn=begin_worker,
@@ -221,7 +223,7 @@ class Evaluation:
                 count += len(batch)
                 if time.monotonic() - told > _SECONDS:
                     told = time.monotonic()
-                    say(f"  {name} {count}/{len(left)}  {seconds:.2f} s an image")
+                    say(f"  {name} {count}/{len(shard)}  {seconds:.2f} s an image")
 
     def _line(self, name: str, sample: Sample, answer: Answer, seconds: float) -> dict[str, Any]:
         faulty = answer.parsed.fault is not None
@@ -278,7 +280,7 @@ class Evaluation:
             for name, found in {**rows, **joined}.items()
         }
         tell(
-            f"{records.tables_text(tables, counts, faults, images)}\n"
+            f"{scores_text(tables, counts, faults, images)}\n"
             + "\n".join(f"{key}: {value}" for key, value in self._identity().items()),
             self.folder / "table.txt",
         )

@@ -1,4 +1,4 @@
-"""Lines of JSON, one per evaluated sample, and the table of scores that is made from them."""
+"""Lines of JSON, one per evaluated sample: the record format of trainings and evaluations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from segrl.host.files import write_whole
 from segrl.metrics.functional.bootstrap import numbered
-from segrl.metrics.parts import Family, Parts, Score
+from segrl.metrics.parts import Family, Parts
 from segrl.types import Answer, Sample
 
 _PARTS = "per_sample.parts"  # one file per rank, attempt and dataset; joined once all samples are scored
@@ -22,9 +22,11 @@ _NEEDED = {"dataset", "id", "fault", "scores", "parts"}
 
 
 def row(
-    dataset: str, sample: Sample, answer: Answer, parts: Parts, family: Family, seconds: float
+    dataset: str, sample: Sample, answer: Answer, parts: Parts, family: Family, seconds: float | None
 ) -> dict[str, Any]:
     """Return the line of one sample: query, answer, areas in pixels, own scores, and parts.
+
+    Trainings and evaluations write the same lines.
 
     Args:
         dataset: name of the test set.
@@ -32,7 +34,7 @@ def row(
         answer: its answer.
         parts: `family.parts` of it, from which the scores of the set are computed.
         family: way of scoring.
-        seconds: time that it took.
+        seconds: time that it took; None leaves it out, so that lines of equal runs are equal.
     """
     fault, prompt = answer.parsed.fault, answer.parsed.prompt
     said = {} if prompt is None else {
@@ -47,7 +49,8 @@ def row(
         "scores": {
             name: None if np.isnan(value) else float(value) for name, value in family.summary(parts).items()
         },
-        "parts": {name: _packed(value) for name, value in parts.items()}, "seconds": round(seconds, 4),
+        "parts": {name: _packed(value) for name, value in parts.items()},
+        **({} if seconds is None else {"seconds": round(seconds, 4)}),
     }  # fmt: skip
 
 
@@ -83,6 +86,12 @@ def parts_of(line: dict[str, Any]) -> Parts:
     return parts
 
 
+def scores_of(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the sample's own scores in a line, and its `fault_rate`: 1 for a fault, else 0."""
+    own = {name: np.nan if value is None else float(value) for name, value in line["scores"].items()}
+    return own | {"fault_rate": float(line["fault"] is not None)}
+
+
 def lines(folder: Path, dataset: str) -> Iterator[dict[str, Any]]:
     """Yield the lines of a dataset from all files of an evaluation.
 
@@ -115,44 +124,3 @@ def join(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
         path.unlink()
     if (folder / _PARTS).is_dir():
         (folder / _PARTS).rmdir()
-
-
-def tables_text(
-    tables: dict[str, dict[str, Score]],
-    counts: dict[str, int],
-    faults: dict[str, float] | None = None,
-    images: Mapping[str, int] | None = None,
-) -> str:
-    """Return a table of plain text: datasets in rows, scores with 95 % intervals in columns, in blocks.
-
-    Args:
-        tables: scores of each dataset.
-        counts: number of samples of each dataset.
-        faults: share of each dataset's completions that could not be parsed; if None, it is not shown.
-        images: number of clusters of each dataset, which its intervals resample. Where it is not the number
-            of samples, a line says so.
-    """
-    told, names = list[str](), list(next(iter(tables.values())))
-    wide = 11 if all(table[name].interval is None for table in tables.values() for name in names) else 28
-    for start in range(0, len(names), 112 // wide):
-        shown = names[start : start + 112 // wide]
-        told.append(f"\n  {'':<16}{'n':>7}" + "".join(f"{name:>{wide}}" for name in shown))
-        for dataset, table in tables.items():
-            cells = "".join(f"{_cell(table[name]):>{wide}}" for name in shown)
-            told.append(f"  {dataset:<16}{counts[dataset]:>7}{cells}")
-    images = {} if images is None else images
-    if together := [name for name in images if images[name] != counts[name]]:
-        drawn = ", ".join(f"{name} {images[name]:,} images of {counts[name]:,} samples" for name in together)
-        told.append(f"\n  intervals draw images, each with all of its samples: {drawn}")
-    if faults is not None:
-        told.append("\n  unparsable: " + ", ".join(f"{name} {rate:.1%}" for name, rate in faults.items()))
-    return "\n".join(told)
-
-
-def _cell(score: Score) -> str:
-    """Return a score as text, such as `0.7090 [0.6840, 0.7326]`."""
-    digits = 2 if abs(score.value) >= 10 else 4
-    if score.interval is None:
-        return f"{score.value:.{digits}f}"
-    low, high = score.interval
-    return f"{score.value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

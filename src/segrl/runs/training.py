@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import lightning
 import torch
@@ -27,9 +26,13 @@ from segrl.host import signals
 from segrl.host.files import own, write_whole
 from segrl.runs import checks, report
 from segrl.runs import folder as folders
+from segrl.runs.assembly import stage_of
 from segrl.runs.configuration import asset
 from segrl.runs.departures import of_batch, of_counts
 from segrl.runs.folder import scored_checkpoint
+from segrl.runs.report import means
+from segrl.runs.scoring import Scoring
+from segrl.runs.tables import Table, means_text, tell
 from segrl.stages.base import SegStage, Stage
 from segrl.stages.policy_gradient import PolicyGradientStage
 from segrl.tracking.callbacks import cut_history, read_history
@@ -147,7 +150,7 @@ class Run:
         checks.words(cfg)
         checks.checkpoints(cfg)
         data: SegDataModule = instantiate(cfg.data.module)
-        stage: Stage = instantiate(cfg.stage)
+        stage: Stage = stage_of(cfg.stage)
         data.connect(stage.collate, stage.eval_collate, stage.updates_per_batch)
         checks.metrics(cfg, data)
         scored = report.readable(folder / "evaluation" / "before.jsonl")
@@ -171,7 +174,7 @@ class Run:
     def _trainer(cfg: DictConfig) -> lightning.Trainer:
         """Return the trainer of the run; its callbacks write into the run folder."""
         trainer: lightning.Trainer = instantiate(
-            cfg.trainer, logger=False, callbacks=[*(instantiate(c) for c in cfg.callbacks.values()), Stop()],
+            cfg.trainer, logger=False, callbacks=[*(instantiate(c) for c in cfg.callbacks.values()), Scoring(), Stop()],
             plugins=[AtomicCheckpointIO()], default_root_dir=str(cfg.paths.run),
         )  # fmt: skip
         return trainer
@@ -259,14 +262,11 @@ class Run:
         say(f"scoring the test sets ({name}) ...")
         with memory_said("data.module.eval_batch_size"):
             self.trainer.test(stage, self.data, verbose=False)
-        rows = report.rows(stage.records)
-        if self.trainer.world_size > 1:
-            shares: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(shares, rows)
-            rows = report.interleaved(shares)
+        (scoring,) = (one for one in self.trainer.callbacks if isinstance(one, Scoring))  # type: ignore[attr-defined]
+        rows = scoring.everywhere(self.data.test)
         if self.trainer.is_global_zero:
             report.save(rows, self.folder / "evaluation" / f"{name}.jsonl")
-        return report.scores(rows)
+        return report.scores(row.line for found in rows.values() for row in found)
 
     def test_before(self) -> None:
         """Score before the training, unless `test_before` is false or a resumed run has the scores."""
@@ -344,10 +344,10 @@ class Run:
         """
         folder, stage = self.folder, self._seg_stage
         metrics: dict[str, float] = {}
-        table: report.Table = {}
+        table: Table = {}
         if stage is not None:
             self._take_best(stage)
-            metrics = report.means(self._test(stage, "after"))
+            metrics = means(self._test(stage, "after"))
         if not self.trainer.is_global_zero:
             return None
         curves(read_history(folder / "history.jsonl"), _CURVES, folder / "reward_curve.png")
@@ -358,12 +358,12 @@ class Run:
                     folder, self.cfg.seed, self.step, self.cfg.stage.optimizer.lr, self._only_scenes
                 )
             else:
-                report.tell(report.means_text(metrics), folder / "table.txt")
+                tell(means_text(metrics), folder / "table.txt")
             report.draw(next(iter(self.data.test.values())), before, after, folder / "before_after.png")
         metrics |= {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
         return self._keep(metrics, table)
 
-    def _keep(self, metrics: dict[str, float], table: report.Table) -> float | None:
+    def _keep(self, metrics: dict[str, float], table: Table) -> float | None:
         """Write metrics.json, log the results, print where they are; return the score `objective_metric`."""
         folder = self.folder
         objective = metrics.get(self.cfg.objective_metric or "")

@@ -1,4 +1,4 @@
-"""Without a critic: a completion's advantage is its reward relative to its group."""
+"""Reinforcement learning without a critic: an advantage is a reward relative to its group."""
 
 from __future__ import annotations
 
@@ -8,88 +8,90 @@ from typing import cast
 
 from torch import Tensor
 
-from segrl.models.hf_vlm import HFPolicy
-from segrl.objectives.policy_gradient import Divergence, MakeSurrogate
-from segrl.protocols import Grammar, MaskHead, RolloutEngine
+from segrl.objectives.policy_gradient import PolicyGradient
 from segrl.rewards.mixture import RewardMixture
-from segrl.stages.base import MakeOptimizer, MakeSchedule
-from segrl.stages.policy_gradient import MakeReference, PolicyGradientStage, Rollout, TokenWeights
-from segrl.types import Batch, Completions, Experience, PrefixState, Scores
+from segrl.segmenter import Segmenter
+from segrl.stages.base import Optimization
+from segrl.stages.policy_gradient import Loop, MakeReference, PolicyGradientStage
+from segrl.stages.scored_rollout import ScoredRollout
+from segrl.types import Batch, Experience, PrefixState, Scores
 
 
 class GRPOStage(PolicyGradientStage):
-    """Group Relative Policy Optimization (arXiv 2402.03300) and its kin: SAM-R1, Dr.GRPO, DAPO, GSPO, CISPO, RLOO, REINFORCE++.
+    """Group Relative Policy Optimization (arXiv 2402.03300) and its variants.
+
+    SAM-R1, Dr.GRPO, DAPO, GSPO, CISPO, RLOO and REINFORCE++ differ in the objective and the advantage.
 
     Args:
-        advantage: rewards of groups `[B, G]`, of all ranks, to advantages; see `objectives.advantages`.
-        live_samples: dynamic sampling (DAPO, arXiv 2503.14476, 3.2): of a batch so many samples are taken, per rank, whose
-            groups have spread; they are tried that many at a time until there are enough. Where they run out, groups
-            without spread fill up and count nothing. None takes the batch as it is.
-        policy, grammar, head, engine, reward, reference, optimizer, schedule, max_grad_norm, seed, group_size,
-            micro_batch_size, completions_per_pass, updates_per_rollout, epochs_per_rollout, surrogate, token_weights,
-            divergence, kl_weight,
-            kl_reward, mismatch_cap: see `PolicyGradientStage`.
+        segmenter, reward, reference, objective, loop, optimization, seed: see `PolicyGradientStage`.
+        advantage: turns the rewards of all ranks' groups, `[B, G]`, into advantages; see
+            `objectives.advantages`.
+        live_samples: dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): number of samples of a batch, per
+            rank, to learn from. The first ones whose rewards differ within the group are taken; if there are
+            too few, other samples fill up and their tokens are left out of the loss mask. If None, the whole
+            batch is used.
     """
 
     def __init__(
-        self, policy: HFPolicy, grammar: Grammar, head: MaskHead, engine: RolloutEngine, reward: RewardMixture,
+        self,
+        *,
+        segmenter: Segmenter,
+        reward: RewardMixture,
         reference: MakeReference | None,
-        optimizer: MakeOptimizer, schedule: MakeSchedule | None, max_grad_norm: float, seed: int,
-        group_size: int, micro_batch_size: int, completions_per_pass: int | None, updates_per_rollout: int, epochs_per_rollout: int,
-        surrogate: MakeSurrogate, token_weights: TokenWeights, divergence: Divergence, kl_weight: float, kl_reward: float,
-        mismatch_cap: float | None,
-        advantage: Callable[[Tensor], Tensor], live_samples: int | None,
-    ) -> None:  # fmt: skip
+        objective: PolicyGradient,
+        loop: Loop,
+        optimization: Optimization,
+        seed: int,
+        advantage: Callable[[Tensor], Tensor],
+        live_samples: int | None,
+    ) -> None:
         super().__init__(
-            policy, grammar, head, engine, reward, reference, optimizer, schedule, max_grad_norm, seed, group_size,
-            micro_batch_size, completions_per_pass, updates_per_rollout, epochs_per_rollout, surrogate, token_weights, divergence,
-            kl_weight, kl_reward, mismatch_cap,
+            segmenter=segmenter, reward=reward, reference=reference, objective=objective, loop=loop,
+            optimization=optimization, seed=seed,
         )  # fmt: skip
         self.advantage, self.live_samples = advantage, live_samples
 
-    def credit(self, experience: Experience, rollout: Rollout) -> Experience:
-        """Every token has its completion's advantage."""
-        rewards = self.rewards(experience, rollout).sum(1).view(-1, self.group_size)
-        everywhere = cast("Tensor", self.all_gather(rewards)).reshape(-1, self.group_size)
+    def credit(self, experience: Experience, rollout: ScoredRollout) -> Experience:
+        """Return the experience in which every token has the advantage of its completion."""
+        group = self.loop.group_size
+        rewards = self.rewards(experience, rollout).sum(1).view(-1, group)
+        everywhere = cast("Tensor", self.all_gather(rewards)).reshape(-1, group)
         first = self.global_rank * len(rewards)
         own = self.advantage(everywhere)[first : first + len(rewards)].reshape(-1, 1)
         return replace(experience, advantages=own.expand(experience.completions.mask.shape).contiguous())
 
     def read_once(self, batch: Batch) -> PrefixState | None:
-        """Not under dynamic sampling, which does not know yet what it will learn from."""
+        """Read the prefixes once; return None under dynamic sampling, which samples before it chooses."""
         return super().read_once(batch) if self.live_samples is None else None
 
-    def rollout(self, batch: Batch, first: int = 0, state: PrefixState | None = None) -> Rollout:
-        """Of the batch, or of its first samples whose groups have spread."""
+    def rollout(self, batch: Batch, first: int = 0, state: PrefixState | None = None) -> ScoredRollout:
+        """Sample and score the batch or, under dynamic sampling, parts of it until there are enough samples.
+
+        Then return `live_samples` of them, first those whose rewards differ within the group.
+        """
         if self.live_samples is None:
             return super().rollout(batch, first, state)
-        tried: list[Rollout] = []
+        tried: list[ScoredRollout] = []
         live: list[int] = []
         for start in range(0, len(batch), self.live_samples):
             places = range(start, min(start + self.live_samples, len(batch)))
             tried.append(super().rollout(batch.take(places), start))
-            live += [start + b for b in _with_spread(tried[-1][3]).nonzero()[:, 0].tolist()]
+            live += [start + b for b in _with_spread(tried[-1].scores).nonzero()[:, 0].tolist()]
             if len(live) >= self.live_samples:
                 break
-        seen = sum(len(part[0]) for part in tried)
-        chosen = (live + [b for b in range(seen) if b not in live])[: self.live_samples]
-        rows = [b * self.group_size + g for b in chosen for g in range(self.group_size)]
-        answers = [answer for part in tried for answer in part[2]]
-        return (
-            batch.take(chosen),
-            Completions.joined([part[1] for part in tried]).take(rows),
-            [answers[n] for n in rows],
-            Scores.joined([part[3] for part in tried]).take(chosen),
-        )
+        whole = ScoredRollout.joined(batch, tried)
+        chosen = (live + [b for b in range(len(whole.batch)) if b not in live])[: self.live_samples]
+        return whole.take(chosen)
 
-    def loss_mask(self, completions: Completions, scores: Scores) -> Tensor:
-        """All, or under dynamic sampling those of groups that have spread."""
+    def loss_mask(self, rollout: ScoredRollout) -> Tensor:
+        """Return all sampled tokens; under dynamic sampling, those of groups whose rewards differ."""
+        mask = super().loss_mask(rollout)
         if self.live_samples is None:
-            return super().loss_mask(completions, scores)
-        live = _with_spread(scores).to(completions.mask.device)
-        return completions.mask & live.repeat_interleave(self.group_size)[:, None]
+            return mask
+        live = _with_spread(rollout.scores).to(mask.device)
+        return mask & live.repeat_interleave(self.loop.group_size)[:, None]
 
 
 def _with_spread(scores: Scores) -> Tensor:
-    """Bool `[B]`."""
+    """Return where the rewards of a group differ, bool `[B]`."""
     return scores.total.amax(1) > scores.total.amin(1)

@@ -1,10 +1,10 @@
-"""With a critic: Proximal Policy Optimization, as an extension of SAM-R1 that the paper does not have."""
+"""Proximal Policy Optimization with a critic: segrl's extension of SAM-R1, which the paper does not have."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,67 +12,78 @@ from torch import Tensor, nn
 from segrl.geometry import tight_box
 from segrl.models.hf_vlm import HFPolicy
 from segrl.models.value_head import Critic
-from segrl.objectives.gae import gae
-from segrl.objectives.policy_gradient import Divergence, MakeSurrogate
+from segrl.objectives.gae import Decay, gae
+from segrl.objectives.policy_gradient import PolicyGradient
 from segrl.objectives.ppo import clipped_value_loss, explained_variance, whiten
-from segrl.protocols import Grammar, MaskHead, RolloutEngine, Unfolding
+from segrl.protocols import Unfolding
 from segrl.rewards.mixture import RewardMixture
 from segrl.rollout.shaping import PromptShaping
-from segrl.stages.base import MakeOptimizer, MakeSchedule
-from segrl.stages.policy_gradient import MakeReference, PolicyGradientStage, Rollout, TokenWeights
-from segrl.stages.zero import ZeRO
+from segrl.segmenter import Segmenter
+from segrl.stages.base import Optimization
+from segrl.stages.policy_gradient import Loop, MakeReference, PolicyGradientStage
+from segrl.stages.scored_rollout import ScoredRollout
 from segrl.types import Batch, Completions, Experience, LossOutput
 
 
-class Decay(Protocol):
-    """See `objectives.gae`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CriticLearning:
+    """How the critic is trained.
 
-    def __call__(self, mask: Tensor, closes: Tensor) -> Tensor:
-        """Decay after each token, `[N, T]`."""
-        ...
+    Attributes:
+        critic_lr: learning rate.
+        critic_warmup: number of first updates in which only the critic is trained.
+        critic_decay: GAE decay of its targets; 1 gives the returns of the completion.
+        value_clip: largest change of a value in one update; see `objectives.ppo`.
+        value_weight: weight of its loss.
+    """
+
+    critic_lr: float
+    critic_warmup: int
+    critic_decay: float
+    value_clip: float
+    value_weight: float
 
 
 class PPOStage(PolicyGradientStage):
-    """PPO (arXiv 1707.06347): a critic's expectation is the baseline, token by token.
+    """PPO (arXiv 1707.06347): the baseline of each token is a critic's value.
 
     Args:
+        segmenter, reward, reference, objective, loop, optimization, seed: see `PolicyGradientStage`.
         critic: makes the critic from the policy; see `models.value_head`.
-        critic_lr: its learning rate.
-        critic_warmup: updates in which only the critic learns.
-        shaping: rewards each box and point as it closes; none rewards the whole answer at its end.
-        decay: of the policy's advantages; see `objectives.gae`.
-        critic_decay: of the critic's targets; 1 is what the rest of the completion really earned.
+        learning: how the critic is trained.
+        shaping: rewards each box and point where it closes. If None, the reward comes at the last token.
+        decay: GAE decay of the policy's advantages, per token; see `objectives.gae`.
         discount: of later rewards.
-        value_clip: how far one update may move a value; see `objectives.ppo`.
-        value_weight: of the critic's loss.
-        policy, grammar, head, engine, reward, reference, optimizer, schedule, max_grad_norm, seed, group_size,
-            micro_batch_size, completions_per_pass, updates_per_rollout, epochs_per_rollout, surrogate, token_weights,
-            divergence, kl_weight,
-            kl_reward, mismatch_cap: see `PolicyGradientStage`.
     """
 
     def __init__(
-        self, policy: HFPolicy, grammar: Grammar, head: MaskHead, engine: RolloutEngine, reward: RewardMixture,
+        self,
+        *,
+        segmenter: Segmenter,
+        reward: RewardMixture,
         reference: MakeReference | None,
-        optimizer: MakeOptimizer, schedule: MakeSchedule | None, max_grad_norm: float, seed: int,
-        group_size: int, micro_batch_size: int, completions_per_pass: int | None, updates_per_rollout: int, epochs_per_rollout: int,
-        surrogate: MakeSurrogate, token_weights: TokenWeights, divergence: Divergence, kl_weight: float, kl_reward: float,
-        mismatch_cap: float | None,
-        critic: Callable[[HFPolicy], Critic], critic_lr: float, critic_warmup: int, shaping: PromptShaping | None,
-        decay: Decay, critic_decay: float, discount: float, value_clip: float, value_weight: float,
-    ) -> None:  # fmt: skip
+        objective: PolicyGradient,
+        loop: Loop,
+        optimization: Optimization,
+        seed: int,
+        critic: Callable[[HFPolicy], Critic],
+        learning: CriticLearning,
+        shaping: PromptShaping | None,
+        decay: Decay,
+        discount: float,
+    ) -> None:
         super().__init__(
-            policy, grammar, head, engine, reward, reference, optimizer, schedule, max_grad_norm, seed, group_size,
-            micro_batch_size, completions_per_pass, updates_per_rollout, epochs_per_rollout, surrogate, token_weights, divergence,
-            kl_weight, kl_reward, mismatch_cap,
+            segmenter=segmenter, reward=reward, reference=reference, objective=objective, loop=loop,
+            optimization=optimization, seed=seed,
         )  # fmt: skip
-        self.critic = critic(policy)
-        self.critic_lr, self.critic_warmup, self.shaping = critic_lr, critic_warmup, shaping
-        self.decay, self.critic_decay, self.discount = decay, critic_decay, discount
-        self.value_clip, self.value_weight = value_clip, value_weight
+        self.critic = critic(self.policy)
+        self.learning, self.shaping, self.decay, self.discount = learning, shaping, decay, discount
 
     def _sides(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """What learns of the policy, and of the critic (an adapter of its own lies among the policy's modules)."""
+        """Return the trained parameters of the policy and of the critic.
+
+        A critic's own adapter is part of the policy's modules; its parameters have ".critic." in their names.
+        """
         policy: list[nn.Parameter] = []
         critic = [p for p in self.critic.parameters() if p.requires_grad]
         for name, parameter in self.policy.named_parameters():
@@ -81,24 +92,25 @@ class PPOStage(PolicyGradientStage):
         return policy, critic
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own union
-        """Two groups: the critic has a learning rate of its own."""
+        """Return the optimizer of two parameter groups: the critic's has its own learning rate."""
         policy, critic = self._sides()
-        groups: list[dict[str, Any]] = [{"params": policy}, {"params": critic, "lr": self.critic_lr}]
-        return self.scheduled(self.make_optimizer(groups))
+        groups: list[dict[str, Any]] = [{"params": policy}, {"params": critic, "lr": self.learning.critic_lr}]
+        return self.scheduled(self.optimization.optimizer(groups))
 
     def on_fit_start(self) -> None:
-        """Raises ValueError for a warm-up under ZeRO, whose optimizer cannot rest for a part of the weights."""
+        """Raise ValueError for a warm-up under ZeRO, whose optimizer always steps all weights."""
         super().on_fit_start()
-        if self.critic_warmup > 0 and isinstance(self.trainer.strategy, ZeRO):
+        if self.learning.critic_warmup > 0 and not self.sharding.partial_updates:
             raise ValueError(
-                f"stage.critic_warmup: 0 is needed under ZeRO, which steps all weights; got {self.critic_warmup} (or trainer=ddp)"
+                f"stage.critic_warmup: must be 0 under ZeRO, which steps all weights; "
+                f"got {self.learning.critic_warmup} (or trainer=ddp)"
             )
 
     @torch.no_grad()
     def as_sampled(self, batch: Batch, completions: Completions) -> tuple[Tensor | None, Tensor | None]:
-        """Log-probabilities and values, from one pass."""
+        """Return log-probabilities and values, `[N, T]` each, from one pass."""
         privileged = self.privileged(batch)
-        group, size = self.group_size, self.micro_batch_size
+        group, size = self.loop.group_size, self.loop.micro_batch_size
         logprobs, values = [], []
         for b in range(0, len(batch), size):
             rows = slice(b * group, (b + size) * group)
@@ -111,32 +123,35 @@ class PPOStage(PolicyGradientStage):
         return torch.cat(logprobs), torch.cat(values).masked_fill(~completions.mask, 0.0)
 
     def privileged(self, batch: Batch) -> Tensor | None:
-        """The truth's box and area, `[N, 5]`, for a critic that is told it; the policy never is."""
+        """Return the privileged input `[N, 5]`, box and area of the ground truth, or None if the critic has none."""
         if self.critic.insight == 0:
             return None
         facts = [
             [*(tight_box(s.mask).tolist() if s.mask.any() else [0.0] * 4), s.mask.mean()]
             for s in batch.samples
         ]
-        return torch.tensor(facts, device=self.device).repeat_interleave(self.group_size, 0)
+        return torch.tensor(facts, device=self.device).repeat_interleave(self.loop.group_size, 0)
 
-    def credit(self, experience: Experience, rollout: Rollout) -> Experience:
-        """Advantages by GAE, whitened over the update; returns with a decay of their own (arXiv 2503.01491)."""
-        batch, completions, answers, _ = rollout
+    def credit(self, experience: Experience, rollout: ScoredRollout) -> Experience:
+        """Return the experience with GAE advantages, whitened over the update, and the critic's targets.
+
+        The targets have a decay of their own (VC-PPO, arXiv 2503.01491).
+        """
+        batch, completions = rollout.batch, rollout.completions
         rewards, mask = self.rewards(experience, rollout), completions.mask
         closes = torch.zeros_like(mask)
         if self.shaping is not None:
-            assert isinstance(self.grammar, Unfolding), "runs.checks asks for a grammar that says steps"
+            assert isinstance(self.grammar, Unfolding), "runs.checks requires a grammar that lists steps"
             with self.whole_weights(self.head):
                 shaped, closes = self.shaping(
-                    self.grammar, self.head, self.policy.encoder, batch, completions, answers
+                    self.grammar, self.head, self.policy.encoder, batch, completions, rollout.answers
                 )
             rewards = rewards + shaped.to(rewards)
             closes = closes.to(mask.device)
         values = experience.values
         assert values is not None
         advantages = gae(rewards, values, mask, self.decay(mask=mask, closes=closes), self.discount)
-        ahead = gae(rewards, values, mask, torch.full_like(values, self.critic_decay), self.discount)
+        ahead = gae(rewards, values, mask, torch.full_like(values, self.learning.critic_decay), self.discount)
         returns = ahead + values
         return replace(
             experience,
@@ -146,7 +161,7 @@ class PPOStage(PolicyGradientStage):
         )
 
     def _whitened(self, advantages: Tensor, mask: Tensor) -> Tensor:
-        """By mean and deviation of all ranks' tokens."""
+        """Return advantages whitened by mean and standard deviation over the tokens of all ranks."""
         known = advantages[mask]
         moments = torch.stack([torch.tensor(float(len(known))).to(known), known.sum(), known.square().sum()])
         count, total, squares = self.over_ranks(moments).unbind()
@@ -154,32 +169,35 @@ class PPOStage(PolicyGradientStage):
         deviation = (squares / count - mean.square()).clamp_min(0).sqrt()
         return whiten(advantages, float(mean), float(deviation))
 
-    def objective(self, part: Experience, weights: Tensor) -> LossOutput:
-        """The policy's loss and the critic's, from one pass; during the warm-up the policy's does not move it."""
+    def loss(self, part: Experience, weights: Tensor) -> LossOutput:
+        """Return the sum of the policy's loss and the critic's, from one pass."""
         assert part.values is not None and part.returns is not None
         hidden = self.policy.read(part.prefixes, part.completions, part.state)
-        actor = self.policy_objective(self.policy.logprobs_of(hidden, part.completions), part, weights)
+        actor = self.policy_loss(self.policy.logprobs_of(hidden, part.completions), part, weights)
         values = self.critic(hidden, part.prefixes, part.completions, part.privileged)
-        judged = clipped_value_loss(values, part.values, part.returns, weights, self.value_clip)
+        judged = clipped_value_loss(values, part.values, part.returns, weights, self.learning.value_clip)
         return LossOutput(
-            loss=actor.loss + self.value_weight * judged.loss,
+            loss=actor.loss + self.learning.value_weight * judged.loss,
             stats={**actor.stats, **{f"critic/{name}": value for name, value in judged.stats.items()}},
         )
 
     def tame_gradients(self) -> dict[str, Tensor]:
-        """Each side by its own norm; in the warm-up the policy has no gradient at all, so its optimizer state stays new."""
+        """Clip the gradients of policy and critic apart, and return both norms.
+
+        In the warm-up the policy's gradients are removed, so its optimizer has no state yet afterwards.
+        """
         policy, critic = self._sides()
         norms = {
             "policy/grad_norm": self.clip(policy),
             "critic/grad_norm": self.clip(critic),
         }
-        if self.global_step < self.critic_warmup:
+        if self.global_step < self.learning.critic_warmup:
             for parameter in policy:
                 parameter.grad = None
         return norms
 
     def credit_stats(self, experience: Experience) -> dict[str, Tensor | float]:
-        """How much the critic knew."""
+        """Return the critic's explained variance and mean value."""
         assert experience.values is not None and experience.returns is not None
         mask = experience.completions.mask
         known = explained_variance(experience.values, experience.returns, mask)

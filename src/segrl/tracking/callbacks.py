@@ -132,9 +132,10 @@ class SampleSheets(lightning.Callback):
         if trainer.global_step // self.every_n_steps == self.drawn_at // self.every_n_steps:
             return
         self.drawn_at = trainer.global_step
-        batch, _completions, answers, scores = pl_module.last_rollout
-        rows, group = [], pl_module.group_size
-        for b, sample in enumerate(batch.samples[:4]):
+        rollout = pl_module.last_rollout
+        answers, scores, group = rollout.answers, rollout.scores, rollout.group_size
+        rows = []
+        for b, sample in enumerate(rollout.batch.samples[:4]):
             order = scores.total[b].argsort(descending=True)[:4].tolist()
             rows.append([
                 Cell(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float, Float64, Int64
@@ -16,6 +16,13 @@ def numbered(names: Sequence[Hashable]) -> Int64[np.ndarray, "n"]:
     """
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
+
+
+def resamples(count: int, draws: int, seed: int) -> Iterator[Int64[np.ndarray, "count"]]:
+    """Yield the indices of `draws` resamples, each of `count` clusters drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    for _ in range(draws):
+        yield rng.integers(0, count, count)
 
 
 def paired_bootstrap(
@@ -44,14 +51,11 @@ def paired_bootstrap(
     """
     if len(before) != len(after) or len(before) == 0:
         raise ValueError(f"as many scores before as after are needed; got {len(before)} and {len(after)}")
-    gain, rng = after - before, np.random.default_rng(seed)
+    gain = after - before
     if clusters is None:
         clusters = np.arange(len(gain))
     sums, sizes = np.bincount(clusters, weights=gain), np.bincount(clusters)
-    means = []
-    for _ in range(draws):
-        drawn = rng.integers(0, len(sums), len(sums))
-        means.append(sums[drawn].sum() / sizes[drawn].sum())
+    means = [sums[drawn].sum() / sizes[drawn].sum() for drawn in resamples(len(sums), draws, seed)]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -78,9 +82,8 @@ def bootstrap_weights(
         raise ValueError(f"at least one sample is needed to draw from; got {n}")
     if clusters is None:
         clusters = np.arange(n)
-    count = int(clusters.max()) + 1
-    rng, weights = np.random.default_rng(seed), np.empty((draws, n))
-    for row in weights:
-        times = np.bincount(rng.integers(0, count, count), minlength=count)[clusters]
+    count, weights = int(clusters.max()) + 1, np.empty((draws, n))
+    for row, drawn in zip(weights, resamples(count, draws, seed), strict=True):
+        times = np.bincount(drawn, minlength=count)[clusters]
         np.divide(times, times.sum(), out=row)
     return weights

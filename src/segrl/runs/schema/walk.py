@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, InterpolationToMissingValueError
 
+from segrl.runs.assembly import keys
 from segrl.runs.schema.interpolations import REFERENCE, Fault, circle, lookup, references
 from segrl.runs.schema.kinds import Open, Part, Text, described, fault, needed, shown, slot_of
 from segrl.runs.schema.table import PARTIAL, PARTS, SHAPES, known
@@ -213,16 +214,17 @@ class Walk:
                 f"must be one of {', '.join(names)}, or a part of your own; got {target}{like}",
             )
         else:
-            yield from _own(path, node, target)
+            yield from _own(path, node, target, place)
 
 
-def _own(path: str, node: dict[str, Any], target: str) -> Iterator[Fault]:
+def _own(path: str, node: dict[str, Any], target: str, place: str) -> Iterator[Fault]:
     """Check a part that is not segrl's: import it, and compare its parameters with the node's keys.
 
     Args:
         path: key of the node.
         node: with `_target_` and arguments.
         target: the `_target_`.
+        place: of the node.
 
     Yields:
         A fault if Python cannot find or call the part, and one for each key that it does not take.
@@ -238,11 +240,12 @@ def _own(path: str, node: dict[str, Any], target: str) -> Iterator[Fault]:
         yield Fault(f"{path}._target_", f"must name a part that Python finds; got {target} ({reason})")
         return
     try:
-        taken = inspect.signature(made).parameters
+        parameters = inspect.signature(made).parameters
     except ValueError:  # some builtins have no signature
         return
-    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values()):
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
         return
+    taken = keys(made) if place == "stage" else list(parameters)
     for key in node:
         if key not in ("_target_", "_partial_") and key not in taken:
             takes = f" ({name} takes {', '.join(taken)})"
