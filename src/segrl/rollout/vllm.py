@@ -118,7 +118,8 @@ class VLLMEngine(wire.Engine):
             os.environ.setdefault("LOCAL_RANK", str(place))
         if policy.device.type == "cuda" and place != int(os.environ.get("LOCAL_RANK", 0)):
             raise ValueError(
-                f"trainer.devices: rollout=vllm takes the first GPUs; choose others by CUDA_VISIBLE_DEVICES; the policy is on GPU {place}"
+                f"trainer.devices: must be the first GPUs under rollout=vllm; the policy is on GPU {place} "
+                "(choose GPUs by CUDA_VISIBLE_DEVICES)"
             )
         print("starting vLLM ...", file=sys.stderr, flush=True)
         threads = torch.get_num_threads()
@@ -134,7 +135,7 @@ class VLLMEngine(wire.Engine):
             )  # fmt: skip
         except (ValueError, RuntimeError) as error:
             raise ValueError(
-                f"rollout: vLLM does not start (rollout.memory={self.memory}): {str(error)[:300]}"
+                f"rollout: vLLM must start; with rollout.memory={self.memory} it fails: {str(error)[:300]}"
             ) from error
         torch.set_num_threads(threads)  # vLLM has set another number for the whole process
         return llm

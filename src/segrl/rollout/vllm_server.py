@@ -30,7 +30,7 @@ _PAUSE = 1.0  # seconds between two requests to a server that is not ready
 # Values of a server's `weight_version`: _FRESH if no weights were pushed yet; _UNFINISHED during a push, and
 # after one that was interrupted.
 _FRESH, _UNFINISHED = "default", "being written"
-_TAKEN = "rollout.servers: one run per server is needed; another has written its weights to {}"
+_TAKEN = "rollout.servers: must be used by one run alone; another has written its weights to {}"
 # Seconds that a rank waits for the previous rank of its server, and for a push in progress.
 _GRACE, _ABANDONED = 10.0, 60.0
 
@@ -53,10 +53,10 @@ def host_and_port(servers: Any) -> list[tuple[str, int]]:  # noqa: ANN401 - any 
         except ValueError:
             place = None, None
         if there.scheme not in ("http", "https") or place[0] is None or place[1] is None:
-            raise ValueError(f"rollout.servers: http://HOST:PORT is needed; got {address}")
+            raise ValueError(f"rollout.servers: each must be http://HOST:PORT; got {address}")
         found.append((place[0], place[1]))
     if not found:
-        raise ValueError(f"rollout.servers: a list of at least one http://HOST:PORT is needed; got {servers}")
+        raise ValueError(f"rollout.servers: must be a list of at least one http://HOST:PORT; got {servers}")
     return found
 
 
@@ -81,15 +81,17 @@ class _Server:
                 answer = session.request(verb, f"{self.address}/{path}", timeout=self.timeout, **content)
         except requests.ReadTimeout:
             raise ValueError(
-                f"rollout.timeout: {self.address}/{path} gave no answer in {self.timeout:g} s"
+                f"rollout.timeout: must be long enough for an answer; {self.address}/{path} gave none in "
+                f"{self.timeout:g} s"
             ) from None
         except requests.ConnectionError:
             raise _Gone("no connection") from None
         except requests.RequestException as error:
-            raise _Gone(f"an answer that breaks off ({type(error).__name__})") from None
+            raise _Gone(f"an incomplete answer ({type(error).__name__})") from None
         if not answer.ok:
             raise ValueError(
-                f"rollout.servers: {self.address}/{path} answers {answer.status_code}: {answer.text[:300]}"
+                f"rollout.servers: {self.address}/{path} must succeed; it answers {answer.status_code}: "
+                f"{answer.text[:300]}"
             )
         return answer.json() if answer.content else None
 
@@ -170,8 +172,9 @@ class VLLMServer(wire.Engine):
                 self._drop()
                 if time.monotonic() > deadline:
                     raise ValueError(
-                        f"rollout.servers: a server is needed at {self._server.address} (python -m segrl.serve); for {self.timeout:g} s "
-                        f"(rollout.timeout) there was {error}"
+                        f"rollout.servers: must be running servers (python -m segrl.serve); "
+                        f"{self._server.address} was not ready in {self.timeout:g} s "
+                        f"(rollout.timeout): {error}"
                     ) from None
                 time.sleep(_PAUSE)
 
@@ -187,7 +190,7 @@ class VLLMServer(wire.Engine):
         group = sorted(answer["choices"], key=lambda one: int(one["index"]))
         if others := {span["version"] for one in group for span in one["weight_versions"]} - {weights}:
             if _FRESH in others:
-                raise _Gone(f"{self._server.address} was started anew")
+                raise _Gone(f"{self._server.address} was restarted")
             raise ValueError(_TAKEN.format(self._server.address))
         return [_said(one) for one in group]
 
@@ -221,7 +224,8 @@ class VLLMServer(wire.Engine):
                 self._fill(policy, weights, held)
             elif time.monotonic() > deadline:
                 raise ValueError(
-                    f"rollout.servers: {self._server.address} was not given these weights for {self.timeout:g} s; it has {held}"
+                    f"rollout.servers: {self._server.address} must be given these weights within "
+                    f"{self.timeout:g} s (rollout.timeout); it has {held}"
                 )
             else:
                 time.sleep(_PAUSE / 10)
@@ -272,7 +276,7 @@ class VLLMServer(wire.Engine):
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         if len(self.servers) > ranks:
             raise ValueError(
-                f"rollout.servers: at most one per rank ({ranks}) is needed; got {len(self.servers)}"
+                f"rollout.servers: must be at most one per rank ({ranks}); got {len(self.servers)}"
             )
         told = self._server.get("server_info?config_format=json")["vllm_config"]
         model, transfer = told["model_config"], told["weight_transfer_config"] or {}
@@ -285,14 +289,14 @@ class VLLMServer(wire.Engine):
         for setting, (needed, has) in wanted.items():
             if needed != has:
                 raise ValueError(
-                    f"rollout.servers: {self._server.address} must be started by python -m segrl.serve with this run's overrides; its {setting} is "
-                    f"{has}, {needed} is needed"
+                    f"rollout.servers: {self._server.address} must have {setting} {needed}; it has {has} "
+                    "(start it by python -m segrl.serve with this run's overrides)"
                 )
         needed = wire.model_length(policy.model.config, self.max_prefix, self.max_tokens)
         if model["max_model_len"] < needed:
             raise ValueError(
-                f"rollout.servers: {self._server.address} reads {model['max_model_len']} tokens; rollout.max_prefix + rollout.max_tokens are "
-                f"{needed}"
+                f"rollout.servers: {self._server.address} must read {needed} tokens (rollout.max_prefix + "
+                f"rollout.max_tokens); it reads {model['max_model_len']}"
             )
 
 

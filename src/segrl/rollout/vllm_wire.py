@@ -76,7 +76,8 @@ def needs_vllm(rollout: str) -> None:
     """Raise ValueError if vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise ValueError(
-            f"rollout: {rollout} needs vLLM, which is not installed: uv sync --no-dev --extra vllm (docs/speed.md)"
+            f"rollout: vLLM must be installed for {rollout}; it is not "
+            "(uv sync --no-dev --extra vllm; docs/speed.md)"
         )
 
 
@@ -89,7 +90,7 @@ def check_lengths(prefixes: Sequence[Prefix], most: int) -> None:
     """Raise ValueError if a prefix has more than `most` tokens."""
     if (longest := max(len(prefix.token_ids) for prefix in prefixes)) > most:
         raise ValueError(
-            f"rollout.max_prefix: at least {longest} tokens are needed for this prefix; got {most}"
+            f"rollout.max_prefix: must be at least {longest}, the tokens of this prefix; got {most}"
         )
 
 
