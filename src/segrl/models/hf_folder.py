@@ -1,4 +1,4 @@
-"""A policy's folder in Hugging Face's format, read whole or refused."""
+"""Load a policy's folder in Hugging Face's format; refuse one whose weights are incomplete or do not fit."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ import torch
 from segrl.host import digests
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
-"""transformers' names of the architectures that can be a policy."""
+"""Values of `model_type` in transformers of the architectures that can be a policy."""
 
 
 def family_of(folder: str) -> str:
-    """One of `FAMILIES`; raises ValueError if the folder holds another model, or none."""
+    """Return the folder's family, one of `FAMILIES`.
+
+    Raises:
+        ValueError: if the folder holds another model, or none.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"policy.weights: a Hugging Face folder is needed; {folder} has no config.json")
@@ -32,15 +36,20 @@ def family_of(folder: str) -> str:
 
 
 def whole_model(folder: str, dtype: torch.dtype) -> Any:
-    """Transformers' model of a folder: what the folder lacks would be noise in it, and no score would say so.
+    """Load the model of a folder with transformers.
+
+    Missing, mismatched and extra weights are refused, because transformers only warns and initialises what it
+    lacks at random. Extra weights whose names do not begin with `model.` are ignored.
 
     Raises:
-        ValueError: if the weights cannot be read, changed since they were written (`digests`), are not those that config.json describes, or stand beside an adapter.
+        ValueError: if the weights cannot be read, have changed since they were written (`digests`), are not
+            those that config.json describes, or the folder holds an adapter.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
-    if (Path(folder) / "adapter_config.json").exists():  # it would be loaded, and nothing else accounted for
+    # With an adapter, transformers would load it and not report missing weights.
+    if (Path(folder) / "adapter_config.json").exists():
         raise ValueError(
             f"policy.weights: merged weights are needed; {folder} holds an adapter (adapter_config.json)"
         )
