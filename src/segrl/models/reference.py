@@ -46,7 +46,7 @@ class FrozenCopy(Reference):
         return self.policy
 
     def made_for(self, passes: torch.dtype) -> None:
-        """Cast the linear layers' weights once; autocast would cast them in every pass, to the same values."""
+        """Cast linear layers' weights once; autocast would cast them in every pass, to the same values."""
         head = self.policy.model.lm_head  # stays as it is, because log-probabilities use it in float32
         for layer in self.policy.model.modules():
             if isinstance(layer, nn.Linear) and layer is not head:
