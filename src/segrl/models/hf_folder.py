@@ -23,15 +23,15 @@ def family_of(folder: str) -> str:
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"policy.weights: a Hugging Face folder is needed; {folder} has no config.json")
+        raise ValueError(f"policy.weights: must be a Hugging Face folder; {folder} has no config.json")
     try:
         family = str(json.loads(path.read_text()).get("model_type"))
     except (ValueError, AttributeError) as error:
         raise ValueError(
-            f"policy.weights: a model's config.json is needed; {path} is none ({error})"
+            f"policy.weights: {path} must be a model's configuration; it cannot be read ({error})"
         ) from None
     if family not in FAMILIES:
-        raise ValueError(f"policy.weights: one of {', '.join(FAMILIES)} is needed; {folder} is a {family}")
+        raise ValueError(f"policy.weights: must be one of {', '.join(FAMILIES)}; {folder} is a {family}")
     return family
 
 
@@ -51,7 +51,7 @@ def whole_model(folder: str, dtype: torch.dtype) -> Any:
     # With an adapter, transformers would load it and not report missing weights.
     if (Path(folder) / "adapter_config.json").exists():
         raise ValueError(
-            f"policy.weights: merged weights are needed; {folder} holds an adapter (adapter_config.json)"
+            f"policy.weights: must be merged weights; {folder} holds an adapter (adapter_config.json)"
         )
     digests.check(Path(folder), "policy.weights")
     try:
@@ -62,15 +62,16 @@ def whole_model(folder: str, dtype: torch.dtype) -> Any:
     except (OSError, SafetensorError, json.JSONDecodeError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"policy.weights: whole files of weights are needed; those of {folder} cannot be read ({reason})"
+            f"policy.weights: must be whole files of weights; those of {folder} cannot be read ({reason})"
         ) from None
     wrong = [
         f"{name} is {tuple(theirs)}, not {tuple(ours)}" for name, theirs, ours in found["mismatched_keys"]
     ]
     wrong += [f"{name} is missing" for name in found["missing_keys"]]
-    wrong += [f"{name} is one too many" for name in found["unexpected_keys"] if name.startswith("model.")]
+    wrong += [f"{name} is unexpected" for name in found["unexpected_keys"] if name.startswith("model.")]
     if wrong:
         raise ValueError(
-            f"policy.weights: the weights that config.json describes are needed; {folder} has {len(wrong)} others: {min(wrong)}"
+            f"policy.weights: must be the weights that config.json describes; {len(wrong)} of {folder} are not: "
+            f"{min(wrong)}"
         )
     return model

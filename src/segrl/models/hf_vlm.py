@@ -309,7 +309,8 @@ class HFPolicy(nn.Module):
         """
         if self.lora is None and any(".lora_" in name for name in weights):
             raise ValueError(
-                "these are an adapter's weights: set policy.lora as it was trained, or export them and set policy.weights"
+                "policy.lora: must be set for weights of an adapter; got null (set it as it was trained, or "
+                "export them and set policy.weights)"
             )
         names = {name.replace(".base_layer.", "."): name for name in self.state_dict()}
         found = {names.get(name, name): value for name, value in weights.items() if ".critic." not in name}

@@ -58,7 +58,7 @@ def read(folder: Path) -> Card:
     try:
         card = json.loads(path.read_text())
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: JSON is needed; {error}") from None
+        raise ValueError(f"{path}: must be JSON; {error}") from None
     checked(card, path)
     for part in PARTS:
         _adapter(part, card[part])
@@ -96,7 +96,7 @@ def _adapter(part: str, values: dict[str, Any]) -> type:
     except ModuleNotFoundError:
         made = None
     if not isinstance(made, type) or made.__module__ != module:
-        raise ValueError(f"{NAME}: {part}._target_: a class of segrl is needed; got {values['_target_']}")
+        raise ValueError(f"{NAME}: {part}._target_: must be a class of segrl; got {values['_target_']}")
     return made
 
 
@@ -114,16 +114,16 @@ def checked(card: object, path: Path) -> Card:
     wanted = [*PARTS, "precision"]
     if not isinstance(card, dict) or set(card) != set(wanted):
         raise ValueError(
-            f"{path}: {', '.join(wanted)} are needed; got {sorted(card) if isinstance(card, dict) else card}"
+            f"{path}: must hold {', '.join(wanted)}; got {sorted(card) if isinstance(card, dict) else card}"
         )
     if not isinstance(card["precision"], dict) or card["precision"].get("passes") not in PRECISIONS:
         raise ValueError(
-            f"{path}: precision.passes: one of {', '.join(PRECISIONS)} is needed; got {card['precision']!r:.80}"
+            f"{path}: precision.passes: must be one of {', '.join(PRECISIONS)}; got {card['precision']!r:.80}"
         )
     for part, pattern in PARTS.items():
         values = card[part]
         if not isinstance(values, dict) or not re.fullmatch(pattern, str(values.get("_target_"))):
-            raise ValueError(f"{path}: {part}._target_: {pattern} is needed; got {values!r:.80}")
+            raise ValueError(f"{path}: {part}._target_: must match {pattern}; got {values!r:.80}")
         plain = {key: value for key, value in values.items() if key != "_target_"}
         for key, value in strange(plain, whole=False):
             raise ValueError(f"{path}: {part}.{key}: must be a plain value; got {value!r:.80}")
@@ -133,11 +133,11 @@ def checked(card: object, path: Path) -> Card:
     ):  # fmt: skip
         value = str(card[part].get(key))
         if not allowed.fullmatch(value):
-            raise ValueError(f"{path}: {part}.{key}: {allowed.pattern} is needed; got {value:.80}")
+            raise ValueError(f"{path}: {part}.{key}: must match {allowed.pattern}; got {value:.80}")
     if (given := card["grammar"].get("instructions")) is not None:  # must be texts, not a path
         instructions.checked(given, f"{path}: grammar.instructions")
     if card["head"].get("embeddings_folder") is not None:  # a card must not choose where to write
         raise ValueError(
-            f"{path}: head.embeddings_folder: null is needed; got {card['head']['embeddings_folder']!r:.80}"
+            f"{path}: head.embeddings_folder: must be null; got {card['head']['embeddings_folder']!r:.80}"
         )
     return card

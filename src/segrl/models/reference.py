@@ -72,7 +72,8 @@ class AdapterOff(Reference):
         super().__init__()
         if policy.lora is None:
             raise ValueError(
-                "reference: adapter_off needs policy.lora; this policy has no adapter to turn off (reference=frozen_copy?)"
+                "reference: must be frozen_copy or none without policy.lora; got adapter_off, "
+                "which turns an adapter off"
             )
         self.shared = (policy,)  # in a tuple, so that its weights are not registered here a second time
 

@@ -78,7 +78,7 @@ def _build(architecture: str) -> nn.Module:
         packaged = architecture.startswith("configs/")
         path = Path(sam2.__path__[0]) / architecture if packaged else Path(architecture)
         if not path.is_file():
-            raise ValueError(f"head.architecture: a SAM 2 YAML is needed; there is no {path}")
+            raise ValueError(f"head.architecture: must be a YAML of SAM 2; {path} does not exist")
         config = OmegaConf.load(path)
         _check_parts(OmegaConf.to_container(config.model, resolve=False), path)
         model = instantiate(
@@ -89,7 +89,7 @@ def _build(architecture: str) -> nn.Module:
 
 
 def _check_parts(node: object, path: Path) -> None:
-    """Raise ValueError if an architecture names a class outside of `_PARTS`, or holds values that are not plain."""
+    """Raise ValueError if an architecture names a class outside of `_PARTS` or a value that is not plain."""
     for key, value in strange(node, whole=True):
         raise ValueError(f"head.architecture: {path} must hold plain values; {key} is {value!r:.80}")
     nodes = [node]
@@ -110,7 +110,7 @@ def _read_weights(checkpoint: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if not checkpoint.is_file():
-        raise ValueError(f"head.checkpoint: weights are needed; there is no file {checkpoint}")
+        raise ValueError(f"head.checkpoint: must be a file of weights; {checkpoint} does not exist")
     digests.check(checkpoint, "head.checkpoint")
     if checkpoint.suffix == ".safetensors":
         return load_file(checkpoint)
@@ -164,7 +164,7 @@ class Sam2Head(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         if precision not in _PRECISIONS:
-            raise ValueError(f"head.precision: one of {', '.join(_PRECISIONS)} is needed; got {precision}")
+            raise ValueError(f"head.precision: must be one of {', '.join(_PRECISIONS)}; got {precision}")
         self.precision = _PRECISIONS[precision]
         self.model: Any
         self.model = _build(architecture)
@@ -177,14 +177,15 @@ class Sam2Head(nn.Module):
             except (RuntimeError, KeyError) as error:
                 first = (str(error).splitlines()[1:] or [repr(error)])[0].strip()
                 raise ValueError(
-                    f"head.checkpoint: weights of {architecture} are needed; {checkpoint} holds others ({first[:160]})"
+                    f"head.checkpoint: must hold weights of {architecture}; {checkpoint} holds others "
+                    f"({first[:160]})"
                 ) from None
         self.size: int = self.model.image_size
         self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
         if embeddings_kept < 0:
-            raise ValueError(f"head.embeddings_kept: 0 or more images are needed; got {embeddings_kept}")
+            raise ValueError(f"head.embeddings_kept: must be 0 or more images; got {embeddings_kept}")
         folder = None if embeddings_folder is None else Path(embeddings_folder)
         self.embeddings = Embeddings(embeddings_kept, folder, self._maker)
         self.weights_print: str | None = None

@@ -104,12 +104,12 @@ class AdapterCritic(Critic):
     def __init__(self, policy: HFPolicy, insight: int, prior: float, lora: Lora) -> None:
         if policy.lora is None:
             raise ValueError(
-                "stage.critic: a critic with its own adapter needs policy.lora; this policy has none"
+                "policy.lora: must be set for a critic with its own adapter; got null (or set stage.critic)"
             )
         # The backward pass would recompute with the policy's adapter active, not the critic's.
         if policy.gradient_checkpointing:
             raise ValueError(
-                "policy.gradient_checkpointing: false is needed by a critic with its own adapter; got true"
+                "policy.gradient_checkpointing: must be false for a critic with its own adapter; got true"
             )
         super().__init__(policy, insight, prior)
         policy.add_adapter("critic", lora)
