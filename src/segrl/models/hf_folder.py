@@ -71,7 +71,7 @@ def whole_model(folder: str, dtype: torch.dtype) -> Any:
     wrong += [f"{name} is unexpected" for name in found["unexpected_keys"] if name.startswith("model.")]
     if wrong:
         raise ValueError(
-            f"policy.weights: must be the weights that config.json describes; {len(wrong)} of {folder} are not: "
-            f"{min(wrong)}"
+            f"policy.weights: must be the weights that config.json describes; "
+            f"{len(wrong)} of {folder} are not: {min(wrong)}"
         )
     return model
