@@ -59,7 +59,8 @@ def check(path: Path, key: str) -> None:
             if listed is None:
                 if any(re.search(rf"(?<![\w.-]){re.escape(name)}$", line) for name in _names(path)):
                     raise ValueError(
-                        f"{key}: {home / NAME} must hold a digest of SHA-256 and a name a line; got {line!r:.80}"
+                        f"{key}: {home / NAME} must hold a digest of SHA-256 and a name in each line; "
+                        f"got {line!r:.80}"
                     )
                 continue
             file = home / listed[2]
@@ -84,13 +85,13 @@ def _names(path: Path) -> list[str]:
 def _check(file: Path, digest: str, key: str, sums: Path) -> None:
     """Raise ValueError if a file is missing or its digest is another."""
     if not file.is_file():
-        raise ValueError(f"{key}: {file} is needed; it is listed in {sums} and is not there")
+        raise ValueError(f"{key}: {file} must exist; it is listed in {sums} (copy it again)")
     if unchanged(file):
         return
     with file.open("rb") as opened:
         if hashlib.file_digest(opened, "sha256").hexdigest() != digest:
             raise ValueError(
-                f"{key}: {file} must be as it was written; its bytes are others than {sums} says "
-                f"(copy it again, or delete {NAME} where you changed it yourself)"
+                f"{key}: {file} must be as it was written; its bytes do not have the digest in {sums} "
+                f"(copy it again, or delete {NAME} if you changed it yourself)"
             )
     passed(file)

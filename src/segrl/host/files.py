@@ -33,7 +33,8 @@ def own(folder: Path, key: str) -> None:
             os.close(descriptor)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise ValueError(
-                    f"{key}: {folder} is used by another process (pid {said or 'not known'}): wait for its end, or end it"
+                    f"{key}: {folder} must be free; it is used by another process "
+                    f"(pid {said or 'not known'}): wait for its end, or end it"
                 ) from None
             return  # a file system without locks
         if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
