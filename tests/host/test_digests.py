@@ -53,7 +53,7 @@ def test_files_of_a_mirror_need_not_be_there_and_those_of_an_export_must(weights
     (weights.parent / digests.NAME).write_text(f"{RIGHT}  model.pt\n{WRONG}  more/other.pt\n")
     digests.check(weights.parent, "key")
     (weights.parent / "segrl.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"other\.pt is needed; it is listed"):
+    with pytest.raises(ValueError, match=r"other\.pt must exist; it is listed"):
         digests.check(weights.parent, "key")
 
 

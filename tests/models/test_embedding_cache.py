@@ -119,7 +119,7 @@ def test_bfloat16_is_a_key_and_no_autocast_is_needed_for_it(plain):
     assert not same(half, plain)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert same(head_of(precision="bfloat16").segment(IMAGES, PROMPTS), half)
-    with pytest.raises(ValueError, match=r"head\.precision: one of float32, bfloat16 is needed; got float16"):
+    with pytest.raises(ValueError, match=r"head\.precision: must be one of float32, bfloat16; got float16"):
         head_of(precision="float16")
 
 

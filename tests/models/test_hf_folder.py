@@ -33,7 +33,7 @@ def narrowed(weights):
     ("change", "words"),
     [
         (lambda weights: weights.pop(NAME), f"{NAME} is missing"),
-        (lambda weights: weights.update({MORE: weights[NAME].clone()}), f"{MORE} is one too many"),
+        (lambda weights: weights.update({MORE: weights[NAME].clone()}), f"{MORE} is unexpected"),
         (narrowed, rf"{NAME} is \(4, \d+\), not \(\d+, \d+\)"),
     ],
 )
@@ -67,7 +67,7 @@ def test_a_cut_file_and_none_are_refused(folder):
 def test_an_adapter_in_the_folder_is_refused(folder):
     """transformers loads it and then says nothing of weights that are missing."""
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"policy\.weights: merged weights are needed"):
+    with pytest.raises(ValueError, match=r"policy\.weights: must be merged weights"):
         whole_model(str(folder), torch.float32)
 
 
@@ -76,8 +76,8 @@ def test_another_model_is_refused_by_its_name(folder):
     path = folder / "config.json"
     for text, words in (
         (json.dumps({"model_type": "llama"}), "is a llama"),
-        ("{", "is none"),
-        ("[]", "is none"),
+        ("{", "must be a model's configuration"),
+        ("[]", "must be a model's configuration"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=f"policy.weights: .* {words}"):

@@ -76,7 +76,7 @@ def test_a_rank_without_a_server_of_its_own_waits_for_the_one_that_fills_it(pret
     began = time.monotonic()
     engine._follow(None, "new", began + 30)
     assert time.monotonic() - began >= 0.4
-    with pytest.raises(ValueError, match="was not given these weights for 30 s; it has new"):
+    with pytest.raises(ValueError, match=r"must be given these weights within 30 s .*; it has new"):
         engine._follow(None, "newer", time.monotonic() + 0.5)
     filled = []
     monkeypatch.setattr(
@@ -100,7 +100,7 @@ def test_what_another_writes_is_left_alone_until_the_writer_seems_dead(pretended
 
 
 def test_more_servers_than_ranks_are_refused(pretended):
-    with pytest.raises(ValueError, match=r"rollout.servers: at most one per rank \(1\) is needed; got 2"):
+    with pytest.raises(ValueError, match=r"rollout.servers: must be at most one per rank \(1\); got 2"):
         VLLMServer(8, 64, [pretended, pretended], 30)._check(None)
 
 
@@ -117,9 +117,9 @@ NO_ADDRESSES = [
 
 @pytest.mark.parametrize("servers", NO_ADDRESSES)
 def test_an_address_that_is_none_is_refused(pretended, servers):
-    with pytest.raises(ValueError, match="rollout.servers: .*http://HOST:PORT is needed; got "):
+    with pytest.raises(ValueError, match="rollout.servers: .*must be .*http://HOST:PORT; got "):
         VLLMServer(8, 64, servers, 30)
-    with pytest.raises(ValueError, match="rollout.servers: .*http://HOST:PORT is needed; got "):
+    with pytest.raises(ValueError, match="rollout.servers: .*must be .*http://HOST:PORT; got "):
         serve.flags(composed(servers), "cpu")
 
 
@@ -160,7 +160,7 @@ def test_a_server_that_another_run_took_is_not_taken_back(pretended):
     engine.known = engine.pushed = "mine"
     Pretended.held = "theirs"
     with pytest.raises(
-        ValueError, match="one run per server is needed; another has written its weights to http"
+        ValueError, match="must be used by one run alone; another has written its weights to http"
     ):
         engine._follow(None, "new", time.monotonic() + 5)
 
@@ -279,7 +279,7 @@ def test_two_runs_with_one_server_do_not_learn_from_each_others_completions(serv
     engine = VLLMServer(LENGTH, 400, [server], 60)
     monkeypatch.setattr(engine, "_follow", lambda *_: None)  # as if the other wrote behind this one's look
     engine._server.post("update_weight_version", new_version="the other's")
-    with pytest.raises(ValueError, match="one run per server is needed; another has written"):
+    with pytest.raises(ValueError, match="must be used by one run alone; another has written"):
         engine.greedy(policy, asks(policy, scenes))
     monkeypatch.undo()
     draws(engine, policy, asks(policy, scenes))  # with its own weights in it again
@@ -288,13 +288,13 @@ def test_two_runs_with_one_server_do_not_learn_from_each_others_completions(serv
 @pytest.mark.vllm
 def test_a_server_with_other_settings_is_refused(server, policy, scenes):
     with pytest.raises(
-        ValueError, match=r"reads 480 tokens; rollout.max_prefix \+ rollout.max_tokens are 580"
+        ValueError, match=r"must read 580 tokens \(rollout.max_prefix \+ rollout.max_tokens\); it reads 480"
     ):
         VLLMServer(LENGTH, 500, [server], 60).greedy(policy, asks(policy, scenes))
     policy.model.bfloat16()
     with pytest.raises(
         ValueError,
-        match=r"its dtype \(trainer.precision, policy.dtype\) is torch.float32, torch.bfloat16 is needed",
+        match=r"must have dtype \(trainer.precision, policy.dtype\) torch.bfloat16; it has torch.float32",
     ):
         VLLMServer(LENGTH, 400, [server], 60).greedy(policy, asks(policy, scenes))
 

@@ -39,7 +39,8 @@ def test_a_folder_that_is_used_is_refused_until_its_process_has_ended(tmp_path):
     process = start(tmp_path / "a")
     assert process.stdout.readline() == "a\n"
     with pytest.raises(
-        ValueError, match=rf"resume: {tmp_path}/a is used by another process \(pid {process.pid}\)"
+        ValueError,
+        match=rf"resume: {tmp_path}/a must be free; it is used by another process \(pid {process.pid}\)",
     ):
         own(tmp_path / "a", "resume")
     process.kill()
@@ -81,7 +82,8 @@ def test_a_second_resume_of_a_folder_is_one_line(cli, tmp_path):
     assert process.stdout.readline() == "1\n"
     code, _, err = cli(f"resume={tmp_path}/run", runs=None)
     assert code == 2 and err == (
-        f"segrl: resume: {tmp_path}/run is used by another process (pid {process.pid}): wait for its end, or end it\n"
+        f"segrl: resume: {tmp_path}/run must be free; it is used by another process (pid {process.pid}): "
+        "wait for its end, or end it\n"
     )
     process.kill()
     process.wait()

@@ -1,1 +1,1 @@
-"""What segrl asks of the machine: signals, whole files, locks, digests, and which names a foreign file may give."""
+"""The host machine: signals, whole files, locks, digests, and checks of foreign data."""

@@ -1,4 +1,4 @@
-"""Digests of files of weights: bits that changed since they were written are refused instead of being used."""
+"""Digests of weights: refuse files whose bytes have changed since they were written."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from collections.abc import Iterable
 from pathlib import Path
 
 NAME = "SHA256SUMS"
-"""Beside the files, in the format of sha256sum: `sha256sum -c SHA256SUMS` checks them, too."""
+"""Name of the list beside the files, in the format of `sha256sum -c SHA256SUMS`."""
 
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](\S.*)")
-_CARD = "segrl.json"  # beside what segrl has exported
-_SHIPPED = Path(__file__).resolve().parents[1] / "assets"  # one list for the weights of all its folders
+_CARD = "segrl.json"  # marks a folder that segrl has exported
+_SHIPPED = Path(__file__).resolve().parents[1] / "assets"  # its one list covers its sub folders, too
 _checked: dict[Path, tuple[int, int, int]] = {}
 
 
 def unchanged(path: Path) -> bool:
-    """Return whether this process has checked the very same file before."""
+    """Return whether this process has checked the file before, and it has not changed since."""
     stat = path.stat()
     return _checked.get(path.resolve()) == (stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 def passed(path: Path) -> None:
-    """Remember a file whose digest was right: it is read several times in a run, and checked once."""
+    """Record that a file's digest was right, so that this process checks it only once."""
     stat = path.stat()
     _checked[path.resolve()] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 def write(folder: Path, names: Iterable[str]) -> None:
-    """Write the digests of files of a folder."""
+    """Write the list of digests of some files of a folder."""
     lines = []
     for name in sorted(names):
         with (folder / name).open("rb") as file:
@@ -38,14 +38,18 @@ def write(folder: Path, names: Iterable[str]) -> None:
 
 
 def check(path: Path, key: str) -> None:
-    """Hold a file, or all files of a folder, against the digests beside it; of files that no list names nothing is known.
+    """Compare a file, or all listed files of a folder, with the digests in the list beside it.
 
-    It reads them whole, once in a process: about a second per gigabyte. The list may be anybody's: lines about other files
-    than those that are asked for are passed over.
+    Each file is read whole once per process, about a second per gigabyte. Files that no list names are not
+    checked, and lines about other files are ignored. In a folder that segrl has not exported, listed files
+    may be missing.
+
+    Args:
+        path: a file or a folder.
+        key: the configuration's key of the path, for the error.
 
     Raises:
-        ValueError: naming a file that is gone or was changed since the digests were written, or a line about it that holds
-            no digest.
+        ValueError: if a listed file is missing or has changed, or a line about a file holds no digest.
     """
     folder = path if path.is_dir() else path.parent
     homes = (folder, folder.parent) if folder.resolve().parent == _SHIPPED else (folder,)
@@ -55,17 +59,18 @@ def check(path: Path, key: str) -> None:
             if listed is None:
                 if any(re.search(rf"(?<![\w.-]){re.escape(name)}$", line) for name in _names(path)):
                     raise ValueError(
-                        f"{key}: {home / NAME} must hold a digest of SHA-256 and a name a line; got {line!r:.80}"
+                        f"{key}: {home / NAME} must hold a digest of SHA-256 and a name in each line; "
+                        f"got {line!r:.80}"
                     )
                 continue
             file = home / listed[2]
-            theirs = not (folder / _CARD).is_file()  # of a mirror, from which not all need be copied
+            theirs = not (folder / _CARD).is_file()  # a mirror, of which only some files may be copied
             if path == file or (path in file.parents and (file.is_file() or not theirs)):
                 _check(file, listed[1].lower(), key, home / NAME)
 
 
 def _lines(sums: Path) -> list[str]:
-    """The lines of a list; none where there is no list, or none that can be read."""
+    """Return the lines of a list; an empty list if the file is missing or cannot be read."""
     try:
         return sums.read_text(errors="replace").splitlines()
     except OSError:
@@ -73,19 +78,20 @@ def _lines(sums: Path) -> list[str]:
 
 
 def _names(path: Path) -> list[str]:
-    """Of a file, or of the files of a folder."""
+    """Return the name of a file, or the names of the files in a folder."""
     return [one.name for one in path.iterdir() if one.is_file()] if path.is_dir() else [path.name]
 
 
 def _check(file: Path, digest: str, key: str, sums: Path) -> None:
+    """Raise ValueError if a file is missing or its digest is another."""
     if not file.is_file():
-        raise ValueError(f"{key}: {file} is needed; it is listed in {sums} and is not there")
+        raise ValueError(f"{key}: {file} must exist; it is listed in {sums} (copy it again)")
     if unchanged(file):
         return
     with file.open("rb") as opened:
         if hashlib.file_digest(opened, "sha256").hexdigest() != digest:
             raise ValueError(
-                f"{key}: {file} must be as it was written; its bytes are others than {sums} says "
-                f"(copy it again, or delete {NAME} where you changed it yourself)"
+                f"{key}: {file} must be as it was written; its bytes do not have the digest in {sums} "
+                f"(copy it again, or delete {NAME} if you changed it yourself)"
             )
     passed(file)

@@ -1,4 +1,4 @@
-"""Lock a folder for one process, and write files whole."""
+"""Lock a folder for one process, and write files atomically."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ import fcntl
 import os
 from pathlib import Path
 
-LOCK = ".owner"  # is there while a process owns the folder, and says which
+LOCK = ".owner"  # exists while a process owns the folder, and holds its id
 _locks: dict[Path, int] = {}
 
 
 def own(folder: Path, key: str) -> None:
-    """Lock a folder until `release`, or until this process ends, however it ends.
+    """Lock a folder until `release` or the end of this process, even if it is killed.
+
+    Without effect on file systems that have no locks.
+
+    Args:
+        folder: an existing folder.
+        key: the configuration's key of the folder, for the error.
 
     Raises:
-        ValueError: if another process owns it.
+        ValueError: if another process owns the folder.
     """
     path = folder / LOCK
     while True:
@@ -27,19 +33,20 @@ def own(folder: Path, key: str) -> None:
             os.close(descriptor)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise ValueError(
-                    f"{key}: {folder} is used by another process (pid {said or 'not known'}): wait for its end, or end it"
+                    f"{key}: {folder} must be free; it is used by another process "
+                    f"(pid {said or 'not known'}): wait for its end, or end it"
                 ) from None
-            return  # a file system that knows no locks
+            return  # a file system without locks
         if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
             break
-        os.close(descriptor)  # its owner was just taking it away
+        os.close(descriptor)  # the owner has just deleted this file: try again
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"{os.getpid()}\n".encode())
     _locks[path.resolve()] = descriptor
 
 
 def release() -> None:
-    """Give back every folder that this process owns."""
+    """Unlock every folder that this process owns."""
     while _locks:
         path, descriptor = _locks.popitem()
         path.unlink(missing_ok=True)
@@ -47,7 +54,7 @@ def release() -> None:
 
 
 def _forget() -> None:
-    """In a forked worker: the lock is its parent's, and ends with it."""
+    """Close the locks in a forked worker: they belong to its parent."""
     while _locks:
         os.close(_locks.popitem()[1])
 
@@ -56,7 +63,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or as it was, whatever happens meanwhile."""
+    """Write a file atomically: if writing is interrupted, its earlier content remains."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("w") as file:
@@ -65,7 +72,7 @@ def write_whole(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        error.filename = str(path)  # the file that the user asked for
+        error.filename = str(path)  # name the file itself, not the temporary one
         raise
     finally:
         partial.unlink(missing_ok=True)

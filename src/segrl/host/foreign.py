@@ -1,7 +1,7 @@
-"""What a file from elsewhere may hold: plain values and references to its own keys; nothing that is called.
+"""Find values in untrusted files that are more than plain data and could call code or read the machine.
 
-The configuration of a run that somebody else made, and the card beside his weights, are data. Which parts of
-segrl they may name is for their readers; here is what both have in common.
+The configuration of another person's run and the card beside downloaded weights are data. Their readers
+decide which parts of segrl they may name; this module has the rules that both share.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ from collections.abc import Iterator
 _REFERENCES = re.compile(
     r"\$\{(?:instructions_of:\$\{policy\.weights\}|[\w.\-\[\]]+|asset:[\w.\-]+|now:[\w%:.\- ]+)\}"
 )
-_NEW = re.compile(r"\$(?=[{\0]|\Z)")  # that could begin a reference once others, marked, are put in
+# A `$` that begins another reference, or could begin one after the allowed ones, here \0, are resolved.
+_NEW = re.compile(r"\$(?=[{\0]|\Z)")
 _HYDRAS = {"_target_", "_partial_"}
 
 
 def strange(node: object, whole: bool, path: str = "") -> Iterator[tuple[str, object]]:
-    """Yield key and value of all that is more than data.
+    """Yield dotted key and value of everything that is not plain data.
 
     Args:
-        node: plain containers.
-        whole: whether it is a whole configuration, which may name parts (its reader says which) and refer to
-            its own keys, `${asset:NAME}` and `${now:FORMAT}`; no other resolver ever may stand in a string.
+        node: nested dicts and lists.
+        whole: whether it is a whole configuration. That may have `_target_` and `_partial_`, which its reader
+            checks, and references to its own keys, `${asset:NAME}`, `${now:FORMAT}` and
+            `${instructions_of:${policy.weights}}`. If False, there may be no reference and no key with `_`
+            in front.
         path: dotted key of the node.
     """
     if isinstance(node, dict):

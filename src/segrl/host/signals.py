@@ -1,7 +1,7 @@
-"""SIGINT and SIGTERM: the first ends the process once what must be saved is saved, a second one ends it at once.
+"""Handle SIGINT and SIGTERM: the first ends the process after it has saved its work, a second at once.
 
-Outside of `held` the first signal raises `Stopped` where the process stands. Inside, it is remembered, and whoever holds it
-asks for it at points where everything can be left (`asked`, `check`).
+Outside of `held`, the first signal raises `Stopped` immediately. Inside, it is only stored, and the code asks
+for it at safe points (`asked`, `check`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import multiprocessing
-import multiprocessing.util  # its exit handler is to be registered before ours, which then runs first
+import multiprocessing.util  # registers its exit handler before ours, so that ours runs first
 import os
 import signal
 import sys
@@ -22,41 +22,40 @@ from types import FrameType
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_FIRST = (
-    "SEGRL_FIRST_PROCESS"  # processes that Lightning starts find the id of the one that started them here
-)
-_TOGETHER = 1.0  # seconds: a group's signal and the one that a launcher sends on are one
+# Environment variable with the id of the run's first process; Lightning's further processes inherit it.
+_FIRST = "SEGRL_FIRST_PROCESS"
+_TOGETHER = 1.0  # seconds in which a second signal is ignored: a launcher may forward its group's signal
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class Stopped(SystemExit):
-    """The process was asked to stop.
+    """Raised if the process was asked to stop.
 
     Args:
-        signum: of the signal.
+        signum: number of the signal.
         agreed: whether all ranks stop at the same point.
     """
 
     def __init__(self, signum: int, agreed: bool = False) -> None:
         super().__init__(128 + signum)
         self.signum, self.agreed = signum, agreed
-        self.told = False  # whether a line has said what was kept
+        self.told = False  # whether a line about what was saved has been printed
 
     @property
     def name(self) -> str:
-        """Of the signal, such as `SIGTERM`."""
+        """The signal's name, such as `SIGTERM`."""
         return signal.Signals(self.signum).name
 
 
 @dataclass(slots=True)
 class _State:
-    """Of this process."""
+    """The state of signal handling in this process."""
 
-    signum: int | None = None
-    came: float = 0.0
-    holds: int = 0
-    watching: bool = False
-    commands: int = 0  # that were watched in this process
+    signum: int | None = None  # the signal that was received
+    came: float = 0.0  # when
+    holds: int = 0  # active `held` blocks
+    watching: bool = False  # inside `watched`
+    commands: int = 0  # number of `watched` blocks so far
 
 
 _state = _State()
@@ -77,10 +76,11 @@ def _answer(signum: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def watched(worker: bool = False) -> Iterator[None]:
-    """Inside, signals are answered as this module says; afterwards as before. Nothing changes where that is so already.
+    """Handle signals inside as this module describes, and restore the earlier handlers afterwards.
 
     Args:
-        worker: whether this may be a process that a sweep's launcher started: it runs a job of its own, and is no rank.
+        worker: whether this is a job of a sweep, which may run in a process of its own and is never a rank.
+            A job in a process that is watched already changes nothing.
     """
     if worker and _state.watching:
         yield
@@ -92,7 +92,7 @@ def watched(worker: bool = False) -> Iterator[None]:
         end_with_parent()
     else:
         os.environ[_FIRST] = str(os.getpid())
-    main = threading.current_thread() is threading.main_thread()  # Python lets no other set handlers
+    main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
     before = {number: signal.getsignal(number) for number in SIGNALS} if main else {}
     take()
     try:
@@ -108,7 +108,7 @@ def watched(worker: bool = False) -> Iterator[None]:
 
 
 def take() -> None:
-    """Put the handlers in place: Lightning's trainer sets its own when it begins, which know of one rank."""
+    """Install the handlers; again after Lightning's trainer has installed its own, which know one rank."""
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, _answer)
@@ -116,7 +116,7 @@ def take() -> None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Inside, the first signal raises nothing: `check` afterwards."""
+    """Store the first signal inside instead of raising `Stopped`; call `check` afterwards."""
     _state.holds += 1
     try:
         yield
@@ -125,22 +125,23 @@ def held() -> Iterator[None]:
 
 
 def asked() -> int | None:
-    """Return the number of the signal that came, or `None`."""
+    """Return the number of the signal that was received, or None."""
     return _state.signum
 
 
 def check() -> None:
-    """Raise `Stopped` if a signal came."""
+    """Raise `Stopped` if a signal was received."""
     if _state.signum is not None:
         raise Stopped(_state.signum)
 
 
 def say(stop: Stopped, writes_at_once: bool) -> None:
-    """Print one line for a process that was stopped, unless the job itself has told what it kept.
+    """Print one line for a process that was stopped, unless the job has printed what it saved.
 
     Args:
-        stop: what ended it.
-        writes_at_once: whether the command makes a folder as soon as it is built, and has a line of its own from then on.
+        stop: the exception.
+        writes_at_once: whether the command creates its folder as soon as it is built. From then on it prints
+            its own line.
     """
     if not stop.told and not is_child():
         what = " before anything was written" if writes_at_once else "; nothing half-written is left"
@@ -149,35 +150,35 @@ def say(stop: Stopped, writes_at_once: bool) -> None:
 
 
 def leave(stop: Stopped) -> NoReturn:
-    """End the process that was asked to stop, and its children."""
+    """End this process and its workers, with the exit code 128 + signal; a rank that agreed exits with 0."""
     if is_child() and stop.agreed:
-        sys.exit(0)  # its parent takes anything else for a failure, and kills itself
+        sys.exit(0)  # on any other code the parent assumes a failure and kills itself
     if is_child():
-        time.sleep(3)  # where the whole group was asked, its parent's end is its own
+        time.sleep(3)  # if the parent was signalled, too, its end kills this process meanwhile
         print(f"segrl: a rank was stopped by {stop.name}, alone: the run ends", file=sys.stderr, flush=True)
     end_workers()
     sys.stdout.flush()
     if ranks() > 1 and not stop.agreed:
-        os._exit(128 + stop.signum)  # others wait in a collective operation, as would exit handlers
+        os._exit(128 + stop.signum)  # exit handlers would wait for ranks in a collective operation
     sys.exit(stop.code)
 
 
 def environment() -> dict[str, str]:
-    """Return the environment for a process that is a run of its own, and no further rank of this one."""
+    """Return the environment for a process that is a separate run and not a rank of this one."""
     return {name: value for name, value in os.environ.items() if name != _FIRST}
 
 
 def ranks() -> int:
-    """Return how many processes the run has, as their launchers say; 1 where there is none."""
+    """Return the number of processes that a launcher has set for the run; 1 without a launcher."""
     names = ["WORLD_SIZE"]
     if os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive") and "SLURM_PROCID" in os.environ:
-        names.append("SLURM_NTASKS")  # an allocation that one types in starts no tasks, for Lightning neither
+        names.append("SLURM_NTASKS")  # an interactive allocation starts no tasks; Lightning does the same
     said = [os.environ.get(name, "") for name in names]
     return max(int(count) if count.isdecimal() else 1 for count in said)
 
 
 def is_child() -> bool:
-    """Return whether this is a further rank, started by the first process of the run."""
+    """Return whether this process is a rank that the run's first process has started."""
     return os.environ.get(_FIRST) == str(os.getppid())
 
 
@@ -188,14 +189,14 @@ def end_with_parent() -> None:
 
 
 def leave_to_parent() -> None:
-    """Prepare a loader's process: a signal that is sent to the whole group is answered by the run, which ends its workers."""
+    """Ignore signals in a loader's worker process, which the run ends, and let it end with its parent."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
 
 
 def _in_fork() -> None:
-    """Ignore a group's signal from the first moment of a worker, which has its parent's handlers."""
+    """Ignore signals in a forked worker from its start, because it inherits its parent's handlers."""
     if _state.watching:
         _state.watching = False
         for number in SIGNALS:
@@ -207,9 +208,12 @@ os.register_at_fork(after_in_child=_in_fork)
 
 @atexit.register
 def end_workers() -> None:
-    """Kill the workers of a command: `multiprocessing` waits for them at the end, and they ignore its SIGTERM."""
+    """Kill the daemon workers of a command.
+
+    `multiprocessing` would send them SIGTERM at the end, which they ignore, and wait for them.
+    """
     workers = [child for child in multiprocessing.active_children() if child.daemon and _state.commands]
     if workers and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises where a worker is killed
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises if a worker is killed
     for worker in workers:
         worker.kill()

@@ -1,4 +1,4 @@
-"""Image embeddings of a frozen encoder, each made once: kept in memory, and on the disk where a folder is named."""
+"""A cache of a frozen encoder's image embeddings, in memory and optionally in a folder."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 Embedding = list[Tensor]
-"""Of one image, from fine to coarse: `[C, h, w]` each."""
+"""Feature maps of one image from fine to coarse, `[C, h, w]` each; of B images `[B, C, h, w]`."""
 
 
 class Embeddings:
-    """The latest embeddings, by what is in the image and by what made them.
+    """The most recently used embeddings, keyed by a hash of the image's pixels and of `maker()`.
 
-    On the disk a file appears whole or not at all, so that any number of processes may share a folder; a folder of its own
-    holds the embeddings of one set of weights, one size of input and one precision, so that others are never taken for them.
+    Files appear whole or not at all, so any number of processes may share a folder. Each value of `maker()`
+    has a folder of its own in it.
 
     Args:
-        kept: images whose embeddings stay in memory.
-        folder: where embeddings stay across epochs and runs; none keeps them in memory alone.
-        maker: says what makes them: weights, input and precision.
+        kept: number of images whose embeddings stay in memory.
+        folder: keeps embeddings across epochs and runs. If None, they are kept in memory only.
+        maker: returns a name for the weights, input size and precision that make the embeddings.
     """
 
     def __init__(self, kept: int, folder: Path | None, maker: Callable[[], str]) -> None:
@@ -35,15 +35,15 @@ class Embeddings:
         self.latest: OrderedDict[str, Embedding] = OrderedDict()
 
     def forget(self) -> None:
-        """Everything in memory: what makes embeddings has changed."""
+        """Drop all embeddings in memory, because the encoder has changed."""
         self.latest.clear()
 
     def of(self, images: Sequence[np.ndarray], make: Callable[[list[int]], Embedding]) -> Embedding:
-        """Of all images, stacked `[B, C, h, w]`.
+        """Return the embeddings of B images, `[B, C, h, w]` per level.
 
         Args:
-            images: uint8 RGB `[H, W, 3]`.
-            make: embeds some of them, by their places.
+            images: uint8 RGB `[H, W, 3]` each.
+            make: embeds the images at the given indices.
         """
         maker = self.maker()
         keys = [_key(image, maker) for image in images]
@@ -56,9 +56,8 @@ class Embeddings:
         if missing:
             made = make(missing)
             for row, place in enumerate(missing):
-                found[keys[place]] = [
-                    level[row].clone() for level in made
-                ]  # a view would keep the whole batch
+                # A view instead of a clone would keep the whole batch in memory.
+                found[keys[place]] = [level[row].clone() for level in made]
                 self._write(keys[place], maker, found[keys[place]])
         for key, embedding in found.items():
             self.latest[key] = embedding
@@ -82,7 +81,7 @@ class Embeddings:
         try:
             levels = load_file(path, device=self.device)
             return [levels[str(i)] for i in range(len(levels))]
-        except (SafetensorError, KeyError):  # damaged on the disk: it is made again, and written over
+        except (SafetensorError, KeyError):  # a damaged file is made again and overwritten
             return None
 
     def _write(self, key: str, maker: str, embedding: Embedding) -> None:
@@ -96,7 +95,7 @@ class Embeddings:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({str(i): level.contiguous().cpu() for i, level in enumerate(embedding)}, partial)
             partial.replace(path)
-        except (OSError, SafetensorError) as error:  # a full disk, for one: a run does not end for a cache
+        except (OSError, SafetensorError) as error:  # e.g. a full disk; the run goes on without the folder
             warnings.warn(
                 f"head.embeddings_folder: nothing more is written to {self.folder}: {error}", stacklevel=2
             )
@@ -111,7 +110,7 @@ def _key(image: np.ndarray, maker: str) -> str:
 
 
 def fingerprint(weights: dict[str, Tensor], *facts: object) -> str:
-    """Of weights and of whatever else decides what they make."""
+    """Return a hash of weights and of other facts that determine the encoder's output."""
     digest = hashlib.blake2b(repr(facts).encode(), digest_size=12)
     for name, value in weights.items():
         digest.update(name.encode())

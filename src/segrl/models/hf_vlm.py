@@ -1,4 +1,4 @@
-"""Policies over transformers: Qwen2.5-VL and Qwen3-VL, told apart by the checkpoint's own configuration."""
+"""Policies over transformers: Qwen2.5-VL and Qwen3-VL, chosen by the `model_type` of the weights' folder."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ class HFEncoder:
 
     Args:
         weights: folder with the processor's files.
-        image_side: images are squashed to this square first, as Seg-R1 does; none keeps their shape.
-        pixel_budget: fewest and most pixels the processor may resize to; none keeps the folder's own.
+        image_side: images are first resized to a square with this side, as Seg-R1 does. None: they are not.
+        pixel_budget: smallest and largest number of pixels after the processor's resizing. If None, those of
+            the folder.
     """
 
     def __init__(self, weights: str, image_side: int | None, pixel_budget: tuple[int, int] | None) -> None:
@@ -60,7 +61,7 @@ class HFEncoder:
         self.frame_of: Callable[[int, int], Frame] = permille if family == "qwen3_vl" else absolute_pixels
 
     def encode(self, messages: Sequence[Message], image: np.ndarray) -> Prefix:
-        """Chat and RGB image to a prefix; see `protocols.Encoder`."""
+        """Return the prefix of a chat and an RGB image, uint8 `[H, W, 3]`."""
         picture = Image.fromarray(image)
         if self.image_side is not None and picture.size != (self.image_side, self.image_side):
             picture = picture.resize((self.image_side, self.image_side), Image.Resampling.BICUBIC)
@@ -77,7 +78,7 @@ class HFEncoder:
         )  # fmt: skip
 
     def _as_text(self, messages: Sequence[Message]) -> list[Message]:
-        """Return the same chat, in whose texts no special token's name stands."""
+        """Return the chat with the names of special tokens in its texts broken up; see `spelled`."""
         chat: list[Message] = []
         for message in messages:
             content = message["content"]
@@ -87,25 +88,28 @@ class HFEncoder:
         return chat
 
     def spelled(self, text: str) -> str:
-        """Return text with a space inside of every special token's name: it is read as letters, not as an image or an end."""
+        """Return the text with a space after the first character of each special token's name.
+
+        So the name is tokenized as ordinary text and not as an image or a stop.
+        """
         for word in self._special:
             text = text.replace(word, f"{word[0]} {word[1:]}")
         return text
 
     def answer(self, text: str) -> Tensor:
-        """Text to int64 `[T]` with the stop token."""
+        """Return the tokens of a text, int64 `[T]`, the stop token last."""
         tokenizer = self.processor.tokenizer
         ids = tokenizer(self.spelled(text), add_special_tokens=False)["input_ids"]
         return torch.tensor([*ids, tokenizer.eos_token_id])
 
     def decode(self, tokens: Tensor, mask: Tensor) -> list[str]:
-        """N token rows to N texts, special tokens left out."""
+        """Return the N texts of tokens int64 `[N, T]` under a token mask, without special tokens."""
         rows = [row[keep].tolist() for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)]
         texts: list[str] = self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return texts
 
     def token_at(self, tokens: Tensor, end: int) -> int:
-        """Which of the tokens completes the first `end` characters, by bisection: a token may close more than one thing."""
+        """Return the index of the token that completes the first `end` characters, found by bisection."""
         ids, tokenizer = tokens.tolist(), self.processor.tokenizer
 
         def length(count: int) -> int:
@@ -115,19 +119,20 @@ class HFEncoder:
 
 
 class HFPolicy(nn.Module):
-    """The MLLM being trained, over a Hugging Face folder.
+    """The MLLM being trained, loaded from a Hugging Face folder.
 
-    One temperature serves sampling and training, and image or video placeholders have no probability in either,
-    so the first update's ratio is exactly 1.
+    Sampling and training use the same distribution: one temperature, and probability zero for the tokens of
+    `never_sampled` (placeholders of images and videos, and rows of the head without a token).
 
     Args:
         weights: folder of a Qwen2.5-VL or Qwen3-VL checkpoint.
         image_side, pixel_budget: see `HFEncoder`.
         temperature: divides the logits, in sampling and in every log-probability.
         dtype: of the weights, a torch name such as "bfloat16".
-        lora: an adapter on the language model learns instead of the weights; none trains the weights.
-        train_vision: whether the vision tower's weights learn, where weights learn.
-        gradient_checkpointing: keep no activations inside of layers; the backward pass computes them again.
+        lora: settings of an adapter on the language model, which is trained instead of the weights. If None,
+            the weights are trained.
+        train_vision: whether the vision tower is trained, too; ignored with `lora`.
+        gradient_checkpointing: whether the backward pass recomputes the activations inside layers.
     """
 
     def __init__(
@@ -149,7 +154,7 @@ class HFPolicy(nn.Module):
             weights, image_side, None if pixel_budget is None else (pixel_budget[0], pixel_budget[1])
         )
         self.model = whole_model(weights, getattr(torch, dtype))
-        self.model.train()  # it comes in evaluation mode, in which no layer is checkpointed
+        self.model.train()  # from_pretrained sets evaluation mode, in which no layer is checkpointed
         fuse_norms(self.model)
         take_products(self.model)
         AttentionInterface.register(window_attention.NAME, window_attention.window_attention)
@@ -158,13 +163,13 @@ class HFPolicy(nn.Module):
         AttentionMaskInterface.register("segrl_grouped", sdpa_mask)
         self.model.model.language_model.config._attn_implementation = "segrl_grouped"
         self.weights, self.temperature, self.lora = weights, temperature, lora
-        self.weights_version = 0  # times its weights have changed
+        self.weights_version = 0  # number of changes of the weights
         self.register_load_state_dict_post_hook(lambda *_: self.bump_version())
         self.model.model.visual.requires_grad_(train_vision)
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             self.model.model.visual.gradient_checkpointing_enable(
-                {"use_reentrant": False, "preserve_rng_state": False}  # nothing in the tower draws
+                {"use_reentrant": False, "preserve_rng_state": False}  # the tower uses no random numbers
             )
         if lora is not None:
             self.model.requires_grad_(False)
@@ -173,7 +178,7 @@ class HFPolicy(nn.Module):
         self.pad_id = int(tokenizer.pad_token_id)
         self.never_sampled: Tensor
         self.stop_ids: Tensor
-        # Qwen may also end with <|endoftext|>: a completion that does must not go on behind it.
+        # The generation configuration may list more stop tokens than the tokenizer, e.g. <|endoftext|>.
         declared = self.model.generation_config.eos_token_id
         stops = {
             int(tokenizer.eos_token_id),
@@ -181,39 +186,46 @@ class HFPolicy(nn.Module):
         }
         self.register_buffer("stop_ids", torch.tensor(sorted(stops)), persistent=False)
         placeholders = [
-            config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id,
+            config.image_token_id, config.video_token_id, config.vision_start_token_id,
+            config.vision_end_token_id,
             *range(len(tokenizer), self.model.get_input_embeddings().num_embeddings),
         ]  # fmt: skip
         self.register_buffer("never_sampled", torch.tensor(placeholders), persistent=False)
 
     @property
     def device(self) -> torch.device:
-        """Where its weights lie."""
+        """The device of its weights."""
         return cast("torch.device", self.stop_ids.device)
 
     @property
     def pass_dtype(self) -> torch.dtype:
-        """Of its passes, here and now."""
+        """The precision of its passes: the autocast dtype if autocast is on, else that of the weights."""
         return pass_dtype(self.model)
 
     def bump_version(self) -> None:
-        """Its weights have changed: what was copied from them is out of date."""
+        """Count a change of the weights, so that engines renew their copies."""
         self.weights_version += 1
 
     def features(self, prefix: Prefix) -> Tensor:
-        """What the tower sees: image tokens `[n, D]`, or with Qwen3-VL's earlier layers beside them `[n, D * (1 + levels)]`."""
+        """Return the tower's features of a prefix's image, `[n, D * (1 + levels)]` for n image tokens.
+
+        Qwen3-VL has features of some earlier layers (levels) beside those of the last; Qwen2.5-VL has none.
+        """
         seen = image_features(self.model.model, [prefix])
         levels = [seen.pooler_output, *(seen.get("deepstack_features") or ())]
         return torch.cat([torch.cat(level) for level in levels], 1)
 
     def fingerprint(self) -> str:
-        """A name for its weights, made of a few entries of each: every rank and every run finds the same one."""
+        """Return a hash of up to 63 entries of each parameter, and of the adapter's settings.
+
+        Ranks and runs with the same weights get the same hash.
+        """
         few = [p.detach().flatten()[:: max(1, p.numel() // 32)].float() for p in self.model.parameters()]
         entries = torch.cat(few).cpu().numpy().tobytes()
         return hashlib.blake2b(entries + repr(self.lora).encode(), digest_size=16).hexdigest()
 
     def merged(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight by its name in a Hugging Face folder, an adapter merged."""
+        """Yield each weight by its name in a Hugging Face folder, with the active adapter merged."""
         for name, value in self.model.state_dict().items():
             place, inner, last = name.rpartition(".base_layer.")
             if inner:
@@ -223,24 +235,24 @@ class HFPolicy(nn.Module):
                 yield name, value
 
     def prefill(self, prefixes: Sequence[Prefix]) -> PrefixState:
-        """Read every prefix once: pixels through the tower, tokens through the language model."""
+        """Read each prefix once: pixels through the vision tower, tokens through the language model."""
         return read_prefixes(self.model.model, prefixes, self.pad_id, self.gradient_checkpointing)
 
     def decoder(
         self, state: PrefixState, group_size: int, length: int, stride: int | None = None,
         recorder: GraphRecorder | None = None,
     ) -> Decoder:  # fmt: skip
-        """Return what samples behind `state`, from the weights of this moment, in the precision of the passes."""
+        """Return a `Decoder` of completions after `state`, with the present weights, in `pass_dtype`."""
         language = self.model.model.language_model
         return Decoder(language, state, group_size, length, self.pass_dtype, stride, recorder)
 
     def head_weight(self) -> Tensor:
-        """Float32 `[V, D]`."""
+        """Return the head's weight, float32 `[V, D]`."""
         weight: Tensor = self.model.lm_head.weight
         return weight.float()
 
     def head(self) -> PackedLinear:
-        """Return the product that ends in logits, in float32, for sampling; its bias hides what may not be sampled."""
+        """Return the head for sampling, in float32; its bias is minus infinity on `never_sampled`."""
         weight = self.head_weight().detach()
         return PackedLinear(
             weight, weight.new_zeros(len(weight)).index_fill_(0, self.never_sampled, float("-inf"))
@@ -248,11 +260,11 @@ class HFPolicy(nn.Module):
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, head: PackedLinear) -> Tensor:
-        """Hidden states `[N, D]` to float32 logits `[N, V]` at the temperature; minus infinity where nothing may be sampled.
+        """Return logits divided by the temperature, float32 `[N, V]`; minus infinity on `never_sampled`.
 
         Args:
-            hidden: of the places in front of tokens to be sampled.
-            head: `head()`, made once for all steps.
+            hidden: `[N, D]`, hidden states that predict the tokens.
+            head: from `head()`, made once for all steps.
         """
         with float32_products(hidden.device, may_round(hidden.device)):
             return head(hidden.float() / self.temperature)
@@ -260,10 +272,10 @@ class HFPolicy(nn.Module):
     def read(
         self, prefixes: Sequence[Prefix], completions: Completions, state: PrefixState | None = None
     ) -> Tensor:
-        """Hidden states `[N, T, D]`, each of the place in front of a completion token: the state in which it was chosen.
+        """Return hidden states `[N, T, D]`, each of which predicts the completion token of the same index.
 
-        Each prefix is read once and shared by its group (not at all, where `state` has it read already); the first token
-        is predicted by the prefix's last row.
+        Each prefix is read once for its group, or not at all if `state` is given. The last hidden state of
+        the prefix predicts the first token.
         """
         state = state or self.prefill(prefixes)
         first = state.last_hidden.repeat_interleave(len(completions.tokens) // len(prefixes), 0)[:, None]
@@ -274,7 +286,10 @@ class HFPolicy(nn.Module):
         return torch.cat([first, behind], 1)
 
     def logprobs_of(self, hidden: Tensor, completions: Completions) -> Tensor:
-        """Log-probability of each completion token, float32 `[N, T]`, from the states of `read`; zero off the mask."""
+        """Return the log-probability of each completion token, float32 `[N, T]`, from the states of `read`.
+
+        It is zero outside of the token mask.
+        """
         mask, weight = completions.mask, self.head_weight()
         states = hidden[mask].float() / self.temperature
         picked = token_logprobs(states, weight, completions.tokens[mask], self.never_sampled)
@@ -283,18 +298,19 @@ class HFPolicy(nn.Module):
     def logprobs(
         self, prefixes: Sequence[Prefix], completions: Completions, state: PrefixState | None = None
     ) -> Tensor:
-        """As `logprobs_of`, of what `read` reads."""
+        """Return the log-probability of each completion token, float32 `[N, T]`; see `logprobs_of`."""
         return self.logprobs_of(self.read(prefixes, completions, state), completions)
 
     def load_policy(self, weights: dict[str, Tensor]) -> None:
-        """Load a checkpoint of an earlier stage: all weights, or those of an adapter like this policy's own.
+        """Load the weights of an earlier stage: all, or those of an adapter. A critic's are ignored.
 
         Raises:
-            ValueError: if it is another architecture's, or an adapter's where this policy has none.
+            ValueError: if they belong to another architecture, or to an adapter and this policy has none.
         """
         if self.lora is None and any(".lora_" in name for name in weights):
             raise ValueError(
-                "these are an adapter's weights: set policy.lora as it was trained, or export them and set policy.weights"
+                "policy.lora: must be set for weights of an adapter; got null (set it as it was trained, or "
+                "export them and set policy.weights)"
             )
         names = {name.replace(".base_layer.", "."): name for name in self.state_dict()}
         found = {names.get(name, name): value for name, value in weights.items() if ".critic." not in name}
@@ -309,7 +325,7 @@ class HFPolicy(nn.Module):
             raise ValueError(f"it has no {needed[0]}" if needed else f"it also has {unexpected[0]}")
 
     def add_adapter(self, name: str, lora: Lora) -> None:
-        """Put a low-rank adapter on the language model's linear layers; it starts as the identity."""
+        """Add a trainable low-rank adapter, initially zero, to the linear layers of the language model."""
         from peft import LoraConfig
 
         layers = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -318,16 +334,17 @@ class HFPolicy(nn.Module):
         )
         self.model.add_adapter(config, adapter_name=name)
         for place, parameter in self.model.named_parameters():
-            if ".lora_" in place:  # in full precision, whatever the frozen weights have: it takes small steps
+            if ".lora_" in place:  # float32, because small updates would be rounded away in bfloat16
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
 
     def save(self, folder: Path, max_tokens: int) -> None:
-        """Write a Hugging Face folder; an adapter is merged into the weights, for good.
+        """Write a Hugging Face folder; an adapter is merged into this policy's weights first.
 
         Args:
-            folder: where.
-            max_tokens: of a completion, for whoever generates with other tools: greedily and without penalties, as scored here.
+            folder: where to write.
+            max_tokens: of a completion. The generation configuration has it, greedy decoding without
+                penalties and the stop tokens, so that other tools generate as segrl evaluates.
         """
         if self.lora is not None:
             from peft.tuners.tuners_utils import BaseTunerLayer
@@ -337,7 +354,7 @@ class HFPolicy(nn.Module):
                     layer.merge(adapter_names=["policy"])
                     parent, _, name = place.rpartition(".")
                     setattr(self.model.get_submodule(parent), name, layer.get_base_layer())
-            self.model._hf_peft_config_loaded = False  # transformers' mark of a model that has adapters
+            self.model._hf_peft_config_loaded = False  # transformers' flag of a model that has adapters
             self.lora = None
         from transformers import GenerationConfig
 
@@ -347,12 +364,12 @@ class HFPolicy(nn.Module):
         )
         self.model.save_pretrained(folder)
         self.encoder.processor.save_pretrained(folder)
-        for file in folder.glob("*.safetensors"):  # they come out readable for their owner alone
+        for file in folder.glob("*.safetensors"):  # safetensors makes them readable for their owner only
             file.chmod((folder / "config.json").stat().st_mode)
 
     @contextmanager
     def adapter_active(self, adapter: str | None) -> Iterator[None]:
-        """Inside, another adapter is on, or none; outside the policy's own."""
+        """Activate another adapter inside, or none if None; afterwards activate the policy's own again."""
         assert self.lora is not None, "without adapters there is nothing to change"
         if adapter is None:
             self.model.disable_adapters()
@@ -365,7 +382,7 @@ class HFPolicy(nn.Module):
             self.activate_policy_adapter()
 
     def activate_policy_adapter(self) -> None:
-        """Its own adapter is on; all learn, though switching froze those that were off."""
+        """Activate the policy's own adapter, and unfreeze all adapters: peft freezes inactive ones."""
         self.model.set_adapter("policy")
         for name, parameter in self.model.named_parameters():
             if ".lora_" in name:

@@ -1,7 +1,7 @@
-"""The card beside a policy's weights: with which grammar, mask head and limits it was trained, so that it is used so.
+"""The card beside a policy's weights: the grammar, mask head and limits with which it was trained.
 
-A card is data from anywhere. It may name segrl's own adapters and give them plain values; it cannot name other code, nor a
-file outside the package, the folder of weights, and its own folder.
+A card is untrusted data. It may name segrl's own adapters and give them plain values. It cannot name other
+code, or files outside of the package, the folder of weights, and its own folder.
 """
 
 from __future__ import annotations
@@ -31,24 +31,26 @@ _CHECKPOINT = re.compile(r"(?:asset|weights):[\w.-]+")
 _DTYPE = re.compile("float32|bfloat16|float16")
 
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-"""Lightning's names of precisions, and what passes are cast to."""
+"""The autocast dtype of each of Lightning's precisions; None: no autocast."""
 
 Card = dict[str, dict[str, Any]]
-"""By part, the class under `_target_` and the values of its constructor; under `precision`, that of the `passes`."""
+"""For each part, its class under `_target_` and the arguments of its constructor; the precision of `passes`
+under `precision`."""
 
 
 def write(folder: Path, card: Card) -> None:
-    """Write the card beside the weights, and the digests of all that is there."""
+    """Write the card beside the weights, and the digests of all files in the folder but README.md."""
     (folder / NAME).write_text(json.dumps(card, indent=2) + "\n")
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     digests.write(folder, [name for name in files if name not in ("README.md", digests.NAME)])
 
 
 def read(folder: Path) -> Card:
-    """Return the card of a folder, empty where it has none.
+    """Return the card of a folder, empty if it has none.
 
     Raises:
-        ValueError: naming a card that is damaged or asks for something else, or a file that changed since it was written.
+        ValueError: if the card is damaged or names anything but segrl's own parts, or a file has changed
+            since its digest was written.
     """
     path = folder / NAME
     if not path.is_file():
@@ -56,7 +58,7 @@ def read(folder: Path) -> Card:
     try:
         card = json.loads(path.read_text())
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: JSON is needed; {error}") from None
+        raise ValueError(f"{path}: must be JSON; {error}") from None
     checked(card, path)
     for part in PARTS:
         _adapter(part, card[part])
@@ -68,12 +70,15 @@ def read(folder: Path) -> Card:
 
 
 def build(part: str, values: dict[str, Any], weights: Path) -> Any:  # noqa: ANN401 - one of the adapters
-    """Make what a part of a card describes; raises ValueError where its constructor does not take the values.
+    """Construct the object that a part of a card describes.
 
     Args:
-        part: of `PARTS`.
-        values: of that part.
+        part: one of `PARTS`.
+        values: the card's entry of that part.
         weights: folder of the mask heads' checkpoints.
+
+    Raises:
+        ValueError: if the class is not segrl's, or its constructor does not take the values.
     """
     made = _adapter(part, values)
     arguments = {key: located(value, weights) for key, value in values.items() if key != "_target_"}
@@ -84,19 +89,19 @@ def build(part: str, values: dict[str, Any], weights: Path) -> Any:  # noqa: ANN
 
 
 def _adapter(part: str, values: dict[str, Any]) -> type:
-    """The class that a part names; ValueError where its module has none of that name, or took it from elsewhere."""
+    """Return the class that a part names; raise ValueError unless its module defines that class itself."""
     module, _, name = str(values["_target_"]).rpartition(".")
     try:
         made = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError:
         made = None
     if not isinstance(made, type) or made.__module__ != module:
-        raise ValueError(f"{NAME}: {part}._target_: a class of segrl is needed; got {values['_target_']}")
+        raise ValueError(f"{NAME}: {part}._target_: must be a class of segrl; got {values['_target_']}")
     return made
 
 
 def located(value: Any, weights: Path | str) -> Any:  # noqa: ANN401 - plain values pass through
-    """`asset:NAME` and `weights:NAME` as paths, anything else as it is."""
+    """Return the path for `asset:NAME` or `weights:NAME`, and any other value unchanged."""
     if isinstance(value, str) and value.startswith("asset:"):
         return str(resources.files("segrl") / "assets" / value.removeprefix("asset:"))
     if isinstance(value, str) and value.startswith("weights:"):
@@ -105,20 +110,20 @@ def located(value: Any, weights: Path | str) -> Any:  # noqa: ANN401 - plain val
 
 
 def checked(card: object, path: Path) -> Card:
-    """The card, if it asks for nothing but segrl's own parts; ValueError naming the file that it stands in."""
+    """Return the card; raise ValueError, naming the file, unless it names segrl's own parts only."""
     wanted = [*PARTS, "precision"]
     if not isinstance(card, dict) or set(card) != set(wanted):
         raise ValueError(
-            f"{path}: {', '.join(wanted)} are needed; got {sorted(card) if isinstance(card, dict) else card}"
+            f"{path}: must hold {', '.join(wanted)}; got {sorted(card) if isinstance(card, dict) else card}"
         )
     if not isinstance(card["precision"], dict) or card["precision"].get("passes") not in PRECISIONS:
         raise ValueError(
-            f"{path}: precision.passes: one of {', '.join(PRECISIONS)} is needed; got {card['precision']!r:.80}"
+            f"{path}: precision.passes: must be one of {', '.join(PRECISIONS)}; got {card['precision']!r:.80}"
         )
     for part, pattern in PARTS.items():
         values = card[part]
         if not isinstance(values, dict) or not re.fullmatch(pattern, str(values.get("_target_"))):
-            raise ValueError(f"{path}: {part}._target_: {pattern} is needed; got {values!r:.80}")
+            raise ValueError(f"{path}: {part}._target_: must match {pattern}; got {values!r:.80}")
         plain = {key: value for key, value in values.items() if key != "_target_"}
         for key, value in strange(plain, whole=False):
             raise ValueError(f"{path}: {part}.{key}: must be a plain value; got {value!r:.80}")
@@ -128,13 +133,11 @@ def checked(card: object, path: Path) -> Card:
     ):  # fmt: skip
         value = str(card[part].get(key))
         if not allowed.fullmatch(value):
-            raise ValueError(f"{path}: {part}.{key}: {allowed.pattern} is needed; got {value:.80}")
-    if (given := card["grammar"].get("instructions")) is not None:  # texts, never a file of this machine
+            raise ValueError(f"{path}: {part}.{key}: must match {allowed.pattern}; got {value:.80}")
+    if (given := card["grammar"].get("instructions")) is not None:  # must be texts, not a path
         instructions.checked(given, f"{path}: grammar.instructions")
-    if (
-        card["head"].get("embeddings_folder") is not None
-    ):  # a card of somebody else's would have us write where it likes
+    if card["head"].get("embeddings_folder") is not None:  # a card must not choose where to write
         raise ValueError(
-            f"{path}: head.embeddings_folder: null is needed; got {card['head']['embeddings_folder']!r:.80}"
+            f"{path}: head.embeddings_folder: must be null; got {card['head']['embeddings_folder']!r:.80}"
         )
     return card

@@ -1,4 +1,4 @@
-"""The frozen policy that a divergence is measured against."""
+"""The frozen policy against which the KL divergence is measured."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from segrl.types import Completions, Prefix
 
 
 class Reference(nn.Module):
-    """The policy as it was when training began; never in a checkpoint."""
+    """The policy as it was when training started; it never enters a checkpoint."""
 
     @property
     @abstractmethod
     def weights(self) -> nn.Module:
-        """The module that `logprobs` reads."""
+        """The module whose weights `logprobs` uses."""
 
     @abstractmethod
     def logprobs(self, prefixes: Sequence[Prefix], completions: Completions) -> Tensor:
-        """As the policy's, float32 `[N, T]`, without gradient."""
+        """Return the log-probability of each completion token, float32 `[N, T]`, without gradient."""
 
     def made_for(self, passes: torch.dtype) -> None:
-        """Lay the weights out for passes in that precision; there is nothing to lay out where the policy's own are used."""
+        """Prepare the weights for passes in that dtype. By default, do nothing."""
 
 
 class FrozenCopy(Reference):
     """A second copy of the weights.
 
     Args:
-        policy: copied now, before any checkpoint is loaded.
+        policy: is copied at construction, before any checkpoint is loaded.
     """
 
     def __init__(self, policy: HFPolicy) -> None:
@@ -42,19 +42,19 @@ class FrozenCopy(Reference):
 
     @property
     def weights(self) -> nn.Module:
-        """The copy."""
+        """The copied policy."""
         return self.policy
 
     def made_for(self, passes: torch.dtype) -> None:
-        """What every pass would cast is cast once: the numbers are the same, and take half the memory."""
-        head = self.policy.model.lm_head  # in float32 in every pass
+        """Cast linear layers' weights once; autocast would cast them in every pass, to the same values."""
+        head = self.policy.model.lm_head  # stays as it is, because log-probabilities use it in float32
         for layer in self.policy.model.modules():
             if isinstance(layer, nn.Linear) and layer is not head:
                 layer.weight = nn.Parameter(layer.weight.to(passes), requires_grad=False)
 
     @torch.no_grad()
     def logprobs(self, prefixes: Sequence[Prefix], completions: Completions) -> Tensor:
-        """As the policy's, float32 `[N, T]`, without gradient."""
+        """Return the log-probability of each completion token, float32 `[N, T]`, without gradient."""
         return self.policy.logprobs(prefixes, completions)
 
 
@@ -62,28 +62,29 @@ class AdapterOff(Reference):
     """The policy itself with its adapter off: no second copy of the weights.
 
     Args:
-        policy: has an adapter, and learns nothing else.
+        policy: has an adapter, and only that is trained.
 
     Raises:
-        ValueError: if it has none: then the policy with nothing off is the policy.
+        ValueError: if it has no adapter, because then it would be its own reference.
     """
 
     def __init__(self, policy: HFPolicy) -> None:
         super().__init__()
         if policy.lora is None:
             raise ValueError(
-                "reference: adapter_off needs policy.lora; this policy has no adapter to turn off (reference=frozen_copy?)"
+                "reference: must be frozen_copy or none without policy.lora; got adapter_off, "
+                "which turns an adapter off"
             )
-        self.shared = (policy,)  # in a tuple: the stage owns its weights
+        self.shared = (policy,)  # in a tuple, so that its weights are not registered here a second time
 
     @property
     def weights(self) -> nn.Module:
-        """The policy that learns."""
+        """The policy being trained."""
         return self.shared[0]
 
     @torch.no_grad()
     def logprobs(self, prefixes: Sequence[Prefix], completions: Completions) -> Tensor:
-        """As the policy's, float32 `[N, T]`, without gradient."""
+        """Return the log-probability of each completion token, float32 `[N, T]`, without gradient."""
         (policy,) = self.shared
         with policy.adapter_active(None):
             return policy.logprobs(prefixes, completions)

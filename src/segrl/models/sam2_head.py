@@ -1,8 +1,8 @@
-"""The frozen mask head: SAM 2, loaded once, each image encoded once, all prompts decoded in batched calls.
+"""The frozen mask head SAM 2: each image is encoded once, and prompts are decoded in batches.
 
-The only file that imports `sam2`. That package initialises Hydra's global state on import, and its own builder
-composes on the application's search path; so it is imported inside functions, with the state saved and restored,
-and built from its packaged YAML by `instantiate`.
+This is the only file that imports `sam2`. That package initialises Hydra's global state on import, and its
+own builder composes on the application's search path. So it is imported inside functions, Hydra's state is
+saved and restored, and `instantiate` builds the model from a packaged YAML.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from segrl.models.kernels.first_use import FAILURES, give_up
 from segrl.models.kernels.pinned import sent
 from segrl.types import MaskPrompt
 
-# What `build_sam2(apply_postprocessing=True)` adds: fall back to the best of three masks if the one is not stable.
+# The options of `build_sam2(apply_postprocessing=True)`: if the single mask is not stable, return the best of
+# the three others.
 _POSTPROCESSING = {
     "dynamic_multimask_via_stability": True,
     "dynamic_multimask_stability_delta": 0.05,
     "dynamic_multimask_stability_thresh": 0.98,
 }
-_ENCODED = (
-    4 * 1024**2
-)  # pixels in one call of the encoder: a GPU has enough to do, and each million takes 0.4 GB
+# Largest number of pixels in one call of the encoder: enough work for a GPU; a million takes 0.4 GB.
+_ENCODED = 4 * 1024**2
 Precision = Literal["float32", "bfloat16"]
 _PRECISIONS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -42,18 +42,19 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _PARTS = [
     f"sam2.modeling.{name}" for name in (
-        "sam2_base.SAM2Base", "backbones.hieradet.Hiera", "backbones.image_encoder.FpnNeck", "backbones.image_encoder.ImageEncoder",
-        "memory_attention.MemoryAttention", "memory_attention.MemoryAttentionLayer", "memory_encoder.CXBlock", "memory_encoder.Fuser",
-        "memory_encoder.MaskDownSampler", "memory_encoder.MemoryEncoder", "position_encoding.PositionEmbeddingSine",
-        "sam.transformer.RoPEAttention",
+        "sam2_base.SAM2Base", "backbones.hieradet.Hiera", "backbones.image_encoder.FpnNeck",
+        "backbones.image_encoder.ImageEncoder", "memory_attention.MemoryAttention",
+        "memory_attention.MemoryAttentionLayer", "memory_encoder.CXBlock", "memory_encoder.Fuser",
+        "memory_encoder.MaskDownSampler", "memory_encoder.MemoryEncoder",
+        "position_encoding.PositionEmbeddingSine", "sam.transformer.RoPEAttention",
     )
 ]  # fmt: skip
-"""All that the architectures of SAM 2 and 2.1 are made of."""
+"""The classes in the architectures of SAM 2 and 2.1."""
 
 
 @contextmanager
 def _hydra_state_kept() -> Iterator[None]:
-    """Importing sam2 initialises GlobalHydra if nobody has; leave it as it was."""
+    """Restore Hydra's global state afterwards, which importing sam2 initialises."""
     from hydra.core.global_hydra import GlobalHydra
 
     instance = GlobalHydra.instance()
@@ -65,18 +66,19 @@ def _hydra_state_kept() -> Iterator[None]:
 
 
 def _build(architecture: str) -> nn.Module:
-    """An untrained SAM2Base from a YAML: a path, or one packaged with sam2 such as `configs/sam2.1/sam2.1_hiera_l.yaml`."""
+    """Build an untrained SAM2Base from a YAML: a path, or `configs/...` inside the sam2 package."""
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
     with _hydra_state_kept():
         import sam2
 
-        # `configs/...` is sam2's own and nothing else: a YAML says what is built, so one that lies about is not taken for it.
+        # `configs/...` always means sam2's own file, never one in the working directory: a YAML decides which
+        # classes are built.
         packaged = architecture.startswith("configs/")
         path = Path(sam2.__path__[0]) / architecture if packaged else Path(architecture)
         if not path.is_file():
-            raise ValueError(f"head.architecture: a SAM 2 YAML is needed; there is no {path}")
+            raise ValueError(f"head.architecture: must be a YAML of SAM 2; {path} does not exist")
         config = OmegaConf.load(path)
         _check_parts(OmegaConf.to_container(config.model, resolve=False), path)
         model = instantiate(
@@ -87,7 +89,7 @@ def _build(architecture: str) -> nn.Module:
 
 
 def _check_parts(node: object, path: Path) -> None:
-    """Raise ValueError if an architecture names anything but the parts of SAM 2: a YAML says which code is called."""
+    """Raise ValueError if an architecture names a class outside of `_PARTS` or a value that is not plain."""
     for key, value in strange(node, whole=True):
         raise ValueError(f"head.architecture: {path} must hold plain values; {key} is {value!r:.80}")
     nodes = [node]
@@ -104,11 +106,11 @@ def _check_parts(node: object, path: Path) -> None:
 
 
 def _read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The state dict in a safetensors file, in an official `.pt`, or in a checkpoint of `MaskHeadStage`."""
+    """Return the state dict of a safetensors file, an official `.pt`, or a checkpoint of `MaskHeadStage`."""
     from safetensors.torch import load_file
 
     if not checkpoint.is_file():
-        raise ValueError(f"head.checkpoint: weights are needed; there is no file {checkpoint}")
+        raise ValueError(f"head.checkpoint: must be a file of weights; {checkpoint} does not exist")
     digests.check(checkpoint, "head.checkpoint")
     if checkpoint.suffix == ".safetensors":
         return load_file(checkpoint)
@@ -120,14 +122,17 @@ def _read_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def _within(prompt: MaskPrompt, box: np.ndarray) -> MaskPrompt:
-    """The part of a prompt that speaks of one box: the box and the points inside it."""
+    """Return the prompt of one box and the points inside it."""
     x, y = prompt.points[:, 0], prompt.points[:, 1]
     inside = (x >= box[0]) & (x <= box[2]) & (y >= box[1]) & (y <= box[3])
     return MaskPrompt(boxes=box[None], points=prompt.points[inside], labels=prompt.labels[inside])
 
 
 def split_by_box(prompt: MaskPrompt) -> list[MaskPrompt]:
-    """Return one prompt per box, with its own point or with the points it holds; without boxes, the prompt as it is."""
+    """Return one prompt per box, with its paired point or with the points inside it.
+
+    Without boxes, return the prompt as it is, or nothing if it has no points.
+    """
     if prompt.paired:
         objects = zip(prompt.boxes, prompt.points, prompt.labels, strict=True)
         return [MaskPrompt.of([box], [point], [label]) for box, point, label in objects]
@@ -137,19 +142,20 @@ def split_by_box(prompt: MaskPrompt) -> list[MaskPrompt]:
 
 
 class Sam2Head(nn.Module):
-    """SAM 2 as a function of images and mask prompts.
+    """SAM 2, which maps images and mask prompts to masks.
 
     Args:
         architecture: YAML of the network, a path or a name inside the sam2 package.
-        checkpoint: weights, safetensors or an official `.pt`; none leaves the network untrained.
-        decode_batch: most prompts in one decoder call.
-        embeddings_kept: latest images whose embeddings stay in memory.
-        embeddings_folder: where embeddings stay for other epochs, runs and ranks; none writes none.
-        precision: "float32" or "bfloat16", of the passes of encoder and mask decoder, whatever autocast surrounds them: the
-            policy's passes may be in another precision.
+        checkpoint: weights, safetensors or an official `.pt`. If None, the network is untrained.
+        decode_batch: largest number of prompts in one call of the decoder.
+        embeddings_kept: number of images whose embeddings stay in memory.
+        embeddings_folder: keeps embeddings for other epochs, runs and ranks. If None, none are written.
+        precision: "float32" or "bfloat16", of the encoder and the mask decoder, independent of the autocast
+            of the policy's passes.
 
     Raises:
-        ValueError: if the checkpoint's weights are those of another architecture, or the precision is another.
+        ValueError: if the architecture or the checkpoint is missing or does not fit, or another argument is
+            out of its range.
     """
 
     def __init__(
@@ -158,7 +164,7 @@ class Sam2Head(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         if precision not in _PRECISIONS:
-            raise ValueError(f"head.precision: one of {', '.join(_PRECISIONS)} is needed; got {precision}")
+            raise ValueError(f"head.precision: must be one of {', '.join(_PRECISIONS)}; got {precision}")
         self.precision = _PRECISIONS[precision]
         self.model: Any
         self.model = _build(architecture)
@@ -171,14 +177,15 @@ class Sam2Head(nn.Module):
             except (RuntimeError, KeyError) as error:
                 first = (str(error).splitlines()[1:] or [repr(error)])[0].strip()
                 raise ValueError(
-                    f"head.checkpoint: weights of {architecture} are needed; {checkpoint} holds others ({first[:160]})"
+                    f"head.checkpoint: must hold weights of {architecture}; {checkpoint} holds others "
+                    f"({first[:160]})"
                 ) from None
         self.size: int = self.model.image_size
         self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
         if embeddings_kept < 0:
-            raise ValueError(f"head.embeddings_kept: 0 or more images are needed; got {embeddings_kept}")
+            raise ValueError(f"head.embeddings_kept: must be 0 or more images; got {embeddings_kept}")
         folder = None if embeddings_folder is None else Path(embeddings_folder)
         self.embeddings = Embeddings(embeddings_kept, folder, self._maker)
         self.weights_print: str | None = None
@@ -189,11 +196,11 @@ class Sam2Head(nn.Module):
         self.beside = True
 
     def train(self, mode: bool = True) -> Sam2Head:
-        """Stays in evaluation mode, whatever Lightning does to the modules around it."""
+        """Stay in evaluation mode, although Lightning sets training mode on all modules of a stage."""
         return super().train(False)
 
     def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
-        """uint8 RGB `[H, W, 3]` each to normalised float `[B, 3, S, S]`."""
+        """Return normalised pixels, float `[B, 3, S, S]`, of images uint8 RGB `[H, W, 3]`."""
         squares = []
         for image in images:
             pixels = sent(torch.tensor(image), self.mean.device).permute(2, 0, 1).float() / 255
@@ -205,7 +212,7 @@ class Sam2Head(nn.Module):
         return torch.stack(squares)
 
     def embed(self, pixels: Tensor) -> list[Tensor]:
-        """Image features from fine to coarse: strides 4, 8 and 16; the last is the image embedding."""
+        """Return image features from fine to coarse (strides 4, 8, 16); the last is the image embedding."""
         with self._passes():
             levels = self.model.forward_image(pixels)["backbone_fpn"]
             features = list(levels[-self.model.num_feature_levels :])
@@ -214,16 +221,20 @@ class Sam2Head(nn.Module):
         return features
 
     def _passes(self) -> torch.autocast:
-        """Return the context of the head's own precision, which replaces the autocast of whatever surrounds it."""
+        """Return an autocast context of the head's precision, which overrides the caller's."""
         kind = self.mean.device.type
         return torch.autocast(kind, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16)
 
     def _changed(self) -> None:
+        """Drop what was made with earlier weights."""
         self.embeddings.forget()
         self.weights_print = None
 
     def _maker(self) -> str:
-        """What makes embeddings: weights, input size and precision; only a folder needs to know the weights' own print."""
+        """Return a name for the weights, input size and precision that make embeddings.
+
+        The weights are hashed only if a folder is used; embeddings in memory are dropped when weights change.
+        """
         if self.embeddings.folder is None:
             return f"{self.precision}@{self.mean.device}"
         if self.weights_print is None:
@@ -231,12 +242,12 @@ class Sam2Head(nn.Module):
         return f"{self.weights_print}-{str(self.precision).removeprefix('torch.')}"
 
     def prepare(self, images: Sequence[np.ndarray]) -> None:
-        """Begin to encode images that `segment` will be asked about, beside what the caller does next.
+        """Start to encode images in the background for a later call of `segment`.
 
-        On a GPU on a stream of its own, on a CPU in a thread where there is more than one core.
+        This uses a stream of its own on a GPU, and a thread on a CPU if torch has more than one thread.
         """
         device = self.mean.device
-        if len(images) > self.embeddings.kept:  # they would be forgotten before they are asked for
+        if len(images) > self.embeddings.kept:  # the cache would drop them before they are used
             return
         if device.type == "cuda":
             self._encode_beside(images, device)
@@ -245,7 +256,7 @@ class Sam2Head(nn.Module):
             self.ahead = self.worker.submit(self._features, images)
 
     def _encode_beside(self, images: Sequence[np.ndarray], device: torch.device) -> None:
-        """Encode on a stream of its own; where that fails say so once, and leave it to `segment`."""
+        """Encode on a separate stream; if that fails, warn once and let `segment` encode from then on."""
         if not self.beside:
             return
         main = torch.cuda.current_stream(device)
@@ -263,7 +274,7 @@ class Sam2Head(nn.Module):
 
     @torch.no_grad()
     def _features(self, images: Sequence[np.ndarray]) -> list[Tensor]:
-        """Of each image `[B, C, h, w]` from fine to coarse, encoded once while it is remembered."""
+        """Return features `[B, C, h, w]` from fine to coarse; images in the cache are not encoded again."""
         self.embeddings.device = str(self.mean.device)
         return self.embeddings.of(
             images,
@@ -271,7 +282,7 @@ class Sam2Head(nn.Module):
         )
 
     def _encoded(self, images: Sequence[np.ndarray]) -> list[Tensor]:
-        """As many images in a call as have room."""
+        """Return the features of images, encoded in calls of at most `_ENCODED` pixels or one image."""
         size = max(1, _ENCODED // self.size**2)
         calls = [
             self.embed(self.preprocess(images[first : first + size]).to(self.mean.dtype))
@@ -280,7 +291,7 @@ class Sam2Head(nn.Module):
         return calls[0] if len(calls) == 1 else [torch.cat(levels) for levels in zip(*calls, strict=True)]
 
     def _prepared(self) -> None:
-        """Wait for what `prepare` began."""
+        """Wait for the work that `prepare` has started."""
         if self.stream is not None:
             torch.cuda.current_stream(self.mean.device).wait_stream(self.stream)
         if self.ahead is not None:
@@ -288,11 +299,11 @@ class Sam2Head(nn.Module):
             self.ahead = None
 
     def decode(self, features: list[Tensor], prompts: Sequence[MaskPrompt]) -> tuple[Tensor, Tensor]:
-        """Low-resolution logits of M prompts with one number of points each, each on its own image's features.
+        """Decode M prompts to logits of low resolution.
 
         Args:
-            features: of `embed`, gathered so that row m belongs to prompt m.
-            prompts: M, each with at most one box.
+            features: from `embed`, gathered so that row m belongs to prompt m.
+            prompts: M prompts with the same number of boxes, 0 or 1, and the same number of points.
 
         Returns:
             logits `[M, 1, S/4, S/4]`, predicted IoU `[M, 1]`.
@@ -311,7 +322,7 @@ class Sam2Head(nn.Module):
         return logits, iou
 
     def decode_all(self, features: list[Tensor], prompts: Sequence[MaskPrompt]) -> tuple[Tensor, Tensor]:
-        """As `decode`, but all four masks, the single one first: `[M, 4, S/4, S/4]` and `[M, 4]`. For training a head."""
+        """Decode as `decode`, but return all four masks, the single one first; training a head uses it."""
         with self._passes():
             sparse, dense = self._embed_prompts(prompts, features[-1])
             logits, iou, _, _ = self.model.sam_mask_decoder.predict_masks(
@@ -325,7 +336,10 @@ class Sam2Head(nn.Module):
         return logits, iou
 
     def _embed_prompts(self, prompts: Sequence[MaskPrompt], like: Tensor) -> tuple[Tensor, Tensor]:
-        """A box goes in as two corner points (labels 2 and 3) before the others, as SAM2ImagePredictor does it."""
+        """Return sparse and dense embeddings of prompts.
+
+        A box becomes two corner points (labels 2 and 3) before the others, as in SAM2ImagePredictor.
+        """
         xy = np.stack([np.concatenate([p.boxes.reshape(-1, 2), p.points]) for p in prompts])
         labels = np.stack([np.concatenate([np.tile([2, 3], len(p.boxes)), p.labels]) for p in prompts])
         coordinates = torch.as_tensor(xy * self.size, dtype=like.dtype, device=like.device)
@@ -337,14 +351,14 @@ class Sam2Head(nn.Module):
     def segment(
         self, images: Sequence[np.ndarray], prompts: Sequence[Sequence[MaskPrompt | None]]
     ) -> list[list[np.ndarray]]:
-        """Masks of each image's prompts: the union over a prompt's boxes.
+        """Return the mask of each prompt: the union of the masks of its boxes.
 
         Args:
-            images: B times uint8 RGB `[H, W, 3]`.
-            prompts: for each image any number of prompts; none (a fault) gives an empty mask.
+            images: B images, uint8 RGB `[H, W, 3]`.
+            prompts: any number per image; None (a fault) gives an empty mask.
 
         Returns:
-            for each image a bool `[H, W]` per prompt.
+            a bool `[H, W]` per prompt, in a list per image.
         """
         self._prepared()
         features = self._features(images)
@@ -356,7 +370,7 @@ class Sam2Head(nn.Module):
         for b, asked in enumerate(prompts):
             for g, prompt in enumerate(asked):
                 for part in split_by_box(prompt) if prompt is not None else []:
-                    # Padding points is not neutral, so a call holds prompts of one shape.
+                    # Padding points would change masks, so a call has prompts of one shape only.
                     calls[len(part.boxes), len(part.points)].append((b, g, part))
         for rows in calls.values():
             for start in range(0, len(rows), self.decode_batch):
@@ -372,7 +386,7 @@ class Sam2Head(nn.Module):
 
 
 def _upscaled(logits: Tensor, size: tuple[int, ...]) -> np.ndarray:
-    """Logits `[M, 1, h, w]` to bool masks `[M, H, W]`."""
+    """Return bool masks `[M, H, W]` from logits `[M, 1, h, w]`."""
     full: np.ndarray = (
         F.interpolate(logits, size, mode="bilinear", align_corners=False)[:, 0].gt(0).cpu().numpy()
     )

@@ -1,4 +1,4 @@
-"""Critics: what the reward of a completion will be, expected before each of its tokens."""
+"""Critics: estimate the reward of a completion before each of its tokens."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from segrl.types import Completions, Prefix
 
 
 class ValueHead(nn.Module):
-    """Hidden states to values, in float32; says `prior` until it learns.
+    """Maps hidden states to values in float32; every value is `prior` at initialisation.
 
     Args:
         width: of the hidden states.
-        insight: number of facts it is told beside them; 0 tells it nothing.
+        insight: number of privileged inputs beside the hidden states; may be 0.
         prior: expected reward.
     """
 
@@ -29,7 +29,7 @@ class ValueHead(nn.Module):
         nn.init.constant_(self.outer.bias, prior)
 
     def forward(self, hidden: Tensor, insight: Tensor | None) -> Tensor:
-        """`[N, T, D]` and `[N, I]` to `[N, T]`."""
+        """Return values `[N, T]` of hidden states `[N, T, D]` and privileged inputs `[N, I]` or None."""
         with torch.autocast(hidden.device.type, enabled=False):
             seen = self.norm(hidden.float())
             if insight is not None:
@@ -39,10 +39,10 @@ class ValueHead(nn.Module):
 
 
 class Critic(nn.Module):
-    """Values of the states that a policy went through.
+    """Base of critics, which estimate values from hidden states of a policy.
 
     Args:
-        policy: whose hidden states are valued.
+        policy: the policy.
         insight: see `ValueHead`.
         prior: see `ValueHead`.
     """
@@ -56,63 +56,70 @@ class Critic(nn.Module):
     def forward(
         self, hidden: Tensor, prefixes: Sequence[Prefix], completions: Completions, insight: Tensor | None
     ) -> Tensor:
-        """Values `[N, T]`, each expected before its token; `hidden` is what the policy's own `read` gave."""
+        """Return values `[N, T]`, each estimated before its token.
+
+        Args:
+            hidden: `[N, T, D]`, from the policy's `read`.
+            prefixes: B prefixes.
+            completions: N completions.
+            insight: `[N, I]`, privileged inputs, or None.
+        """
 
 
 class DetachedCritic(Critic):
-    """A head on the policy's hidden states, which it does not move: cheapest, and no interference."""
+    """A head on detached hidden states of the policy: cheapest, and its loss does not train the policy."""
 
     def forward(
         self, hidden: Tensor, prefixes: Sequence[Prefix], completions: Completions, insight: Tensor | None
     ) -> Tensor:
-        """See `Critic`."""
+        """Return values `[N, T]`; see `Critic`."""
         values: Tensor = self.head(hidden.detach(), insight)
         return values
 
 
 class SharedCritic(Critic):
-    """A head whose loss also moves the policy's trunk; weigh it low."""
+    """A head whose loss also trains the policy's layers; give it a small weight."""
 
     def forward(
         self, hidden: Tensor, prefixes: Sequence[Prefix], completions: Completions, insight: Tensor | None
     ) -> Tensor:
-        """See `Critic`."""
+        """Return values `[N, T]`; see `Critic`."""
         values: Tensor = self.head(hidden, insight)
         return values
 
 
 class AdapterCritic(Critic):
-    """A second adapter and a head on the same frozen weights: a trunk of its own without a second model.
+    """A head on hidden states of its own, which a second adapter makes from the policy's frozen weights.
 
     Args:
-        policy: has an adapter itself.
+        policy: has an adapter, too.
         insight, prior: see `ValueHead`.
         lora: of the second adapter.
 
     Raises:
-        ValueError: if the policy has none: then its weights, which the critic would stand on, learn; or if it recomputes activations.
+        ValueError: if the policy has no adapter, because then the weights below the critic are trained, or
+            if it uses gradient checkpointing.
     """
 
     def __init__(self, policy: HFPolicy, insight: int, prior: float, lora: Lora) -> None:
         if policy.lora is None:
             raise ValueError(
-                "stage.critic: a critic with its own adapter needs policy.lora; this policy has none"
+                "policy.lora: must be set for a critic with its own adapter; got null (or set stage.critic)"
             )
-        if (
-            policy.gradient_checkpointing
-        ):  # what is computed again in the backward pass would be so with the policy's adapter
+        # The backward pass would recompute with the policy's adapter active, not the critic's.
+        if policy.gradient_checkpointing:
             raise ValueError(
-                "policy.gradient_checkpointing: false is needed by a critic with its own adapter; got true"
+                "policy.gradient_checkpointing: must be false for a critic with its own adapter; got true"
             )
         super().__init__(policy, insight, prior)
         policy.add_adapter("critic", lora)
         policy.activate_policy_adapter()
-        self.shared = (policy,)  # in a tuple: the stage owns its weights
+        self.shared = (policy,)  # in a tuple, so that its weights are not registered here a second time
 
     def forward(
         self, hidden: Tensor, prefixes: Sequence[Prefix], completions: Completions, insight: Tensor | None
     ) -> Tensor:
-        """See `Critic`."""
+        """Return values `[N, T]`; see `Critic`. `hidden` is not used."""
         (policy,) = self.shared
         with policy.adapter_active("critic"):
             values: Tensor = self.head(policy.read(prefixes, completions), insight)

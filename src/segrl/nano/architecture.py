@@ -1,7 +1,7 @@
-"""The Qwen-VL architectures at nano size, built without a hub: configuration, tokenizer, processor.
+"""Build Qwen-VL models of nano size offline: configuration, tokenizer, processor.
 
-The classes are those of the real models, unchanged; only widths, depths and vocabulary shrink. What is written
-is an ordinary Hugging Face folder, so the nano policy goes through the adapter that loads Qwen2.5-VL-3B.
+The classes are transformers' own; only widths, depths and the vocabulary are smaller. The result is an
+ordinary Hugging Face folder, so the adapter that loads Qwen2.5-VL-3B also loads the nano policy.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ _SPECIAL = (
 _CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE learned from `texts`, in which every integer 0..1000 is one token."""
+    """Train a byte-level BPE on `texts`, in which each integer 0..1000 is one token."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -69,7 +70,7 @@ def _token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
 
 def _text_width(tokenizer: PreTrainedTokenizerFast, sections: list[int], **axes: bool) -> dict[str, object]:
-    """The language model: 3 layers of width 128, 4 heads on 2 key-value heads."""
+    """Return the configuration of the language model: 3 layers of width 128, 4 heads, 2 key-value heads."""
     return {
         "vocab_size": -(-len(tokenizer) // 64) * 64, "hidden_size": 128, "intermediate_size": 384,
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
@@ -91,13 +92,17 @@ def _processor(kind: type, tokenizer: PreTrainedTokenizerFast, patch: int, side:
 
 
 def qwen3_vl(texts: Sequence[str]) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Qwen3-VL with 128 px images of 16 px patches: 16 image tokens. Weights are random: seed torch first."""
+    """Build Qwen3-VL for images of 128 px with patches of 16 px: 16 image tokens.
+
+    The weights are random, so torch must be seeded before.
+    """
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
     tokenizer, patch = _tokenizer(texts), 16
     patches = (IMAGE_SIDE // patch) ** 2
     config = Qwen3VLConfig(
-        text_config=_text_width(tokenizer, [4, 6, 6], mrope_interleaved=True),  # transformers knows; vLLM is told
+        # transformers assumes interleaved position ids; vLLM reads this key.
+        text_config=_text_width(tokenizer, [4, 6, 6], mrope_interleaved=True),
         vision_config={
             "depth": 3, "hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "out_hidden_size": 128,
             "patch_size": patch, "spatial_merge_size": 2, "temporal_patch_size": 2,
@@ -106,13 +111,16 @@ def qwen3_vl(texts: Sequence[str]) -> tuple[PreTrainedModel, ProcessorMixin]:
         tie_word_embeddings=True, **_token_ids(tokenizer),
     )  # fmt: skip
     model = Qwen3VLForConditionalGeneration(config)
-    with torch.no_grad():  # at the default .02 a tower this narrow does not see where its patches lie
+    with torch.no_grad():  # with transformers' smaller values, so narrow a tower does not learn positions
         model.model.visual.pos_embed.weight.normal_(0, 0.3)
     return model, _processor(Qwen3VLProcessor, tokenizer, patch, IMAGE_SIDE)
 
 
 def qwen2_5_vl(texts: Sequence[str]) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Qwen2.5-VL with 112 px images of 14 px patches: 16 image tokens. Weights are random: seed torch first."""
+    """Build Qwen2.5-VL for images of 112 px with patches of 14 px: 16 image tokens.
+
+    The weights are random, so torch must be seeded before.
+    """
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
     tokenizer = _tokenizer(texts)
@@ -129,13 +137,16 @@ def qwen2_5_vl(texts: Sequence[str]) -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def write(folder: Path, built: tuple[PreTrainedModel, ProcessorMixin]) -> Path:
-    """Save a model and its processor as a Hugging Face folder."""
+    """Save a model and its processor as a Hugging Face folder; return the folder."""
     for part in built:
         part.save_pretrained(folder)
     return folder
 
 
 def vocabulary_texts(instructions: Sequence[str], answers: Sequence[str]) -> list[str]:
-    """What the tokenizer learns from: whole instructions, and answers cut at blanks so that words stay words."""
+    """Return the texts for training the tokenizer: instructions, twice, and the words of the answers.
+
+    Answers are split after each blank, so that no token spans several of their words.
+    """
     words = itertools.chain.from_iterable(answer.replace(" ", " \x00").split("\x00") for answer in answers)
     return [*instructions, *instructions, *words]

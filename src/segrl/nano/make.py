@@ -1,7 +1,7 @@
-"""`python -m segrl.nano.make`: train the nano weights from nothing and put them, with their cards, where the package finds them.
+"""`python -m segrl.nano.make`: train the nano weights and write them, with cards, into the package.
 
-Two chains run side by side, one thread each: the mask head, and the policy (tower, then cold start). Under an hour on
-two cores.
+The mask head and the policy's tower are trained at the same time, with one thread each; then the policy
+(cold start). All of it takes less than an hour on two cores.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parents[1] / "assets"
 SEED = 1
-_LICENCE = "apache-2.0"  # the scenes are drawn by segrl, and the weights start from nothing
+_LICENCE = "apache-2.0"  # segrl draws the scenes, and the weights are random at first
 WEIGHTS = ("policy_nano/model.safetensors", "policy_nano/tokenizer.json", "sam2_nano.safetensors")
 
 
 def _train(experiment: str, runs: Path, *overrides: str) -> subprocess.Popen[bytes]:
-    """Start one training at a fixed run folder."""
+    """Start the training of an experiment in the run folder `runs/<experiment>`."""
     command = [
-        sys.executable, "-m", "segrl.train", f"+experiment={experiment}", f"seed={SEED}", f"paths.runs={runs}",
-        f"paths.run={runs / experiment}", "logger=csv", *overrides,
+        sys.executable, "-m", "segrl.train", f"+experiment={experiment}", f"seed={SEED}",
+        f"paths.runs={runs}", f"paths.run={runs / experiment}", "logger=csv", *overrides,
     ]  # fmt: skip
     print("+", " ".join(command[1:]), flush=True)
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def _wait(*trainings: subprocess.Popen[bytes]) -> None:
-    """Stop at the first that fails."""
+    """Wait for trainings; exit with 1 at the first that fails."""
     if any(training.wait() for training in trainings):
         sys.exit(1)
 
 
 def blank(folder: Path) -> Path:
-    """Write an untrained nano policy whose tokenizer knows the house's instructions and traces."""
+    """Write an untrained nano policy, whose tokenizer is trained on segrl's instructions and traces."""
     import torch
 
     from segrl.data.annotator import Annotator
@@ -60,12 +60,15 @@ def blank(folder: Path) -> Path:
     asked = [texts["seg_r1_tags"]["system"], texts["seg_r1_tags"]["user"], texts["seg_r1_points"]["user"]]
     torch.manual_seed(SEED)
     written = architecture.write(folder, architecture.qwen3_vl(architecture.vocabulary_texts(asked, answers)))
-    shutil.copy(HERE / "policy_nano" / instructions.NAME, written)  # so that its trainings ask with them
+    shutil.copy(HERE / "policy_nano" / instructions.NAME, written)  # the trainings use these texts
     return written
 
 
 def box_scores(run: Path) -> dict[str, float]:
-    """Of a run's answers: mean IoU of the first box with the true one, and that of the best constant box."""
+    """Return two mean IoUs with the true boxes: of a run's first boxes, and of the best constant box.
+
+    Constant boxes are centred, with sides from 0.2 to 1.
+    """
     from segrl.data.synthetic import SyntheticScenes
     from segrl.geometry import tight_box
 
@@ -88,14 +91,14 @@ def box_scores(run: Path) -> dict[str, float]:
 
 
 def _box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """IoU of boxes `[n, 4]`, row by row."""
+    """Return the IoU of boxes `[n, 4]`, row by row."""
     overlap = np.clip(np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]), 0, None).prod(1)
     area = (a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1)
     return overlap / (area - overlap)
 
 
 def export(runs: Path, out: Path) -> None:
-    """Policy and head from their runs into `out`, each with a card."""
+    """Export policy and head from their runs to `out`, each with a card."""
     import torch
     from safetensors.torch import save_file
 
@@ -107,21 +110,25 @@ def export(runs: Path, out: Path) -> None:
     scores = ", ".join(f"{name} {value:.3f}" for name, value in box_scores(runs / "nano_sft").items())
     export_policy(
         runs / "nano_sft" / "checkpoints" / "last.ckpt", out / "policy_nano",
-        f"Qwen3-VL's classes at 2.5 million parameters: an early cold start, left for reinforcement learning to improve. "
-        f"It imitates annotators who draw loose boxes. {made} On 256 held-out scenes: {scores}.",
+        f"Qwen3-VL's classes at 2.5 million parameters: an early cold start, left for reinforcement "
+        f"learning to improve. It imitates annotators who draw loose boxes. {made} "
+        f"On 256 held-out scenes: {scores}.",
         "asset:sam2_nano.safetensors", _LICENCE,
     )  # fmt: skip
     weights = read_checkpoint(runs / "nano_head" / "checkpoints" / "last.ckpt", "--runs")["state_dict"]
     head = {k.removeprefix("head.model."): v.to(torch.float16).contiguous() for k, v in weights.items()}
     save_file(head, out / "sam2_nano.safetensors", metadata={"format": "pt"})
-    note = f"SAM 2.1 (`sam2_nano.yaml`), stored in half precision. {made} The score is the mean IoU from true boxes."
+    note = (
+        f"SAM 2.1 (`sam2_nano.yaml`), stored in half precision. {made} "
+        "The score is the mean IoU from true boxes."
+    )
     (out / "sam2_nano.md").write_text(card(runs / "nano_head", note, licence=_LICENCE))
-    (out / "policy_nano" / digests.NAME).unlink()  # one list for all, of weights alone: cards may be edited
+    (out / "policy_nano" / digests.NAME).unlink()  # one list for both, without cards, which may be edited
     digests.write(out, WEIGHTS)
 
 
 def main() -> None:
-    """Entry point."""
+    """Train all nano weights and export them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/assets"), help="where the trainings keep their run folders"

@@ -1,7 +1,8 @@
-"""Trains a mask head from nothing, on scenes whose masks are known: how the nano SAM 2 came to be.
+"""Train a mask head from random weights on scenes with known masks: the stage that made the nano SAM 2.
 
-The loss is SAM's: focal-free cross-entropy and Dice on the single mask, the same on the best of the three others,
-and the squared error of the predicted IoUs (SAM 2, arXiv 2408.00714, appendix D.2, without video).
+The loss follows SAM 2 (arXiv 2408.00714, appendix D.2, without video), with cross-entropy in place of focal
+loss: L = m(single mask) + min of m over the three other masks + squared error of the predicted IoUs, where
+m = 4 cross-entropy + Dice.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from segrl.models.sam2_head import Sam2Head
 from segrl.stages.base import Optimization, Stage
 from segrl.types import Batch, MaskPrompt
 
-# (has a box, foreground points, background points): every shape that a grammar can ask for is met in training.
+# (has a box, foreground points, background points); repeated ones are drawn more often.
 _SHAPES = (
     (True, 0, 0), (True, 0, 0), (True, 1, 0), (True, 1, 0), (True, 2, 0), (True, 1, 1),
     (False, 1, 0), (False, 2, 1), (False, 3, 2),
 )  # fmt: skip
 
-_FITS = 0.4  # IoU of a box with an object's own box from which on it names that object
+_FITS = 0.4  # smallest IoU of a box and an object's own box at which the box names that object
 
 
 def _pick(rng: np.random.Generator, mask: np.ndarray, count: int) -> np.ndarray:
-    """`count` unit points on true pixels, float32 `[count, 2]`."""
+    """Return `count` random unit points at centres of true pixels, float32 `[count, 2]`."""
     rows, columns = np.nonzero(mask)
     chosen = rng.integers(0, len(rows), count)
     return np.stack(
@@ -38,7 +39,10 @@ def _pick(rng: np.random.Generator, mask: np.ndarray, count: int) -> np.ndarray:
 def _prompt(
     rng: np.random.Generator, mask: np.ndarray, shape: tuple[bool, int, int], jitter: float
 ) -> MaskPrompt:
-    """A prompt of one shape for bool `[H, W]`, its box moved by up to `jitter` of its extent."""
+    """Return a prompt of the given shape for a mask bool `[H, W]`.
+
+    Each side of the box is moved by up to `jitter` of the box's extent.
+    """
     has_box, inside, outside = shape
     box = tight_box(mask)
     moved = box + np.tile(box[2:] - box[:2], 2) * rng.uniform(-jitter, jitter, 4)
@@ -47,7 +51,7 @@ def _prompt(
 
 
 def _held(box: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """The pixels of bool `[H, W]` whose centres lie in a unit box."""
+    """Return bool `[H, W]`, true on pixels whose centres lie in a unit box."""
     y, x = ((np.arange(side) + 0.5) / side for side in size)
     return np.outer((y >= box[1]) & (y <= box[3]), (x >= box[0]) & (x <= box[2]))
 
@@ -55,9 +59,11 @@ def _held(box: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 def _astray(
     rng: np.random.Generator, mask: np.ndarray, parts: list[np.ndarray], shape: tuple[bool, int, int]
 ) -> tuple[MaskPrompt, np.ndarray]:
-    """A box drawn anywhere, and what it names: the part that it fits, or else all that it holds.
+    """Return a prompt with a random box, and its target mask.
 
-    A head that looks for an object wherever a box is large rewards a policy for boxing the whole image.
+    The target is the part whose own box has the largest IoU with the random box, if that is at least `_FITS`,
+    else the whole area of the box. Without such targets, a head would find the object in any large box and
+    so reward a policy for boxing the whole image.
     """
     _, inside, outside = shape
     corner = rng.uniform(0, 0.8, 2)
@@ -72,7 +78,12 @@ def _astray(
 
 
 def mask_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Cross-entropy plus Dice of logits `[M, C, h, w]` against shares `[M, 1, h, w]`, per mask `[M, C]`."""
+    """Return 4 times cross-entropy plus Dice loss, per mask `[M, C]`.
+
+    Args:
+        logits: `[M, C, h, w]`.
+        truth: `[M, 1, h, w]`, share of true pixels in each cell.
+    """
     target = truth.expand_as(logits)
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((2, 3))
     found = logits.sigmoid()
@@ -81,12 +92,12 @@ def mask_loss(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 class MaskHeadStage(Stage):
-    """Prompts of random shape around known masks.
+    """Trains a mask head on prompts of random shape for known masks.
 
     Args:
-        head: learns here, and only here.
-        jitter: boxes are moved by up to this share of their extent.
-        astray: share of boxes that are drawn anywhere instead; see `_astray`.
+        head: is trained; in all other stages it is frozen.
+        jitter: sides of boxes are moved by up to this share of the box's extent.
+        astray: probability that a box is random instead; see `_astray`.
         optimization, seed: see `Stage`.
     """
 
@@ -95,14 +106,12 @@ class MaskHeadStage(Stage):
     ) -> None:
         super().__init__(optimization=optimization, seed=seed)
         self.head, self.jitter, self.astray = head.requires_grad_(True), jitter, astray
-        self.head.embeddings.kept, self.head.embeddings.folder = (
-            0,
-            None,
-        )  # what learns makes others every time
+        # Embeddings change with every update, so none are cached.
+        self.head.embeddings.kept, self.head.embeddings.folder = 0, None
         self.found: list[float] = []
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One update: one prompt per image, all of one shape."""
+        """Return the loss of one prompt per image, all of one random shape."""
         rng = np.random.default_rng(self.noise_seed(self.global_rank))
         shape = _SHAPES[int(rng.integers(len(_SHAPES)))]
         questions = [self._question(rng, sample.mask, shape) for sample in batch.samples]
@@ -128,7 +137,7 @@ class MaskHeadStage(Stage):
     def _question(
         self, rng: np.random.Generator, mask: np.ndarray, shape: tuple[bool, int, int]
     ) -> tuple[MaskPrompt, np.ndarray]:
-        """A prompt of one shape and the mask that answers it."""
+        """Return a prompt of the given shape and its target mask."""
         parts = components(mask, least=0.005, most=3)
         if shape[0] and rng.random() < self.astray:
             return _astray(rng, mask, parts, shape)
@@ -136,11 +145,11 @@ class MaskHeadStage(Stage):
         return _prompt(rng, part, shape, self.jitter), part
 
     def on_validation_epoch_start(self) -> None:
-        """Fresh list."""
+        """Drop the scores of the last validation."""
         self.found = []
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """IoU from the ground-truth boxes."""
+        """Score the masks that the ground truth's boxes give, by IoU."""
         prompts = [
             [MaskPrompt.of([tight_box(p) for p in components(s.mask, 0.005, 8)])] for s in batch.samples
         ]
@@ -148,5 +157,5 @@ class MaskHeadStage(Stage):
         self.found += [iou(mask, s.mask) for (mask,), s in zip(masks, batch.samples, strict=True)]
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean."""
+        """Log the mean IoU."""
         self.log("val/true_box/iou", float(np.mean(self.found)))

@@ -1,7 +1,7 @@
-"""Warm-up of a vision tower that starts from nothing: where is the foreground, and what box holds it?
+"""Warm up a vision tower with random weights: train it to predict the foreground and its box.
 
-Real policies come with a trained tower. A nano policy trained end to end on chat answers the mean box for thousands
-of updates; after a few hundred updates of this stage the same training learns to look.
+Published policies have a trained tower. A nano policy that is trained on chats alone predicts the mean box
+for thousands of updates. After a few hundred updates of this stage, the same training uses the image.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from segrl.types import Batch
 
 
 class TowerStage(Stage):
-    """Dense foreground and box regression on the tower's features; the two read-outs are thrown away after.
+    """Trains the tower through two small read-outs, of the foreground per cell and of the box.
+
+    Later stages do not use the read-outs.
 
     Args:
-        policy: only its tower learns.
-        grammar: asks as the later stages will.
-        image_tokens: features per image, the same for all.
+        policy: only its tower is trained.
+        grammar: the grammar of later stages.
+        image_tokens: number of features per image, the same for all images.
         optimization, seed: see `Stage`.
     """
 
@@ -35,7 +37,7 @@ class TowerStage(Stage):
         self, *, policy: HFPolicy, grammar: Grammar, image_tokens: int, optimization: Optimization, seed: int
     ) -> None:
         super().__init__(optimization=optimization, seed=seed)
-        self.keep_frozen = True  # a later stage starts from the whole policy
+        self.keep_frozen = True  # checkpoints hold the whole policy, from which the next stage starts
         self.policy = policy.requires_grad_(False)
         self.tower.requires_grad_(True)
         width = policy.model.config.vision_config.out_hidden_size
@@ -44,12 +46,12 @@ class TowerStage(Stage):
         self.collate = self.eval_collate = Collate(policy.encoder, grammar)
 
     @property
-    def tower(self) -> Any:  # noqa: ANN401 - transformers has no name for both families' towers
-        """The policy's, not a second name for its weights in a checkpoint."""
+    def tower(self) -> Any:  # noqa: ANN401 - transformers has no type for both families' towers
+        """The policy's vision tower. As a property, it adds no second name of its weights to checkpoints."""
         return self.policy.model.model.visual
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One update."""
+        """Return cross-entropy of the foreground's share per cell, plus twice the L1 loss of the box."""
         features = torch.stack(list(image_features(self.policy.model.model, batch.prefixes).pooler_output))
         merge = self.tower.config.spatial_merge_size
         shares, boxes = [], []

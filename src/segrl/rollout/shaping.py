@@ -1,4 +1,4 @@
-"""A reward for every box and point as it closes, that adds up to the reward of the whole answer."""
+"""Dense rewards: reward each box and point of a completion at the token that completes it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from segrl.types import Answer, Batch, Completions
 
 
 class PromptShaping:
-    r"""Potential-based shaping: \( c(\Phi_k - \Phi_{k-1}) \) where the k-th box or point closes, \( -c\Phi_K \) at the end.
+    """Potential-based shaping (Ng et al. 1999).
 
-    \( \Phi_k = f(\mathrm{mask}(p_1..p_k), truth) \), \( \Phi_0 = 0 \). It adds up to zero over every completion, so with a discount
-    of 1 the best policies stay the best (Ng et al. 1999), and an exact critic's advantages what they were: it helps a critic that errs.
-    A step is paid whether or not the completion can be parsed in the end: paid only where it can, a fault behind a good box would
-    save the policy the last, negative payment, and be learned.
+    The reward is c (Φ_k - Φ_{k-1}) at the token that completes the k-th box or point, and -c Φ_K at the last
+    token, where Φ_k = f(mask(p_1..p_k), truth) and Φ_0 = 0.
+
+    The rewards of a completion add up to zero. So with a discount of 1, optimal policies stay optimal and the
+    advantages of an exact critic do not change; only a critic with errors gains. Steps of completions that
+    cannot be parsed are rewarded, too. Otherwise the policy would learn to write a fault after a good box, to
+    avoid the last, negative reward.
 
     Args:
-        potential: f, of a mask and the truth.
+        potential: f, a function of a mask and the true mask.
         weight: c.
     """
 
@@ -37,7 +40,7 @@ class PromptShaping:
         completions: Completions,
         answers: Sequence[Answer],
     ) -> tuple[Tensor, Tensor]:
-        """Rewards float32 `[N, T]` and the tokens that close something, bool `[N, T]`."""
+        """Return rewards float32 `[N, T]`, and bool `[N, T]`, true on tokens that complete a step."""
         group = len(answers) // len(batch)
         steps = [
             grammar.unfold(answer.text, batch.prefixes[n // group].frame) for n, answer in enumerate(answers)

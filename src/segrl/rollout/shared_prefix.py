@@ -1,4 +1,4 @@
-"""Sampling in which every prefix is read once and all completions of a step advance together."""
+"""Sample completions: each prefix is read once, and all completions are decoded together."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from segrl.models.hf_vlm import HFPolicy
 from segrl.models.kernels.cuda_graph import GraphRecorder
 from segrl.types import Completions, Prefix, PrefixState
 
-_STRIDE = 128  # tokens for which a recorded step is good; what lies ahead of them is read in vain
+_STRIDE = 128  # steps that one captured graph serves; it reads masked keys up to the next multiple
 _BLOCK = 128  # tokens; divides the vocabularies of Qwen's policies
 _Choose = Callable[[Tensor, int, Tensor], Tensor]
-"""Logits `[R, V]`, the place in the completions, which completions `[R]`; tokens `[R]`."""
+"""Maps logits `[R, V]`, the place in the completions, and indices of completions `[R]` to tokens `[R]`."""
 
 
 class SharedPrefixEngine:
-    """Samples all N = B*G completions in one decode; what has ended leaves it.
+    """Samples all N = B*G completions in one decode, from which finished completions are removed.
 
     Args:
         max_tokens: a completion is cut off after this many.
-        graphs: whether a step is recorded as a CUDA graph on a GPU. Where that fails, "auto" goes on without and True raises
-            ValueError.
-        prefixes_at_once: prefixes whose completions advance together; fewer take less memory and more time. None takes all, and
-            so does a `state` in which they have been read.
+        graphs: whether decoding steps are captured as a CUDA graph on a GPU. If capture fails, "auto" runs
+            them eagerly, with a warning, and True raises ValueError.
+        prefixes_at_once: prefixes whose completions are decoded together; fewer take less memory and more
+            time. None: all. Ignored if `state` is given, which holds all prefixes.
     """
 
     def __init__(
@@ -41,28 +41,33 @@ class SharedPrefixEngine:
         self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, seeds: Sequence[int],
         state: PrefixState | None = None,
     ) -> Completions:  # fmt: skip
-        """`group_size` completions of each prefix, from the policy's own distribution; groups contiguous.
+        """Sample `group_size` completions of each prefix from the policy's distribution; groups contiguous.
 
-        A completion is a function of its prefix and its own seed: neither its neighbours nor the number of ranks
-        changes it.
+        For given weights, a completion is a function of its prefix and its own seed. It depends neither on
+        the other completions nor on the number of ranks.
         """
         rows = [np.random.default_rng(seed).random(self.max_tokens, np.float32) for seed in seeds]
         noise = torch.from_numpy(np.stack(rows)).to(prefixes[0].token_ids.device).double()
 
         def choose(logits: Tensor, place: int, which: Tensor) -> Tensor:
-            """By the noise of the place."""
+            """Sample with each completion's noise for this place."""
             return sample_tokens(logits.softmax(-1), noise[which, place])
 
         return self._in_parts(policy, prefixes, group_size, choose, state)
 
     def greedy(self, policy: HFPolicy, prefixes: Sequence[Prefix]) -> Completions:
-        """The most likely token at each place, one completion per prefix."""
+        """Decode one completion per prefix, with the most likely token at each place."""
         return self._in_parts(policy, prefixes, 1, lambda logits, *_: logits.argmax(-1), None)
 
     def _in_parts(
-        self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, choose: _Choose, state: PrefixState | None
-    ) -> Completions:  # fmt: skip
-        """So many prefixes at once; all of them, where they have been read already."""
+        self,
+        policy: HFPolicy,
+        prefixes: Sequence[Prefix],
+        group_size: int,
+        choose: _Choose,
+        state: PrefixState | None,
+    ) -> Completions:
+        """Decode `prefixes_at_once` prefixes at a time, or all together if `state` is given."""
         size = len(prefixes) if state is not None else self.prefixes_at_once or len(prefixes)
         parts = [
             self._decode(
@@ -73,26 +78,32 @@ class SharedPrefixEngine:
         return parts[0] if len(parts) == 1 else Completions.joined(parts)
 
     def _recorder_on(self, device: torch.device) -> GraphRecorder | None:
-        """Return what records steps; None computes each."""
+        """Return the recorder of decoding steps, or None to run each step eagerly."""
         return self.recorder if self.graphs and device.type == "cuda" and not self.recorder.gave_up else None
 
     @torch.no_grad()
     def _decode(
-        self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, choose: _Choose, state: PrefixState | None, first: int
-    ) -> Completions:  # fmt: skip
-        """`first` is the place of the first completion among all of the call."""
+        self,
+        policy: HFPolicy,
+        prefixes: Sequence[Prefix],
+        group_size: int,
+        choose: _Choose,
+        state: PrefixState | None,
+        first: int,
+    ) -> Completions:
+        """Decode one part; `first` is the index of its first completion among all completions."""
         state = state or policy.prefill(prefixes)
-        self.recorder.forget()  # one that was broken off may have left its buffers' recording
+        self.recorder.forget()  # an interrupted decode may have left a graph of freed buffers
         recorder = self._recorder_on(policy.device)
         stride = None if recorder is None else _STRIDE
         decoder = policy.decoder(state, group_size, self.max_tokens, stride, recorder)
         head = policy.head()
         hidden = state.last_hidden.repeat_interleave(group_size, 0)
-        del state  # the decoder has its own
+        del state  # the decoder has copies
         which = torch.arange(len(hidden), device=hidden.device)
         written = torch.full((len(hidden), self.max_tokens), policy.pad_id, device=hidden.device)
         running = torch.ones_like(which, dtype=torch.bool)
-        look = 1 if hidden.device.type == "cpu" else 8  # looking waits for the device
+        look = 1 if hidden.device.type == "cpu" else 8  # on a GPU, each look synchronises with the host
         for place in range(self.max_tokens):
             token = choose(policy.logits(hidden, head), place, which + first).masked_fill(
                 ~running, policy.pad_id
@@ -111,18 +122,20 @@ class SharedPrefixEngine:
                     decoder.keep(groups, places)
                     token, running, which = token[rows], running[rows], which[rows]
             hidden = decoder.step(token)
-        self.recorder.forget()  # the next rollout has other weights and buffers
+        self.recorder.forget()  # the next decode has other weights and buffers
         return _until_stop(policy, written)
 
 
 def sample_tokens(probabilities: Tensor, noise: Tensor) -> Tensor:
-    """Tokens `[R]`: where the cumulative distribution `[R, V]` passes the noise; what has no probability is never there.
+    """Return one token per row, int64 `[R]`, by inverse transform sampling.
 
-    Looked for among blocks and then within one: a GPU sums up rows of a whole vocabulary slowly.
+    A token is the first whose cumulative probability exceeds the noise, so tokens of probability zero are
+    never sampled. The search selects a block first and then a token in it, because a GPU is slow at
+    cumulative sums over a whole vocabulary.
 
     Args:
         probabilities: float32 `[R, V]`.
-        noise: float64 `[R]`, from 0 on and below 1.
+        noise: float64 `[R]`, in [0, 1).
     """
     short = -probabilities.shape[-1] % _BLOCK
     blocks = (F.pad(probabilities, (0, short)) if short else probabilities).unflatten(-1, (-1, _BLOCK))
@@ -132,14 +145,19 @@ def sample_tokens(probabilities: Tensor, noise: Tensor) -> Tensor:
     inside = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
     total = inside[:, -1:]
     wanted = wanted - until.gather(1, block) + total
-    wanted = wanted.clamp_min(0).minimum(total * (1 - 2**-52))  # inside it is, despite rounding
+    wanted = wanted.clamp_min(0).minimum(total * (1 - 2**-52))  # stay inside the block despite rounding
     return block[:, 0] * _BLOCK + torch.searchsorted(inside, wanted, right=True)[:, 0]
 
 
 def _staying(running: Tensor, share: float) -> tuple[Tensor, Tensor] | None:
-    """Of running completions bool `[B, G]`: groups `[B']` and of each its places `[B', G']`; none where more than a share would stay.
+    """Return the groups `[B']` to keep and the completions `[B', G']` to keep in each, or None to keep all.
 
-    Groups keep one number of places, so an ended completion may stay for company. A step that is recorded has its price each time.
+    All groups keep the same number of rows, so some finished rows may stay. Removing rows makes a captured
+    graph invalid, so rows are removed only if at most `share` of them would remain.
+
+    Args:
+        running: bool `[B, G]`, true on unfinished completions.
+        share: largest share of the rows that may remain.
     """
     alive = running.sum(1)
     groups, most = alive.nonzero()[:, 0], int(alive.max())
@@ -149,7 +167,7 @@ def _staying(running: Tensor, share: float) -> tuple[Tensor, Tensor] | None:
 
 
 def _until_stop(policy: HFPolicy, written: Tensor) -> Completions:
-    """Token rows `[N, most]` up to and including each one's first stop token."""
+    """Return completions from token rows `[N, T]`: each ends with its first stop token, if it has one."""
     stops = torch.isin(written, policy.stop_ids)
     mask = stops.cumsum(1) - stops.long() == 0
     longest = int(mask.sum(1).max())

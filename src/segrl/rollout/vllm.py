@@ -1,7 +1,7 @@
-"""Sampling by vLLM in this process: one engine per rank, beside the policy on its device.
+"""Sample with vLLM in this process: one engine per rank, on the policy's device.
 
-policy -- weights, an adapter merged, whenever they have moved --> vLLM's own copy    (vllm_weights.py)
-prefix -- one request for a group, whose cached prefix it shares --> n completions    (vllm_wire.py)
+policy -- changed weights, adapter merged --------------> vLLM's own copy    (vllm_weights.py)
+prefix -- one request per group, with a cached prefix --> n completions      (vllm_wire.py)
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from segrl.rollout import vllm_wire as wire
 from segrl.types import Completions, Prefix
 
 _HERE = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # weights are handed over, not sent
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, so that weights are passed by reference
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",  # it warns at every transfer of layers that have no weights
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the threads are the trainer's, too
+    "VLLM_LOGGING_LEVEL": "ERROR",  # each transfer warns of layers that have no weights
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer uses the same threads
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }
 
@@ -33,9 +33,10 @@ class VLLMEngine(wire.Engine):
     Args:
         max_tokens: a completion is cut off after this many.
         max_prefix: longest prefix in tokens.
-        memory: share of the GPU's memory that vLLM may take; on a CPU it takes VLLM_CPU_KVCACHE_SPACE GiB.
-        sleep: give a GPU's memory back between rollouts.
-        eager: run without CUDA graphs and compilation: starts sooner, decodes slower.
+        memory: share of the GPU's memory that vLLM may use; on a CPU, its cache takes
+            VLLM_CPU_KVCACHE_SPACE GiB.
+        sleep: whether vLLM releases the GPU's memory between rollouts.
+        eager: whether to run without CUDA graphs and compilation: faster to start, slower to decode.
 
     Raises:
         ValueError: if vLLM is not installed.
@@ -51,8 +52,13 @@ class VLLMEngine(wire.Engine):
 
     @torch.no_grad()
     def _generate(
-        self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, temperature: float, seeds: Sequence[int]
-    ) -> Completions:  # fmt: skip
+        self,
+        policy: HFPolicy,
+        prefixes: Sequence[Prefix],
+        group_size: int,
+        temperature: float,
+        seeds: Sequence[int],
+    ) -> Completions:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -61,9 +67,9 @@ class VLLMEngine(wire.Engine):
         for prefix, seed in zip(prefixes, seeds, strict=True):
             asked = SamplingParams(
                 **wire.settings(policy, group_size, temperature, seed, self.max_tokens),
-                output_kind=RequestOutputKind.FINAL_ONLY,  # a group comes back whole
+                output_kind=RequestOutputKind.FINAL_ONLY,  # one answer per group, when all of it is done
             )
-            number = str(next(self.numbers))  # answers are sorted by it
+            number = str(next(self.numbers))  # vLLM sorts its answers by this number
             self.llm.llm_engine.add_request(number, _request(policy, prefix), asked)
         answers = self.llm.wait_for_completion(use_tqdm=False)
         if self.sleep and policy.device.type == "cuda":
@@ -76,16 +82,17 @@ class VLLMEngine(wire.Engine):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _wake(self, policy: HFPolicy) -> None:
-        """The engine, with the policy's weights of this moment.
+        """Start or wake the engine, and load the policy's weights if they have changed.
 
-        Evaluation may be the first to ask, and what is made in inference mode could not be changed later.
+        Inference mode is off here: tensors created in it, when an evaluation is the first caller, could not
+        be updated later.
         """
         if self.llm is None:
             self.llm = self._start(policy)
         asleep = self.sleep and policy.device.type == "cuda" and self.pushed is not None
         if asleep:
             self.llm.wake_up(tags=["weights"])
-        if asleep or policy.weights_version != self.pushed:  # sleep of level 2 forgets the weights
+        if asleep or policy.weights_version != self.pushed:  # level 2 of sleep discards the weights
             self.llm.start_weight_update()
             self.llm.update_weights({"update_info": {"weights": policy.merged()}})
             self.llm.finish_weight_update()
@@ -96,6 +103,7 @@ class VLLMEngine(wire.Engine):
             self.llm.wake_up(tags=["kv_cache"])
 
     def _start(self, policy: HFPolicy) -> Any:  # noqa: ANN401 - vllm's own class
+        """Start an engine with random weights on the policy's device; raise ValueError if that fails."""
         for key, value in _HERE.items():
             os.environ.setdefault(key, value)
         from vllm import LLM
@@ -105,33 +113,36 @@ class VLLMEngine(wire.Engine):
         register()
         alone, place = "uni", policy.device.index or 0
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            alone = "external_launcher"  # an engine per rank, none of which knows the others
+            alone = "external_launcher"  # one independent engine per rank
             os.environ.setdefault("RANK", str(torch.distributed.get_rank()))
             os.environ.setdefault("LOCAL_RANK", str(place))
         if policy.device.type == "cuda" and place != int(os.environ.get("LOCAL_RANK", 0)):
             raise ValueError(
-                f"trainer.devices: rollout=vllm takes the first GPUs; choose others by CUDA_VISIBLE_DEVICES; the policy is on GPU {place}"
+                f"trainer.devices: must be the first GPUs under rollout=vllm; the policy is on GPU {place} "
+                "(choose GPUs by CUDA_VISIBLE_DEVICES)"
             )
         print("starting vLLM ...", file=sys.stderr, flush=True)
         threads = torch.get_num_threads()
         try:
             llm = LLM(
                 policy.weights, dtype=str(policy.pass_dtype).removeprefix("torch."), enforce_eager=self.eager,
-                max_model_len=wire.model_length(policy.model.config, self.max_prefix, self.max_tokens), gpu_memory_utilization=self.memory, limit_mm_per_prompt={"image": 1},
-                enable_mm_embeds=True, distributed_executor_backend=alone, logprobs_mode="processed_logprobs", load_format="dummy",
-                enable_sleep_mode=self.sleep and policy.device.type == "cuda", seed=0, weight_transfer_config={"backend": HANDED_OVER},
+                max_model_len=wire.model_length(policy.model.config, self.max_prefix, self.max_tokens),
+                gpu_memory_utilization=self.memory, limit_mm_per_prompt={"image": 1}, enable_mm_embeds=True,
+                distributed_executor_backend=alone, logprobs_mode="processed_logprobs", load_format="dummy",
+                enable_sleep_mode=self.sleep and policy.device.type == "cuda", seed=0,
+                weight_transfer_config={"backend": HANDED_OVER},
                 **({} if policy.device.type == "cuda" else wire.WHOLE_PREFIXES),
             )  # fmt: skip
         except (ValueError, RuntimeError) as error:
             raise ValueError(
-                f"rollout: vLLM does not start (rollout.memory={self.memory}): {str(error)[:300]}"
+                f"rollout: vLLM must start; with rollout.memory={self.memory} it fails: {str(error)[:300]}"
             ) from error
-        torch.set_num_threads(threads)  # vLLM sets its own, for the whole process
+        torch.set_num_threads(threads)  # vLLM has set another number for the whole process
         return llm
 
 
 def _request(policy: HFPolicy, prefix: Prefix) -> Any:  # noqa: ANN401 - vllm's own type
-    """Token ids as they are, and where the image's features go."""
+    """Return vLLM's input for one group: token ids, the image's features and their place."""
     from vllm.inputs.engine import mm_input
     from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
 
@@ -142,6 +153,6 @@ def _request(policy: HFPolicy, prefix: Prefix) -> Any:  # noqa: ANN401 - vllm's 
 
 
 def _said(one: Any) -> wire.Said:  # noqa: ANN401 - vllm's own type
-    """One completion of a request."""
+    """Return one completion from an output of vLLM."""
     logprobs = [place[token].logprob for token, place in zip(one.token_ids, one.logprobs, strict=True)]
     return wire.Said(list(one.token_ids), logprobs, one.finish_reason == "stop")

@@ -1,10 +1,10 @@
-"""Sampling by vLLM servers on other GPUs or nodes: plain vLLM, started by `python -m segrl.serve`.
+"""Sample in vLLM servers on other GPUs or nodes; `python -m segrl.serve` starts plain vLLM.
 
-    rank r -- one request per group --------------------------> server r modulo their number -- n completions --> rank r
-    rank s -- weights, an adapter merged, when they are new --> server s                       (s < number of servers)
+    rank r -- one request per group ---------> server r % S -- n completions --> rank r    (S servers)
+    rank s -- new weights, adapter merged ---> server s                                    (s < S)
 
-A server says which weights it holds, by a name that is a function of the weights themselves; so ranks agree on it without
-speaking to each other, and a server that was started anew, or that another run has taken, is noticed.
+A server stores the version of its weights, which is a hash of them. So ranks agree on it without
+communication, and notice if a server was restarted or another run has pushed its weights to it.
 """
 
 from __future__ import annotations
@@ -26,23 +26,24 @@ from segrl.models.hf_vlm import HFPolicy
 from segrl.rollout import vllm_wire as wire
 from segrl.types import Completions, Prefix
 
-_PAUSE = 1.0  # seconds between two looks at a server that is not ready
-# What a server says it holds: nothing that anybody wrote; what is not whole yet, for good if that breaks off.
+_PAUSE = 1.0  # seconds between two requests to a server that is not ready
+# Values of a server's `weight_version`: _FRESH if no weights were pushed yet; _UNFINISHED during a push, and
+# after one that was interrupted.
 _FRESH, _UNFINISHED = "default", "being written"
-_TAKEN = "rollout.servers: one run per server is needed; another has written its weights to {}"
-# Seconds that a rank waits for the one before it, and for a writer who seems to be at work.
+_TAKEN = "rollout.servers: must be used by one run alone; another has written its weights to {}"
+# Seconds that a rank waits for the previous rank of its server, and for a push in progress.
 _GRACE, _ABANDONED = 10.0, 60.0
 
 
 class _Gone(Exception):
-    """There is no server at this address, or not any more."""
+    """The server cannot be reached, or was restarted."""
 
 
-def host_and_port(servers: Any) -> list[tuple[str, int]]:  # noqa: ANN401 - whatever a user wrote
-    """Of each address.
+def host_and_port(servers: Any) -> list[tuple[str, int]]:  # noqa: ANN401 - any value of a configuration
+    """Return host and port of each address.
 
     Raises:
-        ValueError: if it is no list of addresses.
+        ValueError: if `servers` is not a list of at least one `http://HOST:PORT`.
     """
     found = []
     for address in servers if isinstance(servers, Sequence) and not isinstance(servers, str) else ():
@@ -52,68 +53,70 @@ def host_and_port(servers: Any) -> list[tuple[str, int]]:  # noqa: ANN401 - what
         except ValueError:
             place = None, None
         if there.scheme not in ("http", "https") or place[0] is None or place[1] is None:
-            raise ValueError(f"rollout.servers: http://HOST:PORT is needed; got {address}")
+            raise ValueError(f"rollout.servers: each must be http://HOST:PORT; got {address}")
         found.append((place[0], place[1]))
     if not found:
-        raise ValueError(f"rollout.servers: a list of at least one http://HOST:PORT is needed; got {servers}")
+        raise ValueError(f"rollout.servers: must be a list of at least one http://HOST:PORT; got {servers}")
     return found
 
 
 class _Server:
-    """One vLLM server; also what vLLM's transfer of weights speaks through."""
+    """Client of one vLLM server; vLLM's weight transfer calls it, too."""
 
     def __init__(self, address: str, timeout: float) -> None:
         self.address, self.timeout = address.rstrip("/"), timeout
 
     def get(self, path: str) -> Any:  # noqa: ANN401 - JSON
-        """Its answer."""
+        """Return the server's answer to a GET request."""
         return self._call("GET", path)
 
     def post(self, path: str, **content: Any) -> Any:  # noqa: ANN401 - JSON
-        """Its answer to `content`."""
+        """Return the server's answer to a POST request with `content` as JSON."""
         return self._call("POST", path, json=content)
 
     def _call(self, verb: str, path: str, **content: Any) -> Any:  # noqa: ANN401 - JSON
         try:
             with requests.Session() as session:
-                session.trust_env = False  # no proxy stands between the nodes of a cluster
+                session.trust_env = False  # ignore proxy settings: nodes of a cluster connect directly
                 answer = session.request(verb, f"{self.address}/{path}", timeout=self.timeout, **content)
         except requests.ReadTimeout:
             raise ValueError(
-                f"rollout.timeout: {self.address}/{path} gave no answer in {self.timeout:g} s"
+                f"rollout.timeout: must be long enough for an answer; {self.address}/{path} gave none in "
+                f"{self.timeout:g} s"
             ) from None
         except requests.ConnectionError:
             raise _Gone("no connection") from None
         except requests.RequestException as error:
-            raise _Gone(f"an answer that breaks off ({type(error).__name__})") from None
+            raise _Gone(f"an incomplete answer ({type(error).__name__})") from None
         if not answer.ok:
             raise ValueError(
-                f"rollout.servers: {self.address}/{path} answers {answer.status_code}: {answer.text[:300]}"
+                f"rollout.servers: {self.address}/{path} must succeed; it answers {answer.status_code}: "
+                f"{answer.text[:300]}"
             )
         return answer.json() if answer.content else None
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Its workers go to meet the trainer."""
+        """Let the server's workers connect to the trainer."""
         self.post("init_weight_transfer_engine", init_info=init_info)
 
     def start_weight_update(self) -> None:
-        """From here on it holds neither the old weights nor the new."""
+        """Start an update; until it is finished, the server's weights are undefined."""
         self.post("start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Its workers receive what `update_info` names; returns when they have it."""
+        """Let the workers receive the weights that `update_info` names; return when they have them."""
         self.post("update_weights", update_info=update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """What it remembers of prompts was of the old weights."""
+        """Finish an update and drop the caches of prefixes and images, which belong to the old weights."""
         self.post("finish_weight_update")
         for remembered in ("reset_prefix_cache", "reset_encoder_cache"):
             self.post(remembered)
 
     def own_address(self) -> str:
-        """This machine's, as the server sees it."""
+        """Return this machine's address on the route to the server."""
         ((host, port),) = host_and_port([self.address])
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # nothing is sent
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # UDP: connecting sends nothing
             probe.connect((host, port))
             address: str = probe.getsockname()[0]
         return address
@@ -129,7 +132,7 @@ class VLLMServer(wire.Engine):
         timeout: seconds to wait for a server that starts, and for an answer.
 
     Raises:
-        ValueError: if vLLM is not installed, or an address is none.
+        ValueError: if vLLM is not installed, or `servers` is not a list of addresses.
     """
 
     def __init__(self, max_tokens: int, max_prefix: int, servers: Sequence[str], timeout: float) -> None:
@@ -143,8 +146,13 @@ class VLLMServer(wire.Engine):
 
     @torch.no_grad()
     def _generate(
-        self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, temperature: float, seeds: Sequence[int]
-    ) -> Completions:  # fmt: skip
+        self,
+        policy: HFPolicy,
+        prefixes: Sequence[Prefix],
+        group_size: int,
+        temperature: float,
+        seeds: Sequence[int],
+    ) -> Completions:
         wire.check_lengths(prefixes, self.max_prefix)
         asked = [
             _request(policy, prefix, wire.settings(policy, group_size, temperature, seed, self.max_tokens))
@@ -164,19 +172,25 @@ class VLLMServer(wire.Engine):
                 self._drop()
                 if time.monotonic() > deadline:
                     raise ValueError(
-                        f"rollout.servers: a server is needed at {self._server.address} (python -m segrl.serve); for {self.timeout:g} s "
-                        f"(rollout.timeout) there was {error}"
+                        f"rollout.servers: must be running servers (python -m segrl.serve); "
+                        f"{self._server.address} was not ready in {self.timeout:g} s "
+                        f"(rollout.timeout): {error}"
                     ) from None
                 time.sleep(_PAUSE)
 
     def _ask(self, weights: str, prefix: Prefix, asked: dict[str, Any]) -> list[wire.Said]:
-        """One group's completions, all of them from these weights."""
+        """Return one group's completions.
+
+        Raises:
+            _Gone: if the server was restarted since the weights were pushed.
+            ValueError: if other weights than `weights` took part, because another run pushed them.
+        """
         answer = self._server.post("inference/v1/generate", **asked)
         wire.check_read(prefix, answer["prompt_token_ids"])
         group = sorted(answer["choices"], key=lambda one: int(one["index"]))
         if others := {span["version"] for one in group for span in one["weight_versions"]} - {weights}:
             if _FRESH in others:
-                raise _Gone(f"{self._server.address} was started anew")
+                raise _Gone(f"{self._server.address} was restarted")
             raise ValueError(_TAKEN.format(self._server.address))
         return [_said(one) for one in group]
 
@@ -189,10 +203,14 @@ class VLLMServer(wire.Engine):
         return self.servers[self._rank % len(self.servers)]
 
     def _follow(self, policy: HFPolicy, weights: str, deadline: float) -> None:
-        """See to it that the server has these weights: fill it, or wait for the rank that does.
+        """Ensure that the server holds these weights: push them, or wait for the rank that does.
 
-        Ranks of one server take turns: the others fill it only where the first has not for a while, because it is done and waits
-        for them. What is being written is left alone, until it seems that the writer was killed.
+        The server's first rank (turn 0) pushes at once. The rank of turn k pushes only after the version has
+        not changed for k * _GRACE seconds, for example because the first rank has finished and waits for
+        the others. A push in progress is left alone for _ABANDONED seconds.
+
+        Raises:
+            ValueError: if another run has pushed its weights, or the deadline has passed.
         """
         turn, seen, since = self._rank // len(self.servers), "", 0.0
         if self.pushed is None and turn == 0:
@@ -206,30 +224,31 @@ class VLLMServer(wire.Engine):
                 self._fill(policy, weights, held)
             elif time.monotonic() > deadline:
                 raise ValueError(
-                    f"rollout.servers: {self._server.address} was not given these weights for {self.timeout:g} s; it has {held}"
+                    f"rollout.servers: {self._server.address} must be given these weights within "
+                    f"{self.timeout:g} s (rollout.timeout); it has {held}"
                 )
             else:
                 time.sleep(_PAUSE / 10)
         self.known = weights
 
     def _fill(self, policy: HFPolicy, weights: str, held: str) -> None:
-        """Send all weights."""
-        if held != self.pushed:  # a new server, or another run has left it: what was open leads nowhere
+        """Push all weights to the server; `held` is its present version."""
+        if held != self.pushed:  # the server was restarted or used by another run: the connection is stale
             self._drop()
-        if held == _UNFINISHED:  # its writer was killed, before or after its workers noticed
+        if held == _UNFINISHED:  # a push was interrupted; its workers may have finished the update already
             with suppress(ValueError):
                 self._server.post("finish_weight_update")
         self._server.post("update_weight_version", new_version=_UNFINISHED)
         try:
             self.link = self.link or self._open(policy)
             self.link.send_weights()
-        except RuntimeError as error:  # torch's word for a connection that broke, or never came to be
+        except RuntimeError as error:  # torch raises it if a connection fails or breaks
             raise _Gone(str(error).splitlines()[0]) from None
         self._server.post("update_weight_version", new_version=weights)
         self.pushed = weights
 
     def _open(self, policy: HFPolicy) -> Any:  # noqa: ANN401 - vllm's own class
-        """Meet the server's workers for the transfer of weights."""
+        """Connect to the server's workers for the transfer of weights."""
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
         from vllm.utils.network_utils import get_open_port
@@ -247,17 +266,17 @@ class VLLMServer(wire.Engine):
         )  # fmt: skip
 
     def _drop(self) -> None:
-        """Close what is open."""
+        """Close the connection for weights, and forget what was pushed."""
         if self.link is not None:
             self.link.shutdown()
         self.link = self.pushed = None
 
     def _check(self, policy: HFPolicy) -> None:
-        """Raises ValueError for a server that was started with other settings than the policy's, or is one too many."""
+        """Raise ValueError if there are more servers than ranks, or the server's settings do not fit."""
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         if len(self.servers) > ranks:
             raise ValueError(
-                f"rollout.servers: at most one per rank ({ranks}) is needed; got {len(self.servers)}"
+                f"rollout.servers: must be at most one per rank ({ranks}); got {len(self.servers)}"
             )
         told = self._server.get("server_info?config_format=json")["vllm_config"]
         model, transfer = told["model_config"], told["weight_transfer_config"] or {}
@@ -270,37 +289,38 @@ class VLLMServer(wire.Engine):
         for setting, (needed, has) in wanted.items():
             if needed != has:
                 raise ValueError(
-                    f"rollout.servers: {self._server.address} must be started by python -m segrl.serve with this run's overrides; its {setting} is "
-                    f"{has}, {needed} is needed"
+                    f"rollout.servers: {self._server.address} must have {setting} {needed}; it has {has} "
+                    "(start it by python -m segrl.serve with this run's overrides)"
                 )
         needed = wire.model_length(policy.model.config, self.max_prefix, self.max_tokens)
         if model["max_model_len"] < needed:
             raise ValueError(
-                f"rollout.servers: {self._server.address} reads {model['max_model_len']} tokens; rollout.max_prefix + rollout.max_tokens are "
-                f"{needed}"
+                f"rollout.servers: {self._server.address} must read {needed} tokens (rollout.max_prefix + "
+                f"rollout.max_tokens); it reads {model['max_model_len']}"
             )
 
 
 def transfer_backend(device: str) -> str:
-    """VLLM's name of the way weights take."""
+    """Return the name of vLLM's weight transfer backend for a device type."""
     return "nccl" if device == "cuda" else "segrl_gloo"
 
 
 def _request(policy: HFPolicy, prefix: Prefix, settings: dict[str, Any]) -> dict[str, Any]:
-    """The body of one group's request."""
+    """Return the body of one group's request."""
     from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import encode_mm_kwargs_item
 
     image = wire.picture(policy, prefix)
     return {
         "token_ids": prefix.token_ids.tolist(), "sampling_params": settings, "return_token_ids": True,
         "features": {
-            "mm_hashes": {"image": [image.name]}, "kwargs_data": {"image": [encode_mm_kwargs_item(image.item)]},
+            "mm_hashes": {"image": [image.name]},
+            "kwargs_data": {"image": [encode_mm_kwargs_item(image.item)]},
             "mm_placeholders": {"image": [{"offset": image.first, "length": image.length}]},
         },
     }  # fmt: skip
 
 
 def _said(one: dict[str, Any]) -> wire.Said:
-    """One completion of an answer."""
+    """Return one completion from a choice of the server's answer."""
     logprobs = [place["logprob"] for place in one["logprobs"]["content"]]
     return wire.Said(one["token_ids"], logprobs, one["finish_reason"] == "stop")

@@ -1,11 +1,11 @@
-"""How the policy's weights come into vLLM, each way by vLLM's own calls: init, start, update, finish.
+"""Transfer the policy's weights to vLLM through vLLM's own calls: init, start, update, finish.
 
-    same process         the worker takes the tensors as they are       HandedOver
-    server, with CUDA    NCCL broadcast, packed                         vLLM's own, "nccl"
-    server, without      the same handshake, broadcast by gloo          GlooReceiver and GlooSender
+    same process            the worker loads the policy's tensors        HandedOver
+    server with CUDA        NCCL broadcast, packed                       vLLM's own, "nccl"
+    server without CUDA     the same handshake, gloo broadcast           GlooReceiver and GlooSender
 
-vLLM finds `register` by an entry point of this package, in each of its processes. Only they and the engines of this folder
-import this file.
+An entry point of this package lets each process of vLLM call `register`. Only these processes and the
+engines of this folder import this file.
 """
 
 from __future__ import annotations
@@ -39,45 +39,50 @@ _PATIENCE = timedelta(minutes=5)
 
 @cache
 def register() -> None:
-    """Tell vLLM of the two ways that it does not have itself."""
+    """Register the two transfer backends of this file with vLLM."""
     WeightTransferEngineFactory.register_engine(HANDED_OVER, HandedOver)
     WeightTransferEngineFactory.register_engine(GLOO, GlooReceiver)
     WeightTransferTrainerFactory.register_engine(GLOO, GlooSender)
 
 
 class PolicyWeights(WeightSource):
-    """Every weight of a policy by its name in a Hugging Face folder, an adapter merged, in the precision vLLM runs in."""
+    """The weights of a policy, adapter merged, by their names in a Hugging Face folder.
+
+    Args:
+        policy: the policy.
+        dtype: precision in which vLLM runs; weights are cast to it.
+    """
 
     def __init__(self, policy: HFPolicy, dtype: torch.dtype) -> None:
         self.policy, self.dtype = policy, dtype
         self.declared: list[ParamMeta] = []
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Of this moment."""
+        """Yield name and present value of each weight."""
         for name, value in self.policy.merged():
             yield name, value.detach().to(self.dtype)
 
     def metadata(self) -> list[ParamMeta]:
-        """Names and shapes; they never change."""
+        """Return names, dtypes and shapes, which never change."""
         self.declared = self.declared or [ParamMeta(name, v.dtype, tuple(v.shape)) for name, v in self]
         return self.declared
 
 
 class HandedOver(NCCLWeightTransferEngine):
-    """For an engine in the trainer's process: nothing is sent, so nothing is opened."""
+    """The worker of an engine in the trainer's process: it loads the tensors without a connection."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Load all weights."""
+        """Load the tensors of `update_info["weights"]`."""
         self.model.load_weights(update_info["weights"])
 
 
 class GlooReceiver(NCCLWeightTransferEngine):
-    """A worker's side of the broadcast on machines without CUDA."""
+    """The worker's end of the broadcast on machines without CUDA."""
 
     model_update_group: Any
 
     def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
-        """Meet the trainer."""
+        """Connect to the trainer."""
         place = self.parallel_config.data_parallel_index * self.parallel_config.world_size
         rank = place + self.parallel_config.rank + init_info.rank_offset
         self.shutdown()
@@ -86,9 +91,10 @@ class GlooReceiver(NCCLWeightTransferEngine):
         )
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive and load one weight after the other.
+        """Receive and load the weights one by one.
 
-        Raises RuntimeError where the trainer goes away, with the model in a state that can be written anew.
+        Raises:
+            RuntimeError: if the connection to the trainer breaks; the next update can load all weights again.
         """
         expected = NCCLWeightTransferUpdateInfo(**update_info)
         try:
@@ -97,11 +103,11 @@ class GlooReceiver(NCCLWeightTransferEngine):
                 _broadcast(self.model_update_group, weight)
                 self.model.load_weights([(name, weight)])
         except RuntimeError:
-            self.finish_weight_update()  # else a layer that was loaded in half stays so
+            self.finish_weight_update()  # without it, a layer that was loaded in part would stay so
             raise
 
     def shutdown(self) -> None:
-        """Leave the trainer."""
+        """Close the connection to the trainer."""
         group, self.model_update_group = self.model_update_group, None
         if group is not None:
             group.shutdown()
@@ -109,24 +115,33 @@ class GlooReceiver(NCCLWeightTransferEngine):
 
 @dataclass
 class GlooTrainerInitInfo(NCCLTrainerInitInfo):
-    """Where the trainer waits, and for how many."""
+    """Address and port of the trainer, and the number of processes that connect."""
 
     backend: ClassVar[str] = GLOO
 
 
 class GlooSender(NCCLTrainerWeightTransferEngine):
-    """The trainer's side; vLLM's own `send_weights` drives it."""
+    """The trainer's end of the broadcast; vLLM's own `send_weights` calls it."""
 
     model_update_group: Any
     init_info_cls = GlooTrainerInitInfo
 
     @classmethod
-    def trainer_init(cls, init_info: GlooTrainerInitInfo, *, client: Any, source: Any = None) -> GlooSender:  # noqa: ANN401 - vllm's protocols
-        """Ask the workers to come, and meet them: both at once, since each waits for the other."""
+    def trainer_init(
+        cls,
+        init_info: GlooTrainerInitInfo,
+        *,
+        client: Any,  # noqa: ANN401 - vllm's protocol
+        source: Any = None,  # noqa: ANN401 - vllm's protocol
+    ) -> GlooSender:
+        """Ask the workers to connect and accept them at the same time: each end waits for the other."""
         engine = cls(client=client, source=source)
         invitation = NCCLWeightTransferInitInfo(
-            master_address=init_info.master_address, master_port=init_info.master_port, rank_offset=1, world_size=init_info.world_size
-        )  # fmt: skip
+            master_address=init_info.master_address,
+            master_port=init_info.master_port,
+            rank_offset=1,
+            world_size=init_info.world_size,
+        )
         with ThreadPoolExecutor(1) as thread:
             came = thread.submit(client.init_weight_transfer_engine, worker_init_payload(invitation))
             engine.model_update_group = _meet(
@@ -140,21 +155,24 @@ class GlooSender(NCCLTrainerWeightTransferEngine):
             _broadcast(self.model_update_group, tensor.contiguous())
 
     def shutdown(self) -> None:
-        """Leave the workers."""
+        """Close the connection to the workers."""
         group, self.model_update_group = self.model_update_group, None
         if group is not None:
             group.shutdown()
 
 
-def _meet(address: str | None, port: int | None, rank: int, world_size: int) -> Any:  # noqa: ANN401 - a gloo group
-    """A group of the trainer, rank 0, and the workers."""
+def _meet(address: str | None, port: int | None, rank: int, world_size: int) -> Any:  # a gloo group
+    """Return a gloo process group of the trainer, rank 0, and the workers."""
     return stateless_init_torch_distributed_process_group(
         address, port, rank, world_size, "gloo", timeout=_PATIENCE
     )
 
 
 def _broadcast(group: Any, tensor: Tensor) -> None:  # noqa: ANN401 - a gloo group
-    """From rank 0; such a group has no place among torch's own, so its method is called."""
+    """Broadcast a tensor from rank 0.
+
+    The group is not registered with `torch.distributed`, so its method is called directly.
+    """
     options = BroadcastOptions()
     options.rootRank = 0
     group.broadcast([tensor], options).wait()

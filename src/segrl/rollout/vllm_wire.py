@@ -1,8 +1,8 @@
-"""What is asked of vLLM and what comes back, in this process or over a network.
+"""Requests to vLLM and its answers, in this process or over a network.
 
-    prefix -- its token ids, image features of the policy's own tower --> one request for n completions
+    prefix -- token ids, image features of the policy's own tower --> one request for n completions
 
-The tower runs here: vLLM gets features, not pixels, so there is no second image pipeline that could drift from ours.
+The vision tower runs here and vLLM gets features, so that pixels have a single preprocessing pipeline.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from segrl.models.hf_vlm import HFPolicy
 from segrl.models.kernels.prefix_pass import pad_right
 from segrl.types import Completions, Prefix, PrefixState
 
-# On a CPU vLLM cannot draw by seeds behind a prefix that it reads in pieces.
+# On a CPU, vLLM cannot sample with seeds after a prefix that it has read in chunks.
 WHOLE_PREFIXES = {"enable_chunked_prefill": False, "max_num_batched_tokens": 32768}
 
 
 class Picture(NamedTuple):
-    """An image as vLLM takes it: features and grid, a name for its caches, the place of its tokens."""
+    """An image for vLLM: features and grid, a key for its caches, first place and number of its tokens."""
 
     item: Any
     name: str
@@ -34,7 +34,7 @@ class Picture(NamedTuple):
 
 
 class Said(NamedTuple):
-    """One completion: its tokens, their log-probabilities, whether it came to its end."""
+    """One completion: its tokens, their log-probabilities, and whether it ends with a stop token."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -42,7 +42,7 @@ class Said(NamedTuple):
 
 
 class Engine(ABC):
-    """Samples by vLLM, wherever it runs, and leaves the order of completions to it."""
+    """Base of the engines that sample with vLLM, which schedules all completions itself."""
 
     prefixes_at_once = None
 
@@ -50,43 +50,52 @@ class Engine(ABC):
         self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, seeds: Sequence[int],
         state: PrefixState | None = None,
     ) -> Completions:  # fmt: skip
-        """`group_size` completions of each prefix, groups contiguous; with the log-probabilities they were drawn with."""
+        """Sample `group_size` completions of each prefix, groups contiguous, with vLLM's log-probabilities.
+
+        The first seed of each group is used; `state` is not.
+        """
         return self._generate(policy, prefixes, group_size, policy.temperature, seeds[::group_size])
 
     def greedy(self, policy: HFPolicy, prefixes: Sequence[Prefix]) -> Completions:
-        """The most likely token at each place, one completion per prefix."""
+        """Decode one completion per prefix, with the most likely token at each place."""
         return self._generate(policy, prefixes, 1, 0.0, [0] * len(prefixes))
 
     @abstractmethod
     def _generate(
-        self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, temperature: float, seeds: Sequence[int]
-    ) -> Completions:  # fmt: skip
-        """One seed per group; at temperature 0 what is most likely."""
+        self,
+        policy: HFPolicy,
+        prefixes: Sequence[Prefix],
+        group_size: int,
+        temperature: float,
+        seeds: Sequence[int],
+    ) -> Completions:
+        """Sample with one seed per group; temperature 0 decodes greedily."""
 
 
 def needs_vllm(rollout: str) -> None:
-    """Raises ValueError if vLLM is not installed."""
+    """Raise ValueError if vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise ValueError(
-            f"rollout: {rollout} needs vLLM, which is not installed: uv sync --no-dev --extra vllm (docs/speed.md)"
+            f"rollout: vLLM must be installed for {rollout}; it is not "
+            "(uv sync --no-dev --extra vllm; docs/speed.md)"
         )
 
 
 def model_length(config: Any, max_prefix: int, max_tokens: int) -> int:  # noqa: ANN401 - transformers' own
-    """Most tokens of a prefix and a completion; a policy has no positions behind its last."""
+    """Return the largest length of prefix plus completion, at most the policy's number of positions."""
     return min(max_prefix + max_tokens, int(config.text_config.max_position_embeddings))
 
 
 def check_lengths(prefixes: Sequence[Prefix], most: int) -> None:
-    """Raises ValueError for a prefix longer than the engine was made for."""
+    """Raise ValueError if a prefix has more than `most` tokens."""
     if (longest := max(len(prefix.token_ids) for prefix in prefixes)) > most:
         raise ValueError(
-            f"rollout.max_prefix: at least {longest} tokens are needed for this prefix; got {most}"
+            f"rollout.max_prefix: must be at least {longest}, the tokens of this prefix; got {most}"
         )
 
 
 def picture(policy: HFPolicy, prefix: Prefix) -> Picture:
-    """The image of a prefix through the policy's tower: nothing is left for vLLM's own processor to do."""
+    """Encode the image of a prefix by the policy's tower, so that vLLM's own processor is not used."""
     from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 
     features = policy.features(prefix).cpu()
@@ -105,20 +114,21 @@ def picture(policy: HFPolicy, prefix: Prefix) -> Picture:
 def settings(
     policy: HFPolicy, group_size: int, temperature: float, seed: int, max_tokens: int
 ) -> dict[str, Any]:
-    """VLLM's sampling parameters for one group; its completion g draws with `seed + g`."""
+    """Return vLLM's sampling parameters for one group; vLLM samples completion g with `seed + g`."""
     return {
-        "n": group_size, "temperature": temperature, "seed": seed % 2**31, "max_tokens": max_tokens, "logprobs": 0, "detokenize": False,
-        "stop_token_ids": policy.stop_ids.tolist(), "logit_bias": dict.fromkeys(policy.never_sampled.tolist(), -100.0),
+        "n": group_size, "temperature": temperature, "seed": seed % 2**31, "max_tokens": max_tokens,
+        "logprobs": 0, "detokenize": False, "stop_token_ids": policy.stop_ids.tolist(),
+        "logit_bias": dict.fromkeys(policy.never_sampled.tolist(), -100.0),
     }  # fmt: skip
 
 
 def check_read(prefix: Prefix, read: Sequence[int]) -> None:
-    """Our own invariant: vLLM read the tokens that the training pass will read."""
+    """Assert that vLLM has read the tokens that the training pass will read."""
     assert list(read) == prefix.token_ids.tolist(), "vLLM read other tokens than ours"
 
 
 def completions(policy: HFPolicy, said: Sequence[Said]) -> Completions:
-    """Of N completions, groups contiguous; with the log-probabilities they were drawn with."""
+    """Return N completions, groups contiguous, with the log-probabilities that vLLM reported."""
     tokens, mask = pad_right([torch.tensor(row.tokens) for row in said], policy.pad_id)
     drawn: Tensor = pad_right([torch.tensor(row.logprobs) for row in said], 0)[0].float()
     tokens, mask, drawn = (part.to(policy.device) for part in (tokens, mask, drawn))
