@@ -13,6 +13,7 @@ from segrl.host.signals import Stopped, held
 from segrl.runs.command import enter
 from segrl.runs.configuration import check, take_in_instructions
 from segrl.runs.resuming import saved
+from segrl.tracking.run_folder import RunFolder
 
 
 def job(cfg: DictConfig) -> float | None:
@@ -53,7 +54,7 @@ def _resumed(folder: Path) -> DictConfig:
     """Return the saved configuration of an evaluation. Raise ValueError if the folder holds none."""
     from hydra.core.hydra_config import HydraConfig
 
-    config = folder / "config.yaml"
+    config = RunFolder(folder).config
     if not config.is_file() or "\nsuite:" not in config.read_text(errors="replace"):
         raise ValueError(
             f"resume: must be the folder of an evaluation, which holds config.yaml; {folder} is none"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -89,8 +89,12 @@ class Encoder(Protocol):
         ...
 
 
+@runtime_checkable
 class Policy(Protocol):
-    """The MLLM being trained."""
+    """The MLLM being trained: what everything that holds a policy needs of it.
+
+    `DecodablePolicy`, `ServedPolicy` and `TrainablePolicy` add what one kind of user needs.
+    """
 
     @property
     def encoder(self) -> Encoder:
@@ -102,18 +106,178 @@ class Policy(Protocol):
         """The device of its weights."""
         ...
 
+
+class StepDecoder(Protocol):
+    """The state of N = B*G completions that are decoded token by token.
+
+    Attributes:
+        groups: number of groups, B.
+        group: completions per group, G.
+    """
+
+    groups: int
+    group: int
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append tokens int64 `[N]` and return the hidden states `[N, D]` that predict the next ones."""
+        ...
+
+    def keep(self, groups: Tensor, rows: Tensor) -> None:
+        """Drop completions: keep groups int64 `[B']` and of each the completions `rows`, int64 `[B', G']`."""
+        ...
+
+
+@runtime_checkable
+class DecodablePolicy(Policy, Protocol):
+    """A policy from which `rollout.shared_prefix` samples.
+
+    Attributes:
+        pad_id: token id behind the end of a completion.
+    """
+
+    pad_id: int
+
+    @property
+    def stop_ids(self) -> Tensor:
+        """The token ids that end a completion, int64 `[S]`."""
+        ...
+
+    def prefill(self, prefixes: Sequence[Prefix]) -> PrefixState:
+        """Read every prefix once."""
+        ...
+
+    def decoder(
+        self,
+        state: PrefixState,
+        group_size: int,
+        length: int,
+        stride: int | None = None,
+        recorder: Any = None,  # noqa: ANN401 - models.kernels.cuda_graph.GraphRecorder
+    ) -> StepDecoder:
+        """Return a decoder of `group_size` completions behind each prefix, of at most `length` tokens.
+
+        `stride` and `recorder` are for CUDA graphs: tokens for which a captured step is valid, and the object
+        that captures steps. A policy that knows no graphs ignores them.
+        """
+        ...
+
+    def head(self) -> Any:  # noqa: ANN401 - passed on to `logits`
+        """Return the output layer, prepared once for all steps of a rollout."""
+        ...
+
+    def logits(self, hidden: Tensor, head: Any) -> Tensor:  # noqa: ANN401
+        """Return float32 logits `[N, V]` at the sampling temperature; -inf for tokens that are not sampled."""
+        ...
+
+
+@runtime_checkable
+class ServedPolicy(Policy, Protocol):
+    """A policy that vLLM serves: its folder, its settings, and the transfer of its weights.
+
+    Attributes:
+        weights: Hugging Face folder from which vLLM loads the architecture.
+        temperature: of sampling.
+        pad_id: token id behind the end of a completion.
+        weights_version: counter of changes of the weights; an engine that holds an older one is out of date.
+    """
+
+    weights: str
+    temperature: float
+    pad_id: int
+    weights_version: int
+
+    @property
+    def stop_ids(self) -> Tensor:
+        """The token ids that end a completion, int64 `[S]`."""
+        ...
+
+    @property
+    def never_sampled(self) -> Tensor:
+        """The token ids that have no probability, int64 `[K]`."""
+        ...
+
+    @property
+    def pass_dtype(self) -> torch.dtype:
+        """The dtype of a forward pass."""
+        ...
+
+    @property
+    def most_positions(self) -> int:
+        """The number of positions of the language model."""
+        ...
+
+    @property
+    def image_token_id(self) -> int:
+        """The id of the placeholder that stands for one image token."""
+        ...
+
+    def features(self, prefix: Prefix) -> Tensor:
+        """Return the image tokens of a prefix, as the vision tower gives them, `[n, D]`."""
+        ...
+
+    def merged(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each weight with its name in a Hugging Face folder, adapters merged."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return a name for the present weights, the same on every rank and in every run."""
+        ...
+
+
+@runtime_checkable
+class TrainablePolicy(Policy, Protocol):
+    """A policy that the stages train; it is a `torch.nn.Module`, too.
+
+    Attributes:
+        pad_id: token id behind the end of a completion.
+        lora: settings of the adapter that is trained in place of the weights; None without one.
+        gradient_checkpointing: whether the backward pass recomputes activations.
+    """
+
+    pad_id: int
+    lora: Any
+    gradient_checkpointing: bool
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters by name, as `torch.nn.Module` does."""
+        ...
+
+    def prefill(self, prefixes: Sequence[Prefix]) -> PrefixState:
+        """Read every prefix once, with the graph of a backward pass."""
+        ...
+
+    def read(
+        self, prefixes: Sequence[Prefix], completions: Completions, state: PrefixState | None = None
+    ) -> Tensor:
+        """Return the hidden state that predicts each completion token, `[N, T, D]`.
+
+        Each prefix is read once for its group; if `state` is given, it holds the prefixes already read.
+        """
+        ...
+
+    def logprobs_of(self, hidden: Tensor, completions: Completions) -> Tensor:
+        """Return the log-probability of each completion token, float32 `[N, T]`, from `read`'s states."""
+        ...
+
     def logprobs(
         self, prefixes: Sequence[Prefix], completions: Completions, state: PrefixState | None = None
     ) -> Tensor:
-        """Return the log-probability of each completion token, float32 `[N, T]`.
+        """Return `logprobs_of` the states that `read` returns."""
+        ...
 
-        Each prefix is read once; if `state` is given, it holds the prefixes already read.
-        """
+    def load_policy(self, weights: dict[str, Tensor]) -> None:
+        """Load the weights of an earlier stage; raise ValueError if the architecture is another."""
+        ...
+
+    def bump_version(self) -> None:
+        """Count a change of the weights."""
         ...
 
 
 class RolloutEngine(Protocol):
     """An engine that samples completions.
+
+    Each engine says which kind of policy it needs: `DecodablePolicy` or `ServedPolicy`.
 
     Attributes:
         prefixes_at_once: number of prefixes decoded together; None for all.
@@ -123,7 +287,7 @@ class RolloutEngine(Protocol):
 
     def sample(
         self,
-        policy: Policy,
+        policy: Any,  # noqa: ANN401
         prefixes: Sequence[Prefix],
         group_size: int,
         seeds: Sequence[int],
@@ -135,7 +299,7 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def greedy(self, policy: Policy, prefixes: Sequence[Prefix]) -> Completions:
+    def greedy(self, policy: Any, prefixes: Sequence[Prefix]) -> Completions:
         """Decode one completion of each prefix greedily."""
         ...
 

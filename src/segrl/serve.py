@@ -48,7 +48,8 @@ def flags(cfg: DictConfig, device: str) -> list[str]:
     assert isinstance(asked, dict)
     (_, port), *_ = host_and_port(asked["servers"])
     config = AutoConfig.from_pretrained(cfg.policy.weights, local_files_only=True)
-    length = model_length(config, cfg.rollout.max_prefix, cfg.rollout.max_tokens)
+    positions = int(config.text_config.max_position_embeddings)
+    length = model_length(positions, cfg.rollout.max_prefix, cfg.rollout.max_tokens)
     dtype = "bfloat16" if str(cfg.trainer.precision).startswith("bf16") else str(cfg.policy.dtype)
     return [
         "--model", str(cfg.policy.weights), "--dtype", dtype, "--host", "127.0.0.1", "--port", str(port),

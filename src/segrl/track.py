@@ -19,6 +19,7 @@ from segrl.runs.configuration import register_resolvers
 from segrl.runs.resuming import read
 from segrl.tracking.mlflow_runs import bring_in, link
 from segrl.tracking.mlflow_store import Place
+from segrl.tracking.run_folder import RunFolder
 
 
 def configuration(folder: Path) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def configuration(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: if the folder holds no configuration of a run, or a damaged one.
     """
-    saved = folder / "config.yaml"
+    saved = RunFolder(folder).config
     if not saved.is_file():
         raise ValueError(f"RUN: it must be a run folder, with a config.yaml; {folder} is none")
     register_resolvers()

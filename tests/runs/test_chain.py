@@ -198,7 +198,7 @@ def test_a_run_that_was_begun_goes_on_and_one_that_another_process_begins_is_lef
     (first / "config.yaml").write_text("name: first\n")
     assert chain.command(found, found.jobs[0], 1, tmp_path)[-1] == f"resume={first}"
     (first / "config.yaml").unlink()
-    holding = "import sys, time; from segrl.runs.folder import own; own(__import__('pathlib').Path(sys.argv[1]), 'x'); print(1, flush=True); time.sleep(60)"
+    holding = "import sys, time; from segrl.host.files import own; own(__import__('pathlib').Path(sys.argv[1]), 'x'); print(1, flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", holding, str(first)], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         with pytest.raises(ValueError, match="is used by another process"):

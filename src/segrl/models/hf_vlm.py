@@ -198,6 +198,16 @@ class HFPolicy(nn.Module):
         return cast("torch.device", self.stop_ids.device)
 
     @property
+    def most_positions(self) -> int:
+        """The number of positions of the language model."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+    @property
+    def image_token_id(self) -> int:
+        """The id of the placeholder that stands for one image token."""
+        return int(self.model.config.image_token_id)
+
+    @property
     def pass_dtype(self) -> torch.dtype:
         """The precision of its passes: the autocast dtype if autocast is on, else that of the weights."""
         return pass_dtype(self.model)

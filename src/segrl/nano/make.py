@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from segrl.tracking.run_folder import RunFolder
+
 HERE = Path(__file__).resolve().parents[1] / "assets"
 SEED = 1
 _LICENCE = "apache-2.0"  # segrl draws the scenes, and the weights are random at first
@@ -72,10 +74,10 @@ def box_scores(run: Path) -> dict[str, float]:
     from segrl.data.synthetic import SyntheticScenes
     from segrl.geometry import tight_box
 
-    lines = [json.loads(line) for line in (run / "evaluation" / "after.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in RunFolder(run).after.read_text().splitlines()]
     from omegaconf import OmegaConf
 
-    data = OmegaConf.load(run / "config.yaml").data
+    data = OmegaConf.load(RunFolder(run).config).data
     scenes = SyntheticScenes(
         "test", data.test_length, data.world, data.side, tuple(data.contrast), tuple(data.objects)
     )
@@ -109,13 +111,13 @@ def export(runs: Path, out: Path) -> None:
     made = f"Made by `make assets` (seed {SEED}) on scenes drawn by `segrl.data.synthetic`."
     scores = ", ".join(f"{name} {value:.3f}" for name, value in box_scores(runs / "nano_sft").items())
     export_policy(
-        runs / "nano_sft" / "checkpoints" / "last.ckpt", out / "policy_nano",
+        RunFolder(runs / "nano_sft").last, out / "policy_nano",
         f"Qwen3-VL's classes at 2.5 million parameters: an early cold start, left for reinforcement "
         f"learning to improve. It imitates annotators who draw loose boxes. {made} "
         f"On 256 held-out scenes: {scores}.",
         "asset:sam2_nano.safetensors", _LICENCE,
     )  # fmt: skip
-    weights = read_checkpoint(runs / "nano_head" / "checkpoints" / "last.ckpt", "--runs")["state_dict"]
+    weights = read_checkpoint(RunFolder(runs / "nano_head").last, "--runs")["state_dict"]
     head = {k.removeprefix("head.model."): v.to(torch.float16).contiguous() for k, v in weights.items()}
     save_file(head, out / "sam2_nano.safetensors", metadata={"format": "pt"})
     note = (
@@ -147,8 +149,8 @@ def main() -> None:
     _wait(tower)
     _wait(head)
     start, trained = (
-        runs / "nano_tower" / "checkpoints" / "last.ckpt",
-        runs / "nano_head" / "checkpoints" / "last.ckpt",
+        RunFolder(runs / "nano_tower").last,
+        RunFolder(runs / "nano_head").last,
     )
     _wait(
         _train(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from segrl.models.hf_vlm import HFPolicy
 from segrl.models.kernels.cuda_graph import GraphRecorder
+from segrl.protocols import DecodablePolicy
 from segrl.types import Completions, Prefix, PrefixState
 
 _STRIDE = 128  # steps that one captured graph serves; it reads masked keys up to the next multiple
@@ -38,7 +38,7 @@ class SharedPrefixEngine:
         self.recorder = GraphRecorder(required=graphs is True)
 
     def sample(
-        self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, seeds: Sequence[int],
+        self, policy: DecodablePolicy, prefixes: Sequence[Prefix], group_size: int, seeds: Sequence[int],
         state: PrefixState | None = None,
     ) -> Completions:  # fmt: skip
         """Sample `group_size` completions of each prefix from the policy's distribution; groups contiguous.
@@ -55,13 +55,13 @@ class SharedPrefixEngine:
 
         return self._in_parts(policy, prefixes, group_size, choose, state)
 
-    def greedy(self, policy: HFPolicy, prefixes: Sequence[Prefix]) -> Completions:
+    def greedy(self, policy: DecodablePolicy, prefixes: Sequence[Prefix]) -> Completions:
         """Decode one completion per prefix, with the most likely token at each place."""
         return self._in_parts(policy, prefixes, 1, lambda logits, *_: logits.argmax(-1), None)
 
     def _in_parts(
         self,
-        policy: HFPolicy,
+        policy: DecodablePolicy,
         prefixes: Sequence[Prefix],
         group_size: int,
         choose: _Choose,
@@ -84,7 +84,7 @@ class SharedPrefixEngine:
     @torch.no_grad()
     def _decode(
         self,
-        policy: HFPolicy,
+        policy: DecodablePolicy,
         prefixes: Sequence[Prefix],
         group_size: int,
         choose: _Choose,
@@ -166,7 +166,7 @@ def _staying(running: Tensor, share: float) -> tuple[Tensor, Tensor] | None:
     return groups, running[groups].int().argsort(dim=1, descending=True, stable=True)[:, :most]
 
 
-def _until_stop(policy: HFPolicy, written: Tensor) -> Completions:
+def _until_stop(policy: DecodablePolicy, written: Tensor) -> Completions:
     """Return completions from token rows `[N, T]`: each ends with its first stop token, if it has one."""
     stops = torch.isin(written, policy.stop_ids)
     mask = stops.cumsum(1) - stops.long() == 0

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from segrl.models.hf_vlm import HFPolicy
+from segrl.protocols import ServedPolicy
 from segrl.rollout import vllm_wire as wire
 from segrl.types import Completions, Prefix
 
@@ -53,7 +53,7 @@ class VLLMEngine(wire.Engine):
     @torch.no_grad()
     def _generate(
         self,
-        policy: HFPolicy,
+        policy: ServedPolicy,
         prefixes: Sequence[Prefix],
         group_size: int,
         temperature: float,
@@ -81,7 +81,7 @@ class VLLMEngine(wire.Engine):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _wake(self, policy: HFPolicy) -> None:
+    def _wake(self, policy: ServedPolicy) -> None:
         """Start or wake the engine, and load the policy's weights if they have changed.
 
         Inference mode is off here: tensors created in it, when an evaluation is the first caller, could not
@@ -102,7 +102,7 @@ class VLLMEngine(wire.Engine):
         if asleep:
             self.llm.wake_up(tags=["kv_cache"])
 
-    def _start(self, policy: HFPolicy) -> Any:  # noqa: ANN401 - vllm's own class
+    def _start(self, policy: ServedPolicy) -> Any:  # noqa: ANN401 - vllm's own class
         """Start an engine with random weights on the policy's device; raise ValueError if that fails."""
         for key, value in _HERE.items():
             os.environ.setdefault(key, value)
@@ -126,7 +126,7 @@ class VLLMEngine(wire.Engine):
         try:
             llm = LLM(
                 policy.weights, dtype=str(policy.pass_dtype).removeprefix("torch."), enforce_eager=self.eager,
-                max_model_len=wire.model_length(policy.model.config, self.max_prefix, self.max_tokens),
+                max_model_len=wire.model_length(policy.most_positions, self.max_prefix, self.max_tokens),
                 gpu_memory_utilization=self.memory, limit_mm_per_prompt={"image": 1}, enable_mm_embeds=True,
                 distributed_executor_backend=alone, logprobs_mode="processed_logprobs", load_format="dummy",
                 enable_sleep_mode=self.sleep and policy.device.type == "cuda", seed=0,
@@ -141,7 +141,7 @@ class VLLMEngine(wire.Engine):
         return llm
 
 
-def _request(policy: HFPolicy, prefix: Prefix) -> Any:  # noqa: ANN401 - vllm's own type
+def _request(policy: ServedPolicy, prefix: Prefix) -> Any:  # noqa: ANN401 - vllm's own type
     """Return vLLM's input for one group: token ids, the image's features and their place."""
     from vllm.inputs.engine import mm_input
     from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange

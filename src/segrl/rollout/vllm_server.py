@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import requests
 import torch
 
-from segrl.models.hf_vlm import HFPolicy
+from segrl.protocols import ServedPolicy
 from segrl.rollout import vllm_wire as wire
 from segrl.types import Completions, Prefix
 
@@ -147,7 +147,7 @@ class VLLMServer(wire.Engine):
     @torch.no_grad()
     def _generate(
         self,
-        policy: HFPolicy,
+        policy: ServedPolicy,
         prefixes: Sequence[Prefix],
         group_size: int,
         temperature: float,
@@ -202,7 +202,7 @@ class VLLMServer(wire.Engine):
     def _server(self) -> _Server:
         return self.servers[self._rank % len(self.servers)]
 
-    def _follow(self, policy: HFPolicy, weights: str, deadline: float) -> None:
+    def _follow(self, policy: ServedPolicy, weights: str, deadline: float) -> None:
         """Ensure that the server holds these weights: push them, or wait for the rank that does.
 
         The server's first rank (turn 0) pushes at once. The rank of turn k pushes only after the version has
@@ -231,7 +231,7 @@ class VLLMServer(wire.Engine):
                 time.sleep(_PAUSE / 10)
         self.known = weights
 
-    def _fill(self, policy: HFPolicy, weights: str, held: str) -> None:
+    def _fill(self, policy: ServedPolicy, weights: str, held: str) -> None:
         """Push all weights to the server; `held` is its present version."""
         if held != self.pushed:  # the server was restarted or used by another run: the connection is stale
             self._drop()
@@ -247,7 +247,7 @@ class VLLMServer(wire.Engine):
         self._server.post("update_weight_version", new_version=weights)
         self.pushed = weights
 
-    def _open(self, policy: HFPolicy) -> Any:  # noqa: ANN401 - vllm's own class
+    def _open(self, policy: ServedPolicy) -> Any:  # noqa: ANN401 - vllm's own class
         """Connect to the server's workers for the transfer of weights."""
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
@@ -271,7 +271,7 @@ class VLLMServer(wire.Engine):
             self.link.shutdown()
         self.link = self.pushed = None
 
-    def _check(self, policy: HFPolicy) -> None:
+    def _check(self, policy: ServedPolicy) -> None:
         """Raise ValueError if there are more servers than ranks, or the server's settings do not fit."""
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         if len(self.servers) > ranks:
@@ -292,7 +292,7 @@ class VLLMServer(wire.Engine):
                     f"rollout.servers: {self._server.address} must have {setting} {needed}; it has {has} "
                     "(start it by python -m segrl.serve with this run's overrides)"
                 )
-        needed = wire.model_length(policy.model.config, self.max_prefix, self.max_tokens)
+        needed = wire.model_length(policy.most_positions, self.max_prefix, self.max_tokens)
         if model["max_model_len"] < needed:
             raise ValueError(
                 f"rollout.servers: {self._server.address} must read {needed} tokens (rollout.max_prefix + "
@@ -305,7 +305,7 @@ def transfer_backend(device: str) -> str:
     return "nccl" if device == "cuda" else "segrl_gloo"
 
 
-def _request(policy: HFPolicy, prefix: Prefix, settings: dict[str, Any]) -> dict[str, Any]:
+def _request(policy: ServedPolicy, prefix: Prefix, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the body of one group's request."""
     from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import encode_mm_kwargs_item
 

@@ -31,7 +31,7 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferUpdateInfo,
 )
 
-from segrl.models.hf_vlm import HFPolicy
+from segrl.protocols import ServedPolicy
 
 HANDED_OVER, GLOO = "segrl_handed_over", "segrl_gloo"
 _PATIENCE = timedelta(minutes=5)
@@ -53,7 +53,7 @@ class PolicyWeights(WeightSource):
         dtype: precision in which vLLM runs; weights are cast to it.
     """
 
-    def __init__(self, policy: HFPolicy, dtype: torch.dtype) -> None:
+    def __init__(self, policy: ServedPolicy, dtype: torch.dtype) -> None:
         self.policy, self.dtype = policy, dtype
         self.declared: list[ParamMeta] = []
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from segrl.models.hf_vlm import HFPolicy
 from segrl.models.kernels.prefix_pass import pad_right
+from segrl.protocols import ServedPolicy
 from segrl.types import Completions, Prefix, PrefixState
 
 # On a CPU, vLLM cannot sample with seeds after a prefix that it has read in chunks.
@@ -47,7 +47,7 @@ class Engine(ABC):
     prefixes_at_once = None
 
     def sample(
-        self, policy: HFPolicy, prefixes: Sequence[Prefix], group_size: int, seeds: Sequence[int],
+        self, policy: ServedPolicy, prefixes: Sequence[Prefix], group_size: int, seeds: Sequence[int],
         state: PrefixState | None = None,
     ) -> Completions:  # fmt: skip
         """Sample `group_size` completions of each prefix, groups contiguous, with vLLM's log-probabilities.
@@ -56,14 +56,14 @@ class Engine(ABC):
         """
         return self._generate(policy, prefixes, group_size, policy.temperature, seeds[::group_size])
 
-    def greedy(self, policy: HFPolicy, prefixes: Sequence[Prefix]) -> Completions:
+    def greedy(self, policy: ServedPolicy, prefixes: Sequence[Prefix]) -> Completions:
         """Decode one completion per prefix, with the most likely token at each place."""
         return self._generate(policy, prefixes, 1, 0.0, [0] * len(prefixes))
 
     @abstractmethod
     def _generate(
         self,
-        policy: HFPolicy,
+        policy: ServedPolicy,
         prefixes: Sequence[Prefix],
         group_size: int,
         temperature: float,
@@ -81,9 +81,9 @@ def needs_vllm(rollout: str) -> None:
         )
 
 
-def model_length(config: Any, max_prefix: int, max_tokens: int) -> int:  # noqa: ANN401 - transformers' own
+def model_length(positions: int, max_prefix: int, max_tokens: int) -> int:
     """Return the largest length of prefix plus completion, at most the policy's number of positions."""
-    return min(max_prefix + max_tokens, int(config.text_config.max_position_embeddings))
+    return min(max_prefix + max_tokens, positions)
 
 
 def check_lengths(prefixes: Sequence[Prefix], most: int) -> None:
@@ -94,7 +94,7 @@ def check_lengths(prefixes: Sequence[Prefix], most: int) -> None:
         )
 
 
-def picture(policy: HFPolicy, prefix: Prefix) -> Picture:
+def picture(policy: ServedPolicy, prefix: Prefix) -> Picture:
     """Encode the image of a prefix by the policy's tower, so that vLLM's own processor is not used."""
     from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 
@@ -107,12 +107,12 @@ def picture(policy: HFPolicy, prefix: Prefix) -> Picture:
         {"image_embeds": features, "image_grid_thw": prefix.grid.cpu()}, kinds
     )
     name = hashlib.blake2b(features.float().numpy().tobytes(), digest_size=16).hexdigest()
-    first = prefix.token_ids.tolist().index(policy.model.config.image_token_id)
+    first = prefix.token_ids.tolist().index(policy.image_token_id)
     return Picture(items["image"][0], name, first, len(features))
 
 
 def settings(
-    policy: HFPolicy, group_size: int, temperature: float, seed: int, max_tokens: int
+    policy: ServedPolicy, group_size: int, temperature: float, seed: int, max_tokens: int
 ) -> dict[str, Any]:
     """Return vLLM's sampling parameters for one group; vLLM samples completion g with `seed + g`."""
     return {
@@ -127,7 +127,7 @@ def check_read(prefix: Prefix, read: Sequence[int]) -> None:
     assert list(read) == prefix.token_ids.tolist(), "vLLM read other tokens than ours"
 
 
-def completions(policy: HFPolicy, said: Sequence[Said]) -> Completions:
+def completions(policy: ServedPolicy, said: Sequence[Said]) -> Completions:
     """Return N completions, groups contiguous, with the log-probabilities that vLLM reported."""
     tokens, mask = pad_right([torch.tensor(row.tokens) for row in said], policy.pad_id)
     drawn: Tensor = pad_right([torch.tensor(row.logprobs) for row in said], 0)[0].float()

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from segrl.host import signals
 from segrl.host.files import own, release
-from segrl.runs.folder import read_json, scored_checkpoint
+from segrl.tracking.run_folder import RunFolder, read_json
 
 _OWN = ("experiment", "seed", "name", "paths.run", "init_from", "resume", "ckpt_path")
 _COLUMNS = ("run", "start", "seed", "completions", "before", "after", "gain", "95 % interval of the gain")
@@ -114,16 +114,16 @@ def command(chain: Chain, job: Job, seed: int, runs: Path) -> list[str] | None:
     """
     folder = folder_of(runs, job, seed)
     module = [sys.executable, "-m", "segrl.train"]
-    if (folder / "metrics.json").is_file():
+    if RunFolder(folder).finished:
         return None
-    if (folder / "config.yaml").is_file():  # begun: resume from its checkpoint or, without one, from step 0
+    if RunFolder(folder).config.is_file():  # begun: resume from its checkpoint or, without one, from step 0
         return [*module, f"resume={folder}"]
     if folder.is_dir():  # killed before it wrote its configuration
         own(folder, "chain")
         release()
         shutil.rmtree(folder)
     start = next((other for other in chain.jobs if other.name == job.start), None)
-    begin = [f"init_from={scored_checkpoint(folder_of(runs, start, start.seeds[0]))}"] if start else []
+    begin = [f"init_from={RunFolder(folder_of(runs, start, start.seeds[0])).scored}"] if start else []
     fixed = [f"seed={seed}", f"name={job.name}", f"paths.run={folder}", *begin]
     shared = [*chain.overrides, *(chain.reinforced if job.reinforced else [])]
     return [*module, f"+experiment={job.experiment}", *shared, *job.overrides, *fixed]
@@ -132,7 +132,7 @@ def command(chain: Chain, job: Job, seed: int, runs: Path) -> list[str] | None:
 def ready(chain: Chain, runs: Path, job: Job) -> bool:
     """Return whether the run that a job starts from is finished; True if it starts from none."""
     start = next((other for other in chain.jobs if other.name == job.start), None)
-    return start is None or (folder_of(runs, start, start.seeds[0]) / "metrics.json").is_file()
+    return start is None or RunFolder(folder_of(runs, start, start.seeds[0])).finished
 
 
 def run_all(chain: Chain, runs: Path, at_once: int) -> None:
@@ -197,7 +197,7 @@ def rows(chain: Chain, runs: Path) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for job in chain.jobs:
         for seed in job.seeds:
-            path = folder_of(runs, job, seed) / "metrics.json"
+            path = RunFolder(folder_of(runs, job, seed)).metrics
             metrics = read_json(path, "chain", "test", "completions")
             try:
                 score = next(iter(metrics["test"].values()))[chain.metric]

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from segrl.data.datamodule import SegDataModule
 from segrl.metrics.saliency import NAMES
 from segrl.tracking.checkpoints import read_checkpoint
+from segrl.tracking.run_folder import RunFolder
 
 
 def words(cfg: DictConfig) -> None:
@@ -46,7 +47,7 @@ def checkpoints(cfg: DictConfig) -> None:
                 f"init_from: a checkpoint that holds a policy is needed; "
                 f"{cfg.init_from} is of {saved.get('stage', 'another program')}"
             )
-    if cfg.resume is not None and (best := Path(cfg.resume) / "checkpoints" / "best.ckpt").exists():
+    if cfg.resume is not None and (best := RunFolder(Path(cfg.resume)).best).exists():
         read_checkpoint(best, "resume")
     if cfg.ckpt_path is not None:
         key, ours = "resume" if cfg.resume else "ckpt_path", cfg.stage._target_.rpartition(".")[2]

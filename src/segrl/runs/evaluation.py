@@ -29,7 +29,6 @@ from segrl.host.files import write_whole
 from segrl.metrics.parts import Family, scores
 from segrl.prompts import instructions
 from segrl.protocols import Grammar, SampleSet
-from segrl.runs import folder as folders
 from segrl.runs import records
 from segrl.runs.departures import of_counts, published
 from segrl.runs.tables import scores_text, tell
@@ -39,9 +38,9 @@ from segrl.tracking.checkpoints import learned_policy
 from segrl.tracking.figures import Cell, sheet
 from segrl.tracking.mlflow_runs import keep
 from segrl.tracking.provenance import provenance
+from segrl.tracking.run_folder import RunFolder, create, read_json
 from segrl.types import Answer, Sample
 
-_STAMPS = "weights.json"
 _SECONDS = 5.0  # least time between two lines of progress
 
 
@@ -74,8 +73,8 @@ class Evaluation:
         sets = _test_sets(cfg, family)
         grammar = instantiate(cfg.grammar)
         _check_objective(cfg, family, list(sets))
-        if cfg.resume and (folder / _STAMPS).is_file():
-            before, now = folders.read_json(folder / _STAMPS, "resume"), _stamps(cfg, grammar)
+        if cfg.resume and RunFolder(folder).stamps.is_file():
+            before, now = read_json(RunFolder(folder).stamps, "resume"), _stamps(cfg, grammar)
             if changed := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
                 raise ValueError(
                     f"resume: weights and instructions as {folder} was begun with are needed; "
@@ -129,11 +128,7 @@ class Evaluation:
         if not self.fabric.is_global_zero:
             return None
         metrics = self._conclude()
-        kept = (
-            "metrics.json", "table.txt", "per_sample.jsonl", "config.yaml", "provenance.json", "overlays",
-            "masks",
-        )  # fmt: skip
-        keep(self.logger, [self.folder / name for name in kept], metrics)
+        keep(self.logger, RunFolder(self.folder).artifacts, metrics)
         if self.logger is not None:
             self.logger.finalize("success")
         say(f"results in {self.folder}")
@@ -150,15 +145,16 @@ class Evaluation:
         with signals.held():
             logger, text, made = self._logger()  # raises before anything is created
             if cfg.resume is None:
-                self.folder = folders.create(self.folder, alone=True)
+                self.folder = create(self.folder, alone=True)
                 if str(self.folder) != cfg.paths.run:  # another process has created that folder meanwhile
                     cfg.paths.run = str(self.folder)
                     logger, text, made = self._logger()
-            write_whole(self.folder / "config.yaml", text)
+            folder = RunFolder(self.folder)
+            write_whole(folder.config, text)
             stamps = _stamps(cfg, self.segmenter.grammar)
-            write_whole(self.folder / _STAMPS, json.dumps(stamps, indent=2) + "\n")
-            if not (self.folder / "provenance.json").is_file():  # a resumed one keeps its first command's
-                write_whole(self.folder / "provenance.json", json.dumps(made, indent=2) + "\n")
+            write_whole(folder.stamps, json.dumps(stamps, indent=2) + "\n")
+            if not folder.provenance.is_file():  # a resumed one keeps its first command's
+                write_whole(folder.provenance, json.dumps(made, indent=2) + "\n")
             self.logger = logger
         signals.check()
         say(f"{cfg.suite.name}: {sum(map(len, self.sets.values()))} samples; results in {self.folder}")
@@ -176,7 +172,7 @@ class Evaluation:
     def stopped(self, stop: signals.Stopped) -> None:
         """Print how many samples have a line on the disk, and the command that resumes; end the logger."""
         stop.told = True
-        if not (self.folder / "config.yaml").is_file():
+        if not RunFolder(self.folder).config.is_file():
             say(f"stopped by {stop.name} before anything was written")
             return
         kept = sum(len({row["id"] for row in records.lines(self.folder, name)}) for name in self.sets)
@@ -234,7 +230,7 @@ class Evaluation:
         """Write the mask and the overlay of a sample, if `suite.masks` and `suite.overlays` are set."""
         settings, file = self.cfg.suite, f"{sample.id}.png"
         if settings.masks:
-            path = self.folder / "masks" / name / file
+            path = RunFolder(self.folder).masks / name / file
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(answer.mask.astype(np.uint8) * 255).save(path)
         if settings.overlays:
@@ -242,7 +238,7 @@ class Evaluation:
                 image=sample.image, truth=sample.mask, mask=answer.mask,
                 prompt=answer.parsed.prompt, caption=answer.text,
             )  # fmt: skip
-            sheet([[cell]], self.folder / "overlays" / name / file)
+            sheet([[cell]], RunFolder(self.folder).overlays / name / file)
 
     def _conclude(self) -> dict[str, float]:
         """Score all lines, print the table, write the results, and return scores by logged name, without NaN.
@@ -282,7 +278,7 @@ class Evaluation:
         tell(
             f"{scores_text(tables, counts, faults, images)}\n"
             + "\n".join(f"{key}: {value}" for key, value in self._identity().items()),
-            self.folder / "table.txt",
+            RunFolder(self.folder).table,
         )
         report = {
             **self._identity(), "seconds": round(time.monotonic() - self.began, 1),
@@ -296,7 +292,7 @@ class Evaluation:
             },
         }  # fmt: skip
         records.join(self.folder, rows)
-        write_whole(self.folder / "metrics.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
+        write_whole(RunFolder(self.folder).metrics, json.dumps(report, indent=2, allow_nan=False) + "\n")
         values = {
             f"test/{name}/{key}": score.value
             for name, table in tables.items()

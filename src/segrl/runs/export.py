@@ -9,8 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from segrl.runs import licences
 from segrl.runs.configuration import asset
-from segrl.runs.folder import check_kinds, read_json, scored_checkpoint
 from segrl.runs.resuming import read
+from segrl.tracking.run_folder import RunFolder, read_json
 
 if TYPE_CHECKING:
     from segrl.models.hf_vlm import HFPolicy
@@ -51,27 +51,27 @@ def export_policy(
     from segrl.prompts import instructions
     from segrl.tracking.checkpoints import learned_policy
 
-    run = ckpt.parent.parent
+    run = RunFolder.of_checkpoint(ckpt)
     if not ckpt.is_file():
         raise ValueError(
             f"ckpt: a checkpoint is needed; {ckpt} is {'a folder' if ckpt.is_dir() else 'not there'}"
         )
-    if not (run / "config.yaml").is_file():
+    if not run.config.is_file():
         raise ValueError(
             f"ckpt: a checkpoint in a run's folder is needed, RUN/checkpoints/last.ckpt; "
             f"two folders above {ckpt} is no config.yaml of a run"
         )
-    check_kinds(run, "ckpt")
-    cfg = read(run / "config.yaml", "ckpt")
-    own = _own(cfg, run / "config.yaml")
+    run.check_kinds("ckpt")
+    cfg = read(run.config, "ckpt")
+    own = _own(cfg, run.config)
     learned = learned_policy(ckpt, "ckpt")
-    parts = policy_card.checked(described(cfg, head_checkpoint), run / "config.yaml")
+    parts = policy_card.checked(described(cfg, head_checkpoint), run.config)
     grammar = instantiate(own.grammar)
     parts["grammar"]["instructions"] = {grammar.section: grammar.texts}  # the texts instead of their file
     policy = instantiate(own.policy)
     policy.load_policy(learned)
     asked = _asked(policy, grammar, str(cfg.data.module.train._target_))
-    text = card(run, note, ckpt, asked, licence)
+    text = card(run.path, note, ckpt, asked, licence)
     policy.save(out, own.max_tokens)
     # The file also holds the texts of other grammars, if the run was given them.
     given = OmegaConf.select(own, "grammar.instructions")
@@ -170,7 +170,8 @@ def card(run: Path, note: str, ckpt: Path | None = None, asked: str = "", licenc
     Raises:
         ValueError: naming a file of the run that is damaged.
     """
-    loaded = read(run / "config.yaml", "ckpt")
+    folder = RunFolder(run)
+    loaded = read(folder.config, "ckpt")
     config: Any = OmegaConf.to_container(loaded)  # unresolved: references to `paths` stay references
     wanted = ("stage", "rollout", "reward", "data", "trainer")
     settings = OmegaConf.to_yaml(OmegaConf.create({k: config[k] for k in wanted}))
@@ -186,8 +187,8 @@ def card(run: Path, note: str, ckpt: Path | None = None, asked: str = "", licenc
             f"Trained by segrl. This checkpoint, `{ckpt.name}`, has not been scored: "
             "the run's scores are of another."
         )
-    elif (run / "metrics.json").is_file():
-        metrics = read_json(run / "metrics.json", "ckpt", "name", "seed", "steps", "seconds", "metrics")
+    elif folder.finished:
+        metrics = read_json(folder.metrics, "ckpt", "name", "seed", "steps", "seconds", "metrics")
         numbers = (
             [*metrics["metrics"].values(), metrics["seconds"]]
             if isinstance(metrics["metrics"], dict)
@@ -195,16 +196,15 @@ def card(run: Path, note: str, ckpt: Path | None = None, asked: str = "", licenc
         )
         if not all(isinstance(number, int | float) for number in numbers):
             raise ValueError(
-                f"ckpt: {run / 'metrics.json'} must hold a number for every metric; "
-                f"got {metrics['metrics']!r:.80}"
+                f"ckpt: {folder.metrics} must hold a number for every metric; got {metrics['metrics']!r:.80}"
             )
         lines.append(
             f"Trained by segrl, experiment `{metrics['name']}`, seed {metrics['seed']}, "
             f"{metrics['steps']} updates, {metrics['seconds']:.0f} s.\n\n| metric | value |\n|---|---|"
         )
         lines += [f"| {name} | {value:.4f} |" for name, value in metrics["metrics"].items()]
-    if (run / "provenance.json").is_file():
-        made = read_json(run / "provenance.json", "ckpt", "command", "git.commit", "git.dirty")
+    if folder.provenance.is_file():
+        made = read_json(folder.provenance, "ckpt", "command", "git.commit", "git.dirty")
         dirty = ", with changes" if made["git.dirty"] == "true" else ""
         lines.append(
             f"\n```\n{made['command']}\n```\ncommit {made['git.commit']}{dirty}; data: {_data(loaded)}"
@@ -218,12 +218,13 @@ def _scored(run: Path, ckpt: Path) -> bool:
     """Return whether the scores in the run's metrics.json are those of this checkpoint."""
     from segrl.tracking.checkpoints import read_checkpoint
 
-    if not (run / "metrics.json").is_file():
+    folder = RunFolder(run)
+    if not folder.finished:
         return False
-    metrics = read_json(run / "metrics.json", "ckpt", "steps")
-    if ckpt.resolve() != scored_checkpoint(run).resolve():
+    metrics = read_json(folder.metrics, "ckpt", "steps")
+    if ckpt.resolve() != folder.scored.resolve():
         return False
-    if "scored_step" not in metrics and ckpt.name == "best.ckpt":  # an old run, without that key
+    if "scored_step" not in metrics and ckpt.name == folder.best.name:  # an old run, without that key
         return True
     return bool(read_checkpoint(ckpt, "ckpt")["global_step"] == metrics.get("scored_step", metrics["steps"]))
 

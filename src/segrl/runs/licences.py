@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from segrl.runs.resuming import read
+from segrl.tracking.run_folder import RunFolder
 
 _OWN = "SyntheticScenes"  # drawn by segrl, so they add no terms
 _HUB = "https://huggingface.co/"
@@ -96,7 +97,7 @@ def learned_from(config: DictConfig) -> list[str]:
         start = OmegaConf.select(here, "init_from")
         here = None
         if start is not None:
-            saved = Path(str(start)).absolute().parent.parent / "config.yaml"
+            saved = RunFolder.of_checkpoint(Path(str(start))).config
             if saved.is_file() and saved not in seen:
                 here = read(saved, "init_from")
             seen.add(saved)

@@ -14,10 +14,9 @@ import numpy as np
 from segrl.host.files import write_whole
 from segrl.metrics.functional.bootstrap import numbered
 from segrl.metrics.parts import Family, Parts
+from segrl.tracking.run_folder import RunFolder
 from segrl.types import Answer, Sample
 
-_PARTS = "per_sample.parts"  # one file per rank, attempt and dataset; joined once all samples are scored
-WHOLE = "per_sample.jsonl"
 _NEEDED = {"dataset", "id", "fault", "scores", "parts"}
 
 
@@ -97,7 +96,10 @@ def lines(folder: Path, dataset: str) -> Iterator[dict[str, Any]]:
 
     Damaged lines, such as one that a kill has cut off, are skipped, so their samples are scored again.
     """
-    for path in (folder / WHOLE, *sorted((folder / _PARTS).glob(f"*.{escape(dataset)}.jsonl"))):
+    for path in (
+        RunFolder(folder).per_sample,
+        *sorted(RunFolder(folder).parts.glob(f"*.{escape(dataset)}.jsonl")),
+    ):
         if not path.is_file():
             continue
         for text in path.read_bytes().splitlines(keepends=True):
@@ -109,8 +111,8 @@ def lines(folder: Path, dataset: str) -> Iterator[dict[str, Any]]:
 
 
 def new_part(folder: Path, dataset: str, rank: int) -> TextIO:
-    """Create and open a file for the lines that this rank writes."""
-    home = folder / _PARTS
+    """Create and open a file for the lines that this rank writes, one per attempt and dataset."""
+    home = RunFolder(folder).parts
     home.mkdir(parents=True, exist_ok=True)
     attempt = len(list(home.glob(f"*-{rank}.{escape(dataset)}.jsonl")))
     return (home / f"{attempt:03}-{rank}.{dataset}.jsonl").open("x")
@@ -119,8 +121,9 @@ def new_part(folder: Path, dataset: str, rank: int) -> TextIO:
 def join(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
     """Write all lines to one file in the order of `rows`, and delete the files of the ranks."""
     lines = (json.dumps(line, allow_nan=False) + "\n" for found in rows.values() for line in found)
-    write_whole(folder / WHOLE, "".join(lines))
-    for path in (folder / _PARTS).glob("*"):
+    write_whole(RunFolder(folder).per_sample, "".join(lines))
+    parts = RunFolder(folder).parts
+    for path in parts.glob("*"):
         path.unlink()
-    if (folder / _PARTS).is_dir():
-        (folder / _PARTS).rmdir()
+    if parts.is_dir():
+        parts.rmdir()

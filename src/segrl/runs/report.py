@@ -19,6 +19,7 @@ from segrl.runs.records import clusters, scores_of
 from segrl.runs.scoring import Rows
 from segrl.runs.tables import Comparison, Table, comparison_text, tell
 from segrl.tracking.figures import Cell, sheet
+from segrl.tracking.run_folder import RunFolder
 from segrl.types import MaskPrompt, Sample
 
 DRAWN = 8  # samples of the first test set that the picture shows
@@ -129,7 +130,8 @@ def conclude(folder: Path, seed: int, updates: int, rate: float, only_scenes: bo
     Raises:
         ValueError: if the two files do not score the same samples.
     """
-    lines = {name: read_lines(folder / "evaluation" / f"{name}.jsonl") for name in ("before", "after")}
+    run = RunFolder(folder)
+    lines = {"before": read_lines(run.before), "after": read_lines(run.after)}
     after: dict[str, list[dict[str, Any]]] = {}
     for line in lines["after"]:
         after.setdefault(line["dataset"], []).append(line)
@@ -142,7 +144,7 @@ def conclude(folder: Path, seed: int, updates: int, rate: float, only_scenes: bo
         if low <= 0 <= high:
             same = sum(line["text"] == texts[dataset, line["id"]] for line in after[dataset])
             told.append(_unmoved(dataset, same, len(after[dataset]), updates, rate, only_scenes))
-    tell("\n".join(told), folder / "table.txt")
+    tell("\n".join(told), run.table)
     return table
 
 

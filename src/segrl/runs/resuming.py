@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from segrl.runs.configuration import asset, refuse_unread
 from segrl.runs.messages import Said
+from segrl.tracking.run_folder import RunFolder
 
 # Present names of parts, by the names in configurations of older runs.
 _MOVED = {
@@ -171,7 +172,7 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
             the run lacks, or one of optimizer, schedule or critic.
     """
     home = Path(cfg.resume)
-    config, checkpoint = home / "config.yaml", home / "checkpoints" / "last.ckpt"
+    config, checkpoint = RunFolder(home).config, RunFolder(home).last
     if not config.is_file():
         what = "is a folder" if config.is_dir() else "is not there"
         raise ValueError(f"resume: must be a run folder, which holds config.yaml; {config} {what}")
@@ -199,17 +200,14 @@ def _begin_anew(home: Path, cfg: DictConfig) -> None:
     from segrl.runs.training import say
     from segrl.tracking.callbacks import read_history
 
-    last, every = (
-        home / "checkpoints" / "last.ckpt",
-        OmegaConf.select(cfg, "callbacks.checkpoint.every_n_steps"),
-    )
-    if (home / "metrics.json").exists():
-        raise ValueError(f"resume: must have the checkpoint of a finished run; {last} is gone")
-    steps = [line["step"] for line in read_history(home / "history.jsonl")]
+    folder, every = RunFolder(home), OmegaConf.select(cfg, "callbacks.checkpoint.every_n_steps")
+    if folder.finished:
+        raise ValueError(f"resume: must have the checkpoint of a finished run; {folder.last} is gone")
+    steps = [line["step"] for line in read_history(folder.history)]
     before = int(max(steps[:-1], default=0))  # a checkpoint due then was saved before the next line
-    if (home / "checkpoints" / "best.ckpt").exists() or (isinstance(every, int) and before >= every):
+    if folder.best.exists() or (isinstance(every, int) and before >= every):
         raise ValueError(
-            f"resume: must have the checkpoint of a run that has learned; {last} is gone "
+            f"resume: must have the checkpoint of a run that has learned; {folder.last} is gone "
             f"(to begin anew, take history.jsonl and checkpoints away there)"
         )
     say(f"{home} holds no checkpoint: the run begins anew, at its first update")

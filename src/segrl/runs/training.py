@@ -25,11 +25,9 @@ from segrl.data.survey import OnDisk
 from segrl.host import signals
 from segrl.host.files import own, write_whole
 from segrl.runs import checks, report
-from segrl.runs import folder as folders
 from segrl.runs.assembly import stage_of
 from segrl.runs.configuration import asset
 from segrl.runs.departures import of_batch, of_counts
-from segrl.runs.folder import scored_checkpoint
 from segrl.runs.report import means
 from segrl.runs.scoring import Scoring
 from segrl.runs.tables import Table, means_text, tell
@@ -38,8 +36,9 @@ from segrl.stages.policy_gradient import PolicyGradientStage
 from segrl.tracking.callbacks import cut_history, read_history
 from segrl.tracking.checkpoints import AtomicCheckpointIO, Stop, read_checkpoint, saved_step
 from segrl.tracking.figures import curves
-from segrl.tracking.mlflow_runs import ARTIFACTS, keep, where
+from segrl.tracking.mlflow_runs import keep, where
 from segrl.tracking.provenance import provenance
+from segrl.tracking.run_folder import RunFolder, create, free_name
 
 # Environment variable in which ranks that Lightning starts find the first rank's folder.
 _FOLDER = "SEGRL_RUN_FOLDER"
@@ -106,7 +105,7 @@ def run_folder(cfg: DictConfig) -> Path:
     """
     if cfg.resume is not None:
         folder = Path(cfg.resume)
-        folders.check_kinds(folder, "resume")
+        RunFolder(folder).check_kinds("resume")
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             own(folder, "resume")
         return folder
@@ -114,8 +113,8 @@ def run_folder(cfg: DictConfig) -> Path:
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         return Path(os.environ.get(_FOLDER, folder))
     if folder.exists() and signals.ranks() > 1:
-        return folders.create(folder, alone=False)  # raises, because the folder exists
-    return folders.free_name(folder)
+        return create(folder, alone=False)  # raises, because the folder exists
+    return free_name(folder)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -153,7 +152,7 @@ class Run:
         stage: Stage = stage_of(cfg.stage)
         data.connect(stage.collate, stage.eval_collate, stage.updates_per_batch)
         checks.metrics(cfg, data)
-        scored = report.readable(folder / "evaluation" / "before.jsonl")
+        scored = report.readable(RunFolder(folder).before)
         if scored is not None:
             report.check_same_samples(scored, {name: s.ids for name, s in data.test.items()})
         if cfg.init_from is not None:
@@ -163,7 +162,7 @@ class Run:
             loaded = read_checkpoint(Path(cfg.ckpt_path), "resume" if cfg.resume else "ckpt_path")
             stage.on_load_checkpoint(loaded)
         stage.started_from = cfg.init_from
-        saved = folder / "config.yaml"
+        saved = RunFolder(folder).config
         return cls(
             cfg=cfg, folder=folder, stage=stage, data=data, trainer=cls._trainer(cfg), logger=None,
             before=saved.read_text() if saved.is_file() else None, scored_before=scored is not None,
@@ -187,15 +186,16 @@ class Run:
         with signals.held():
             logger, text, made = self._logger()  # raises before anything is created
             if cfg.resume is None:
-                self.folder = folders.create(Path(cfg.paths.run), signals.ranks() == 1)
+                self.folder = create(Path(cfg.paths.run), signals.ranks() == 1)
                 os.environ[_FOLDER] = str(self.folder)
                 if str(self.folder) != cfg.paths.run:  # another process has created that folder meanwhile
                     cfg.paths.run = str(self.folder)
                     self.trainer = self._trainer(cfg)
                     logger, text, made = self._logger()
-            write_whole(self.folder / "config.yaml", text)
-            if not (self.folder / "provenance.json").is_file():
-                write_whole(self.folder / "provenance.json", json.dumps(made, indent=2) + "\n")
+            folder = RunFolder(self.folder)
+            write_whole(folder.config, text)
+            if not folder.provenance.is_file():
+                write_whole(folder.provenance, json.dumps(made, indent=2) + "\n")
             # MLflow keeps the first values; changes of a resumed run are only in config.yaml
             logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
             self.logger = self.trainer.logger = logger
@@ -237,7 +237,7 @@ class Run:
         say(f"{self.cfg.name}: {learned / 1e6:.1f} M parameters learn; results in {self.folder}")
         for line in (*of_batch(self.cfg, self.trainer.world_size), *of_counts(self.cfg, self.data.test)):
             say(f"  {line}")
-        if self.cfg.resume and (cut := cut_history(self.folder / "history.jsonl", self.begun_at)):
+        if self.cfg.resume and (cut := cut_history(RunFolder(self.folder).history, self.begun_at)):
             say(f"  {cut}")
         if (
             isinstance(self.stage, PolicyGradientStage)
@@ -257,21 +257,21 @@ class Run:
         photographs = any(isinstance(samples, OnDisk) for samples in self.data.test.values())
         return photographs and str(self.cfg.policy.weights) == asset("policy_nano")
 
-    def _test(self, stage: SegStage, name: str) -> report.Scores:
+    def _test(self, stage: SegStage, lines: Path) -> report.Scores:
         """Score the test sets, save a line per sample, and return the scores of all samples on every rank."""
-        say(f"scoring the test sets ({name}) ...")
+        say(f"scoring the test sets ({lines.stem}) ...")
         with memory_said("data.module.eval_batch_size"):
             self.trainer.test(stage, self.data, verbose=False)
         (scoring,) = (one for one in self.trainer.callbacks if isinstance(one, Scoring))  # type: ignore[attr-defined]
         rows = scoring.everywhere(self.data.test)
         if self.trainer.is_global_zero:
-            report.save(rows, self.folder / "evaluation" / f"{name}.jsonl")
+            report.save(rows, lines)
         return report.scores(row.line for found in rows.values() for row in found)
 
     def test_before(self) -> None:
         """Score before the training, unless `test_before` is false or a resumed run has the scores."""
         if self._seg_stage is not None and self.cfg.test_before and not self.scored_before:
-            self._test(self._seg_stage, "before")
+            self._test(self._seg_stage, RunFolder(self.folder).before)
 
     def fit(self) -> None:
         """Train.
@@ -287,8 +287,8 @@ class Run:
         except ValueError:
             if self.before is not None and not self.stage.latest:  # no update: leave the run as it was
                 if self.trainer.is_global_zero:
-                    write_whole(self.folder / "config.yaml", self.before)
-            elif (self.folder / "checkpoints" / "last.ckpt").is_file():
+                    write_whole(RunFolder(self.folder).config, self.before)
+            elif RunFolder(self.folder).last.is_file():
                 say(f"go on, when it is mended, with: python -m segrl.train resume={self.folder}")
             raise
         self.trained = True
@@ -304,8 +304,8 @@ class Run:
             self.logger.finalize("KILLED")
 
     def _kept(self, stop: signals.Stopped) -> str:
-        last, go_on = self.folder / "checkpoints" / "last.ckpt", f"python -m segrl.train resume={self.folder}"
-        if not (self.folder / "config.yaml").is_file():
+        last, go_on = RunFolder(self.folder).last, f"python -m segrl.train resume={self.folder}"
+        if not RunFolder(self.folder).config.is_file():
             return f"stopped by {stop.name} before anything was written"
         if not last.is_file() and self.step == 0:
             return (
@@ -329,8 +329,8 @@ class Run:
 
     def _take_best(self, stage: SegStage) -> None:
         """Load the weights of best.ckpt, the best in validation, if it exists."""
-        chosen = scored_checkpoint(self.folder)
-        if chosen.name == "best.ckpt":
+        chosen = RunFolder(self.folder).scored
+        if chosen == RunFolder(self.folder).best:
             saved = read_checkpoint(chosen, "callbacks.best")
             stage.load_state_dict(saved["state_dict"], strict=False)
             self.scored_step = int(saved["global_step"])
@@ -342,30 +342,29 @@ class Run:
         Returns:
             The score `objective_metric`; None if it is unset or unknown, and on all ranks but the first.
         """
-        folder, stage = self.folder, self._seg_stage
+        folder, stage = RunFolder(self.folder), self._seg_stage
         metrics: dict[str, float] = {}
         table: Table = {}
         if stage is not None:
             self._take_best(stage)
-            metrics = means(self._test(stage, "after"))
+            metrics = means(self._test(stage, folder.after))
         if not self.trainer.is_global_zero:
             return None
-        curves(read_history(folder / "history.jsonl"), _CURVES, folder / "reward_curve.png")
+        curves(read_history(folder.history), _CURVES, folder.curve)
         if stage is not None:
-            before, after = (folder / "evaluation" / f"{name}.jsonl" for name in ("before", "after"))
-            if before.is_file():
+            if folder.before.is_file():
                 table = report.conclude(
-                    folder, self.cfg.seed, self.step, self.cfg.stage.optimizer.lr, self._only_scenes
+                    folder.path, self.cfg.seed, self.step, self.cfg.stage.optimizer.lr, self._only_scenes
                 )
             else:
-                tell(means_text(metrics), folder / "table.txt")
-            report.draw(next(iter(self.data.test.values())), before, after, folder / "before_after.png")
+                tell(means_text(metrics), folder.table)
+            report.draw(next(iter(self.data.test.values())), folder.before, folder.after, folder.picture)
         metrics |= {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
         return self._keep(metrics, table)
 
     def _keep(self, metrics: dict[str, float], table: Table) -> float | None:
         """Write metrics.json, log the results, print where they are; return the score `objective_metric`."""
-        folder = self.folder
+        folder = RunFolder(self.folder)
         objective = metrics.get(self.cfg.objective_metric or "")
         if not self.trainer.is_global_zero or self.logger is None:
             return objective
@@ -376,12 +375,12 @@ class Run:
             "test": {d: {m: asdict(c) for m, c in rows.items()} for d, rows in table.items()},
             "seconds": round(time.monotonic() - self.began, 1),
         }  # fmt: skip
-        write_whole(folder / "metrics.json", json.dumps(summary, indent=2) + "\n")
+        write_whole(folder.metrics, json.dumps(summary, indent=2) + "\n")
         self.scored = True
         final = metrics if objective is None else {**metrics, "objective": objective}
-        keep(self.logger, [folder / name for name in ARTIFACTS], final)
+        keep(self.logger, folder.artifacts, final)
         self.logger.finalize("success")
-        say(f"\nresults in {folder}")
+        say(f"\nresults in {folder.path}")
         if line := where(self.logger, self.cfg.paths.runs):
             say(line)
         return objective

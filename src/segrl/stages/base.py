@@ -18,8 +18,7 @@ from segrl.data.collate import Collate, Trace
 from segrl.data.datamodule import SegDataModule
 from segrl.metrics.parts import SetMeans
 from segrl.metrics.saliency import NAMES, brief
-from segrl.models.hf_vlm import HFPolicy
-from segrl.protocols import Grammar, Sharding
+from segrl.protocols import Grammar, Sharding, TrainablePolicy
 from segrl.segmenter import Segmenter
 from segrl.stages.unsharded import UNSHARDED
 from segrl.types import Answer, Batch
@@ -239,7 +238,8 @@ class SegStage(Stage):
     """A stage that trains a policy and evaluates it by segmenting.
 
     Args:
-        segmenter: the policy that is trained, with its grammar, engine and mask head.
+        segmenter: the policy that is trained (a `TrainablePolicy` and a module), with its grammar, engine and
+            mask head.
         optimization, seed: see `Stage`.
         trace: writes the completions to imitate; None for stages that sample completions.
         also: further grammars to imitate; see `data.collate.Collate`.
@@ -258,7 +258,7 @@ class SegStage(Stage):
     ) -> None:
         super().__init__(optimization=optimization, seed=seed)
         self.segmenter = segmenter
-        self.policy, self.head = cast("HFPolicy", segmenter.policy), segmenter.head
+        self.policy, self.head = cast("TrainablePolicy", segmenter.policy), segmenter.head
         self.grammar, self.engine = segmenter.grammar, segmenter.engine
         self.collate = Collate(self.policy.encoder, self.grammar, trace, also)
         self.eval_collate = Collate(self.policy.encoder, self.grammar)

@@ -13,7 +13,6 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
-from segrl.models.hf_vlm import HFPolicy
 from segrl.models.policy_card import PRECISIONS
 from segrl.models.reference import AdapterOff, Reference
 from segrl.objectives.masked import weighted_sum
@@ -26,7 +25,7 @@ from segrl.stages.scored_rollout import ScoredRollout
 from segrl.types import Batch, Completions, Experience, LossOutput, Prefix, PrefixState
 
 _STUCK = re.compile(r"(.)\1{19}", re.DOTALL)  # one character twenty times in a row
-MakeReference = Callable[[HFPolicy], Reference]
+MakeReference = Callable[[Any], Reference]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

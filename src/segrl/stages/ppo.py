@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from segrl.geometry import tight_box
-from segrl.models.hf_vlm import HFPolicy
 from segrl.models.value_head import Critic
 from segrl.objectives.gae import Decay, gae
 from segrl.objectives.policy_gradient import PolicyGradient
@@ -66,7 +65,7 @@ class PPOStage(PolicyGradientStage):
         loop: Loop,
         optimization: Optimization,
         seed: int,
-        critic: Callable[[HFPolicy], Critic],
+        critic: Callable[[Any], Critic],
         learning: CriticLearning,
         shaping: PromptShaping | None,
         decay: Decay,

@@ -12,6 +12,7 @@ from segrl.host.files import write_whole
 from segrl.stages.base import Stage
 from segrl.stages.policy_gradient import PolicyGradientStage
 from segrl.tracking.figures import Cell, sheet
+from segrl.tracking.run_folder import RunFolder
 
 _SHOWN = ("reward/total", "sft/loss", "head/iou", "tower/box_loss")
 
@@ -60,7 +61,7 @@ class History(lightning.Callback):
     """
 
     def __init__(self, folder: str) -> None:
-        self.path = Path(folder) / "history.jsonl"
+        self.path = RunFolder(Path(folder)).history
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Drop lines beyond the checkpoint, which the killed run wrote."""

@@ -16,9 +16,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from segrl.tracking.mlflow_store import Place, Rows, Run, failures, reason
-
-RUN_ID = "mlflow_run_id"
-VALIDATION = "validation.jsonl"
+from segrl.tracking.run_folder import RunFolder
 
 
 class MlflowRun(Logger):
@@ -77,7 +75,7 @@ class MlflowRun(Logger):
         at = (step or 0) if self._trainer is None else self._trainer.global_step
         validated = {name: float(value) for name, value in metrics.items() if name.startswith("val/")}
         if validated:
-            with (self.folder / VALIDATION).open("a") as file:
+            with RunFolder(self.folder).validation.open("a") as file:
                 file.write(json.dumps({"step": at, **validated}) + "\n")
         scalars = {**metrics, **({} if validated else self._pace(at))}
         self._attempt(lambda run: run.log([(at, scalars)]))
@@ -133,7 +131,7 @@ class MlflowRun(Logger):
             self.off = True
             if not said:
                 print(
-                    f"MLflow: {reason(error)}; scalars go on in {self.folder}/history.jsonl; "
+                    f"MLflow: {reason(error)}; scalars go on in {RunFolder(self.folder).history}; "
                     f"bring them in later with: python -m segrl.track {self.folder}",
                     flush=True,
                 )
@@ -141,7 +139,7 @@ class MlflowRun(Logger):
     def _begun(self) -> Run:
         """Return the MLflow run: the one that the folder names, or a new one with the folder's scalars."""
         if self.run is None:
-            file = self.folder / RUN_ID
+            file = RunFolder(self.folder).mlflow_run_id
             known = file.read_text(errors="replace").strip() if file.is_file() else None
             self.run = Run.begin(self.place, self.folder, self.tags, known, self.run_name)
             atexit.register(self._end, "KILLED")
@@ -161,5 +159,5 @@ def rows(folder: Path) -> Rows:
     """Return the scalars in a run folder: of updates, and of validations."""
     from segrl.tracking.callbacks import read_history
 
-    lines = [*read_history(folder / "history.jsonl"), *read_history(folder / VALIDATION)]
+    lines = [*read_history(RunFolder(folder).history), *read_history(RunFolder(folder).validation)]
     return [(int(line["step"]), {k: v for k, v in line.items() if k != "step"}) for line in lines]

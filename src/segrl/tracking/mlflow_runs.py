@@ -13,18 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segrl.tracking.mlflow_store import CannotTrackError, Place, Run, failures, reason
+from segrl.tracking.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import CSVLogger, Logger
 
 _PARENT = "SEGRL_PARENT_RUN"
 _JOB = "SEGRL_JOB_NAME"
-ARTIFACTS = (
-    "metrics.json", "table.txt", "config.yaml", "provenance.json", "history.jsonl", "validation.jsonl",
-    "reward_curve.png", "before_after.png", "sheets", "evaluation", "per_sample.jsonl", "overlays", "masks",
-    "checkpoints",
-)  # fmt: skip
-"""Files and folders of a run folder that are copied into the artifacts."""
 
 
 def open_logger(
@@ -37,12 +32,13 @@ def open_logger(
         ValueError: naming the key, if a new run cannot be tracked. For a resumed run the logger prints that
             instead.
     """
-    from segrl.tracking.mlflow_logger import RUN_ID, MlflowRun
+    from segrl.tracking.mlflow_logger import MlflowRun
 
     if not isinstance(checkpoints, bool):
         raise ValueError(f"logger.checkpoints: it must be true or false; got {checkpoints!r}")
+    of = RunFolder(folder)
     place = Place(tracking_uri=tracking_uri, artifacts=artifacts, experiment=experiment)
-    if not any((folder / name).is_file() for name in (RUN_ID, "history.jsonl")):
+    if not any(path.is_file() for path in (of.mlflow_run_id, of.history)):
         place.connect()
     parent = {"mlflow.parentRunId": os.environ[_PARENT]} if _PARENT in os.environ else {}
     return MlflowRun(
@@ -101,11 +97,11 @@ def bring_in(folder: Path, place: Place, config: Mapping[str, object], checkpoin
     Raises:
         ValueError: if MLflow cannot be written, or a file of the folder is damaged.
     """
-    from segrl.tracking.mlflow_logger import RUN_ID, rows
+    from segrl.tracking.mlflow_logger import rows
 
-    tags = {str(k): str(v) for k, v in _json(folder / "provenance.json").items()}
-    final = _json(folder / "metrics.json")
-    named = folder / RUN_ID
+    of = RunFolder(folder)
+    tags = {str(k): str(v) for k, v in _json(of.provenance).items()}
+    final, named = _json(of.metrics), of.mlflow_run_id
     known = named.read_text(errors="replace").strip() if named.is_file() else None
     try:
         run = Run.begin(place, folder, tags, known, folder.absolute().name)
@@ -114,7 +110,7 @@ def bring_in(folder: Path, place: Place, config: Mapping[str, object], checkpoin
         steps = final.get("steps")  # an evaluation has none
         step = steps if isinstance(steps, int) else 0
         added = run.log_missing([*rows(folder), *([(step, numbers(final))] if final else [])])
-        run.attach([folder / name for name in ARTIFACTS], checkpoints)
+        run.attach(of.artifacts, checkpoints)
         run.end("FINISHED" if final else "KILLED")
     except failures() as error:
         if isinstance(error, ValueError):
@@ -193,7 +189,7 @@ def name_job(name: str | None) -> None:
 
 def fail_job(place: Place, folder: Path) -> None:
     """Mark the MLflow run of a failed job as FAILED, if there is one; print a failure of MLflow."""
-    named = folder / "mlflow_run_id"
+    named = RunFolder(folder).mlflow_run_id
     if named.is_file():
         try:
             client, experiment = place.connect()

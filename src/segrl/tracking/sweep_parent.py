@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from segrl.host import signals
 from segrl.metrics.direction import higher_is_better
 from segrl.tracking.provenance import JOB_OVERRIDES
+from segrl.tracking.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from segrl.tracking.mlflow_store import Place, Run
@@ -211,7 +212,7 @@ def _metrics(rows: Sequence[Row]) -> list[str]:
     from segrl.tracking.mlflow_runs import numbers
 
     for row in rows:
-        file = Path(row.folder) / "metrics.json"
+        file = RunFolder(Path(row.folder)).metrics
         if row.folder and file.is_file():
             names = [name for name in numbers(json.loads(file.read_text())) if name.startswith("test/")]
             return sorted(names, key=lambda name: not name.endswith("/sm"))

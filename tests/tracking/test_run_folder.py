@@ -7,11 +7,11 @@ import sys
 import pytest
 
 from segrl.host.files import LOCK, own, release, write_whole
-from segrl.runs import folder
 from segrl.runs.resuming import resumed
+from segrl.tracking import run_folder as folder
 
 OWN = (
-    "import pathlib, sys, time; from segrl.runs import folder\n"
+    "import pathlib, sys, time; from segrl.tracking import run_folder as folder\n"
     "made = folder.create(pathlib.Path(sys.argv[1]), True); print(made.name, flush=True); time.sleep(60)\n"
 )
 
