@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from segrl.data.image_mask import ImageMaskFolders
+
 WIDTH, HEIGHT = 24, 16
 
 
@@ -109,3 +111,13 @@ def reason(
     photograph(folder / f"{stem}{ext}")
     content = json.dumps({"text": texts, "is_sentence": True, "shapes": shapes}, ensure_ascii=False)
     (folder / f"{stem}.json").write_bytes(content.encode(encoding))
+
+
+def pair(
+    images: Path, masks: Path, keep: str, only_with_image: bool = False, mask_suffix: str = ""
+) -> list[tuple[Path, Path]]:
+    """The files that a folder pair lists, or the ValueError that refuses it."""
+    keys = {"keep": keep, "only_with_image": only_with_image, "mask_suffix": mask_suffix}
+    found = ImageMaskFolders.survey("/", [{"images": str(images), "masks": str(masks), **keys}], None)
+    found.refuse_faults()
+    return [(item.image, item.mask) for item in found.items]

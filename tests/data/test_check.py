@@ -183,7 +183,7 @@ def test_test_sets_are_checked_by_name_one_or_several(cli, tmp_path: Path) -> No
     )  # fmt: skip
     assert code == 1, err
     assert "ecssd: 2 samples on 2 images (published 2: as it should be)" in out
-    assert "b.json: JSON is needed" in out and "ignored regions   in 1" in out
+    assert "b.json: must be JSON" in out and "ignored regions   in 1" in out
     assert "licence of reasonseg_val: not stated" in out
     whole = ("testset=ecssd", f"testsets.ecssd.root={tmp_path / 'ecssd'}", "testsets.ecssd.published=2")
     assert run(cli, *whole)[0] == 0
@@ -206,7 +206,7 @@ def test_all_sentences_of_a_refer_split_are_counted_whatever_a_run_draws(cli, tm
     assert "ref 4 names object 99" in out and "ref 5 is of image 7" in out
     (tmp_path / "refcocog" / "refs(umd).p").unlink()
     code, out, _ = run(cli, "data=refcocog", f"data.root={tmp_path}")
-    assert code == 1 and "a refs file is needed" in out
+    assert code == 1 and "must have a refs file" in out
 
 
 def test_traces_are_checked_without_masks(cli, tmp_path: Path) -> None:

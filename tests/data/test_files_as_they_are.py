@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from layouts import photograph, truth
+from layouts import pair, photograph, truth
 from PIL import Image, ImageMode, PngImagePlugin
 
 from segrl.data import pictures
-from segrl.data.image_mask import ImageMaskFolders, pair, pair_maps
+from segrl.data.image_mask import ImageMaskFolders, pair_maps
 from segrl.data.jsonl import JsonlDataset
 from segrl.data.transforms import MaskRule, read_image, read_map, read_mask, read_pair
 
@@ -246,7 +246,7 @@ def test_a_file_of_several_pictures_is_refused_by_its_format(tmp_path: Path, for
     with path.open("w+b") as file:  # a TIFF's writer also reads
         frames[0].save(file, form, save_all=True, append_images=frames[1:])
     for read in (read_image, read_mask, read_map):
-        refused(read, path, f"one picture is needed; this {form} file holds several")
+        refused(read, path, f"must hold one picture; this {form} file holds several")
 
 
 def test_a_phones_photograph_with_previews_is_the_photograph(tmp_path: Path) -> None:
@@ -295,14 +295,14 @@ def test_one_name_in_two_forms_is_two_files_of_one_name(tmp_path: Path) -> None:
     for form in ("NFC", "NFD"):
         photograph(tmp_path / "i" / f"{unicodedata.normalize(form, 'é')}.png", size=(16, 12))
     save(tmp_path / "m" / "é.png", Image.fromarray(GREY))
-    with pytest.raises(ValueError, match="one file per name is needed"):
+    with pytest.raises(ValueError, match="names must be unique"):
         pair(tmp_path / "i", tmp_path / "m", "")
 
 
 def test_a_name_that_is_no_text_is_refused_in_letters_that_can_be_printed(tmp_path: Path) -> None:
     photograph(tmp_path / "i" / "a.png"), truth(tmp_path / "m" / "a.png")
     (tmp_path / "i" / "caf\udce9.png").write_bytes((tmp_path / "i" / "a.png").read_bytes())
-    with pytest.raises(ValueError, match=r"names in UTF-8 are needed; got 'caf\\udce9\.png'"):
+    with pytest.raises(ValueError, match=r"names must be UTF-8; got 'caf\\udce9\.png'"):
         pair(tmp_path / "i", tmp_path / "m", "")
 
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from layouts import pair
 from PIL import Image
 
-from segrl.data.image_mask import ImageMaskFolders, pair
+from segrl.data.image_mask import ImageMaskFolders
 
 VALUES = np.zeros((4, 6), np.uint8)
 VALUES[1:3, 2:5] = 255
@@ -118,14 +119,14 @@ def test_a_missing_folder_is_named_and_so_is_the_key_to_change(tmp_path: Path, m
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     write(tmp_path, "Imgs")
     write(tmp_path / "GT", "a.png")
-    with pytest.raises(ValueError, match="a folder is needed"):
+    with pytest.raises(ValueError, match="must be folders"):
         pair(tmp_path / "Imgs", tmp_path / "GT", "")
 
 
 @pytest.mark.parametrize("only_with_image", [False, True])
 def test_empty_folders_are_refused(tmp_path: Path, only_with_image: bool) -> None:
     images, masks = write(tmp_path / "Imgs"), write(tmp_path / "GT")
-    with pytest.raises(ValueError, match="Imgs: at least one image is needed"):
+    with pytest.raises(ValueError, match="Imgs: must hold at least one image"):
         pair(images, masks, "", only_with_image)
     write(masks, "a.png")
     with pytest.raises(ValueError, match="Imgs"):
@@ -188,7 +189,7 @@ def test_a_file_that_is_no_image_is_refused_by_name_before_training(
     path.write_bytes(content)
     with pytest.raises(ValueError) as refusal:
         ImageMaskFolders(str(tmp_path), [{"images": "i", "masks": "m"}], side=None)
-    assert str(refusal.value).startswith(f"{path}: an image is needed")
+    assert str(refusal.value).startswith(f"{path}: must be an image")
 
 
 def test_a_mask_that_was_cut_off_is_refused_by_name_before_training(tmp_path: Path) -> None:
@@ -260,7 +261,7 @@ def test_a_key_that_is_wrong_is_named(tmp_path: Path, key: str, value: object, w
 def test_objects_and_background_are_not_both_named(tmp_path: Path) -> None:
     one_good_pair_and(tmp_path)
     keys = {"images": "i", "masks": "m", "objects": [1], "background": [0]}
-    with pytest.raises(ValueError, match=r"folders\[0\]\.background: objects or background"):
+    with pytest.raises(ValueError, match=r"folders\[0\]\.background: must not be given beside objects"):
         ImageMaskFolders(str(tmp_path), [keys], side=None)
 
 
@@ -278,7 +279,7 @@ def test_a_survey_lists_what_the_constructor_refuses(tmp_path: Path) -> None:
     write(tmp_path / "i", "a.png", "b.png", "b.jpg", "alone.png"), write(tmp_path / "m", "a.png", "b.png")
     folders = [{"images": "i", "masks": "m"}, {"images": "nowhere", "masks": "m"}]
     found = ImageMaskFolders.survey(str(tmp_path), folders, None)
-    assert [piece.id for piece in found.pieces] == ["i/a", "i/b"] and found.without_mask == ["alone"]
+    assert [item.id for item in found.items] == ["i/a", "i/b"] and found.without_mask == ["alone"]
     assert ["b.jpg and b.png" in found.faults[0], "nowhere" in found.faults[1]] == [True, True]
     with pytest.raises(ValueError, match=r"b\.jpg and b\.png"):
         ImageMaskFolders(str(tmp_path), folders, None)

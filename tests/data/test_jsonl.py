@@ -54,15 +54,15 @@ def test_a_line_separator_inside_a_sentence_does_not_end_the_line(tmp_path: Path
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", "line 2: JSON is needed"),
-        ({"image": "i/a.jpg"}, "line 2: mask: field required"),
+        ("{", "line 2: must be JSON"),
+        ({"image": "i/a.jpg"}, "line 2: mask: must be given"),
         ({**A, "image": ""}, "line 2: image"),
         ({**A, "query": ["x"]}, "line 2: query"),
         ("[]", "line 2: "),
         ({**A, "image": "i/z.jpg"}, r"there is none for line 2 \(i/z.jpg\)"),
         ({**A, "mask": "m/z.png"}, r"there is none for line 2 \(m/z.png\)"),
-        ({**A, "id": "b"}, "line 2: an id of its own is needed; b"),
-        ({**A, "querry": "x"}, r"line 2: querry: no such key; did you mean query\?"),
+        ({**A, "id": "b"}, "line 2: id must be unique; b occurs twice"),
+        ({**A, "querry": "x"}, r"line 2: querry: there is no such key; did you mean query\?"),
         ({**A, "mask": "list.jsonl"}, "cannot be decoded"),
     ],
 )

@@ -75,11 +75,11 @@ Case = tuple[Path, Callable[[], object]]
 
 
 def through(survey: Callable[[], Survey], dataset: Callable[[], object]) -> Callable[[], None]:
-    """Check reports on every piece, whatever its files hold; the loader reads all, or refuses."""
+    """Check reports on every item, whatever its files hold; the loader reads all, or refuses."""
 
     def read() -> None:
-        for piece in survey().pieces:
-            look(piece)
+        for item in survey().items:
+            look(item)
         samples = dataset()
         for index in range(len(samples)):
             sample = samples[index]

@@ -91,9 +91,8 @@ def test_the_first_sentence_is_asked_or_each_is_a_sample_of_its_own(tmp_path: Pa
     assert [every[i].query for i in range(4)] == ["the cup", "Which?", "What?", "Where?"]
     assert [every[i].cluster for i in range(4)] == ["a#1", "b", "b", "b"]
     assert {int(every[i].mask.sum()) for i in range(1, 4)} == {64}
-    assert len(ReasonSeg.survey(str(tmp_path), "train", True, None).pieces) == 2, (
-        "photographs are what is counted"
-    )
+    whole = ReasonSeg.survey(root=str(tmp_path), split="train", side=None, **ReasonSeg.whole_split)
+    assert [item.id for item in whole.items] == first.ids, "photographs are what is counted"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])
@@ -130,17 +129,17 @@ def test_the_photograph_is_as_the_camera_meant_it_for_so_the_polygons_were_drawn
 def test_what_stands_alone_is_named(tmp_path: Path) -> None:
     reason(tmp_path / "train", "a", ["x"], [])
     photograph(tmp_path / "train" / "lonely.jpg")
-    with pytest.raises(ValueError, match=r"train: a \.json for every image is needed.*lonely"):
+    with pytest.raises(ValueError, match=r"train: must hold a \.json for every image; there is none for lonely"):
         sample_of(tmp_path)
     (tmp_path / "train" / "lonely.jpg").rename(tmp_path / "train" / "other.jpg")
     (tmp_path / "train" / "other.jpg").unlink()
     (tmp_path / "train" / "orphan.json").write_bytes((tmp_path / "train" / "a.json").read_bytes())
-    with pytest.raises(ValueError, match=r"an image for every \.json is needed.*orphan"):
+    with pytest.raises(ValueError, match=r"must hold an image for every \.json; there is none for orphan"):
         sample_of(tmp_path)
 
 
 def test_a_folder_that_is_missing_or_empty_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a folder that holds train is needed"):
+    with pytest.raises(ValueError, match="must hold a folder train; there is none"):
         sample_of(tmp_path)
     (tmp_path / "train").mkdir()
     with pytest.raises(ValueError, match="the folder holds none"):
@@ -150,14 +149,14 @@ def test_a_folder_that_is_missing_or_empty_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"{", "JSON is needed"),
-        (b"\xff\xfe", "JSON is needed"),
+        (b"{", "must be JSON"),
+        (b"\xff\xfe", "must be JSON"),
         (b'{"text": [], "shapes": []}', "text"),
         (b'{"text": "one", "shapes": []}', "text"),
         (b'{"text": ["x"]}', "shapes"),
         (b'{"text": ["x"], "shapes": [{"label": "target", "points": []}]}', "shapes.0.points"),
         (b'{"text": ["x"], "shapes": [{"label": "target", "points": [[NaN, 1]]}]}', "shapes.0.points.0.0"),
-        (b"[]", "valid"),
+        (b"[]", "a.json: must be a valid dictionary"),
     ],
 )
 def test_a_json_that_is_no_annotation_is_named_with_what_it_lacks(
@@ -173,7 +172,7 @@ def test_a_json_that_is_no_annotation_is_named_with_what_it_lacks(
 def test_a_photograph_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     reason(tmp_path / "train", "a", ["x"], [])
     (tmp_path / "train" / "a.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"a\.jpg: an image is needed"):
+    with pytest.raises(ValueError, match=r"a\.jpg: must be an image"):
         sample_of(tmp_path)[0]
 
 

@@ -363,7 +363,7 @@ def test_one_percent_is_the_limit(tmp_path: Path, width: int, fits: bool) -> Non
     if fits:
         assert read_pair(image, path, rule=MaskRule(resize=True)).mask.all()
     else:
-        with pytest.raises(ValueError, match="a mask of its image's size is needed") as refusal:
+        with pytest.raises(ValueError, match="must be of its image's size") as refusal:
             read_pair(image, path, rule=MaskRule(resize=True))
         assert "resize_masks" not in str(refusal.value)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from segrl.data.boundary import is_file, is_text, reading
+from segrl.data.boundary import is_file, is_text, reading, short
 
 _KEYS = {"ref_id", "ann_id", "image_id", "split", "sentences"}
 _LONGEST = 1_000_000  # pixels of one outline; pycocotools upsamples it five times
@@ -86,9 +86,9 @@ def read_refs(path: Path) -> list[dict[str, Any]]:
     """
     if not is_file(path):
         raise ValueError(
-            f"data: a refs file is needed; there is no {path} (set data.root, or the root of the test set)"
+            f"data: must have a refs file; there is no {path} (set data.root, or the root of the test set)"
         )
-    needed = "a file of plain data is needed; it cannot be read"
+    needed = "must be a file of plain data; it cannot be read"
     with reading(path, needed):
         content = path.read_bytes()
         if path.suffix == ".json":
@@ -101,7 +101,7 @@ def read_refs(path: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"{path}: {needed} ({error})") from None
     if not isinstance(refs, list) or not all(isinstance(ref, dict) and ref.keys() >= _KEYS for ref in refs):
         raise ValueError(
-            f"{path}: a list of refs with {', '.join(sorted(_KEYS))} is needed; it holds something else"
+            f"{path}: must be a list of refs with {', '.join(sorted(_KEYS))}; it holds something else"
         )
     for place, ref in enumerate(refs):
         if fault := _fault(ref):
@@ -114,18 +114,18 @@ def _fault(ref: dict[str, Any]) -> str | None:
     named = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
     for key, values in (("ref_id", [ref["ref_id"]]), ("image_id", [ref["image_id"]]), ("ann_id", named)):
         if not all(is_id(value) for value in values):
-            return f"{key}: a number or a name is needed"
+            return f"{key}: must be a number or a name; got {short(ref[key])}"
     if not isinstance(ref["split"], str):
-        return "split: a name is needed"
+        return f"split: must be a name; got {short(ref['split'])}"
     if not isinstance(ref["sentences"], list):
-        return "sentences: a list is needed"
+        return f"sentences: must be a list; got {short(ref['sentences'])}"
     for sentence in ref["sentences"]:
         if (
             not isinstance(sentence, dict)
             or not is_id(sentence.get("sent_id"))
             or not is_text(sentence.get("sent"))
         ):
-            return "sentences: sent_id and sent are needed in each"
+            return f"sentences: each must have sent_id and sent; got {short(sentence)}"
     return None
 
 
@@ -140,14 +140,14 @@ def read_instances(path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dic
     Raises:
         ValueError: if the file cannot be read, or an image lacks a file name or a positive height and width.
     """
-    with reading(path, "COCO's annotations are needed; it holds none"):
+    with reading(path, "must hold COCO's annotations; it holds none"):
         coco = json.loads(path.read_bytes())
         objects = {a["id"]: a for a in coco["annotations"]}
         pictures = {i["id"]: i for i in coco["images"]}
     for number, picture in pictures.items():
         sides = (picture.get("height"), picture.get("width"))
         if not is_text(picture.get("file_name")) or not all(type(side) is int and side > 0 for side in sides):
-            raise ValueError(f"{path}: image {number}: file_name, height and width are needed; it has others")
+            raise ValueError(f"{path}: image {number}: must have file_name, height and width; it has others")
     return objects, pictures
 
 
@@ -164,13 +164,13 @@ def read_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
     if isinstance(segmentation, dict):
         return _from_runs(segmentation, height, width)
     if not isinstance(segmentation, list):
-        raise ValueError(f"polygons or run lengths are needed; got {_short(segmentation)}")
+        raise ValueError(f"must be polygons or run lengths; got {short(segmentation)}")
     from pycocotools import mask
 
     polygons = [_corners(part) for part in segmentation]
     drawn = [part.tolist() for part in polygons if len(part) >= 6]
     if not drawn:
-        raise ValueError(f"a polygon of at least three corners is needed; got {_short(segmentation)}")
+        raise ValueError(f"must have a polygon of at least three corners; got {short(segmentation)}")
     encoded = mask.merge(mask.frPyObjects(drawn, height, width))
     return np.ascontiguousarray(mask.decode(encoded)).astype(bool)
 
@@ -178,14 +178,14 @@ def read_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
 def _corners(part: Any) -> np.ndarray:  # noqa: ANN401 - one entry of a list
     """Return the n corners of a polygon as float64 `[2n]`; raise ValueError if it is malformed."""
     if not isinstance(part, list) or not all(type(value) in (int, float) for value in part):
-        raise ValueError(f"a polygon is a list of numbers; got {_short(part)}")
+        raise ValueError(f"a polygon must be a list of numbers; got {short(part)}")
     if len(part) % 2:
-        raise ValueError(f"a polygon has two numbers for each corner; got {len(part)}")
+        raise ValueError(f"a polygon must have two numbers for each corner; got {len(part)}")
     if not all(abs(value) <= _FARTHEST for value in part):  # False for NaN, too
-        raise ValueError(f"coordinates within {_FARTHEST} pixels are needed; got {_short(part)}")
+        raise ValueError(f"coordinates must be within {_FARTHEST} pixels; got {short(part)}")
     corners = np.array(part, np.float64)
     if np.abs(np.diff(corners.reshape(-1, 2), axis=0, append=corners.reshape(-1, 2)[:1])).sum() > _LONGEST:
-        raise ValueError(f"an outline of at most {_LONGEST} pixels is needed; got {_short(part)}")
+        raise ValueError(f"an outline must be of at most {_LONGEST} pixels; got {short(part)}")
     return corners
 
 
@@ -196,17 +196,13 @@ def _from_runs(segmentation: dict[str, Any], height: int, width: int) -> np.ndar
     """
     counts, size = segmentation.get("counts"), segmentation.get("size")
     if size != [height, width]:
-        raise ValueError(
-            f"run lengths of {height} rows and {width} columns are needed; got size {_short(size)}"
-        )
+        raise ValueError(f"run lengths must be of {height} rows and {width} columns; got size {short(size)}")
     if isinstance(counts, str | bytes):
         counts = _uncompressed(counts if isinstance(counts, bytes) else counts.encode())
     runs = counts if isinstance(counts, list) else []
     whole = all(type(run) is int and 0 <= run <= height * width for run in runs)
     if not whole or sum(runs) != height * width:
-        raise ValueError(
-            f"run lengths that add up to {height * width} pixels are needed; got {_short(counts)}"
-        )
+        raise ValueError(f"run lengths must add up to {height * width} pixels; got {short(counts)}")
     values = np.arange(len(runs)) % 2 == 1
     return np.ascontiguousarray(np.repeat(values, runs).reshape(width, height).T)
 
@@ -218,7 +214,7 @@ def _uncompressed(text: bytes) -> list[int]:
     Raise ValueError for another character, a value above 60 bits, or a text that is cut off.
     """
     if not _RUNS.fullmatch(text):
-        raise ValueError(f"COCO's text of run lengths is needed; got {_short(text)}")
+        raise ValueError(f"must be COCO's text of run lengths; got {short(text)}")
     runs: list[int] = []
     value, shift = 0, 0
     for letter in text:
@@ -227,19 +223,12 @@ def _uncompressed(text: bytes) -> list[int]:
         shift += 5
         if bits & 32:
             if shift > 60:
-                raise ValueError(f"run lengths below 2**60 are needed; got {_short(text)}")
+                raise ValueError(f"run lengths must be below 2**60; got {short(text)}")
             continue
         if bits & 16:
             value -= 1 << shift
         runs.append(value + runs[-2] if len(runs) > 2 else value)
         value, shift = 0, 0
     if shift:
-        raise ValueError(f"whole run lengths are needed; {_short(text)} was cut off")
+        raise ValueError(f"run lengths must be whole; {short(text)} was cut off")
     return runs
-
-
-def _short(value: object) -> str:
-    """Return a value shortened for an error message: four entries of a list, 40 characters of a scalar."""
-    if isinstance(value, list):
-        return f"[{', '.join(_short(one) for one in value[:4])}{', ...' if len(value) > 4 else ''}]"
-    return repr(value)[:40] if isinstance(value, str | bytes | int | float | None) else type(value).__name__

@@ -39,7 +39,7 @@ class Annotator:
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Parsed:
         """Return the trace of a sample. Raise ValueError, naming the sample, if its mask is empty."""
         if not sample.mask.any():
-            raise ValueError(f"{sample.id}: an object is needed to write a trace of; its mask is empty")
+            raise ValueError(f"{sample.id}: must have an object to write a trace of; its mask is empty")
         return self.annotate(sample.mask, rng)
 
     def annotate(self, mask: np.ndarray, rng: np.random.Generator) -> Parsed:
@@ -50,7 +50,7 @@ class Annotator:
         """
         parts = components(mask, least=0.005, most=self.most_parts)
         if not parts:
-            raise ValueError("an object is needed to write a trace of; the mask is empty")
+            raise ValueError("must have an object to write a trace of; the mask is empty")
         boxes = [self._loosen(tight_box(part), rng) for part in parts]
         points = [self._inside(part) for part in parts]
         return Parsed(
@@ -135,7 +135,7 @@ def written(
         sample = samples[index]
         if sample.path is None:
             raise ValueError(
-                "data: samples that were read from files are needed to write traces of; these were drawn"
+                "data: must be a dataset of image files to write traces of; this one is generated"
             )
         if not sample.mask.any():
             yield "empty"

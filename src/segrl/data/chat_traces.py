@@ -5,20 +5,18 @@ Each trace has `image`, `problem`, `thinking` and `solution`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from segrl.data.boundary import found_at, is_file, reading, reason
-from segrl.data.survey import OnDisk, Piece, Survey, sample_of
-from segrl.data.transforms import read_image, squash
+from segrl.data.boundary import found_at, is_file, json_lines, reading, reason, validated
+from segrl.data.survey import READABLE, Item, ItemDataset, Survey
+from segrl.data.transforms import read_image
 from segrl.prompts.frames import absolute_pixels
 from segrl.protocols import Grammar
 from segrl.types import Parsed, Sample
@@ -28,7 +26,7 @@ _OPEN, _CLOSE = "<think>", "</think>"
 _PLACE = re.compile(r"[\[(]\s{0,3}\d{1,5}(?:\.\d{1,5})?\s{0,3},\s{0,3}\d{1,5}")
 
 
-class Line(BaseModel):
+class TraceLine(BaseModel):
     """One trace as stored."""
 
     image: str
@@ -66,38 +64,34 @@ def _images(shard: Path, group: int) -> list[bytes]:
         rows = pyarrow.parquet.ParquetFile(shard).read_row_group(group, ["image"], use_threads=False)
         column = rows.column("image")
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{shard}: images of row group {group} are needed; {reason(error)}") from None
+        raise ValueError(f"{shard}: row group {group} must hold images; {reason(error)}") from None
     return [(image or {}).get("bytes") or b"" for image in column.to_pylist()]
 
 
-def _read_lines(path: Path) -> tuple[list[tuple[str, Line, Stored]], list[str]]:
-    """Return the traces of a `.jsonl`, each with its place in the file, and the faults of malformed lines."""
-    traces, faults = [], []
-    try:
-        with reading(path, "a .jsonl of chat traces is needed"):
-            content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except ValueError as error:
-        return [], [str(error)]
-    for number, text in enumerate(content.split(b"\n"), 1):
-        if not text.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            with reading(where, "JSON is needed"):
-                values = json.loads(text)
-            line = _line(where, values)
-            traces.append((where, line, Stored(path=found_at(path.parent / line.image))))
-        except ValueError as error:
-            faults.append(str(error))
-    return traces, faults
+Traces = list[tuple[str, TraceLine, Stored]]
+"""Traces in order, each with its place, such as `path, line 3`, and the place of its image."""
 
 
-def _read_shards(shards: Sequence[Path]) -> tuple[list[tuple[str, Line, Stored]], list[str]]:
+def _line(where: str, value: object) -> TraceLine:
+    """Return a validated trace. Raise ValueError, naming its place and key, if it is malformed."""
+    return validated(TraceLine, value, f"{where}: ")
+
+
+def _read_lines(path: Path) -> tuple[Traces, list[str]]:
+    """Return the traces of a `.jsonl`, and the faults of malformed lines."""
+    lines, faults = json_lines(path, "must be a .jsonl of chat traces", _line)
+    return [
+        (f"{path}, line {number}", line, Stored(path=found_at(path.parent / line.image)))
+        for number, line in lines
+    ], faults
+
+
+def _read_shards(shards: Sequence[Path]) -> tuple[Traces, list[str]]:
     """Return traces and faults of parquet shards, as `_read_lines` does; the images are not read."""
     import pyarrow
     import pyarrow.parquet
 
-    traces: list[tuple[str, Line, Stored]] = []
+    traces: Traces = []
     faults: list[str] = []
     for shard in shards:
         try:
@@ -107,16 +101,16 @@ def _read_shards(shards: Sequence[Path]) -> tuple[list[tuple[str, Line, Stored]]
                 for g in range(file.num_row_groups)
             ]
         except (pyarrow.ArrowException, OSError) as error:
-            faults.append(f"{shard}: a parquet shard of traces is needed; it cannot be read ({error})")
+            faults.append(f"{shard}: must be a parquet shard of traces; it cannot be read ({error})")
             continue
         if missing := sorted({"image", *_COLUMNS} - set(file.schema_arrow.names)):
             faults.append(
-                f"{shard}: columns image, {', '.join(_COLUMNS)} are needed; there is no {missing[0]}"
+                f"{shard}: must have the columns image, {', '.join(_COLUMNS)}; there is no {missing[0]}"
             )
             continue
         image = file.schema_arrow.field("image").type
         if not pyarrow.types.is_struct(image) or image.get_field_index("bytes") < 0:
-            faults.append(f"{shard}: a column image that holds bytes is needed; it holds {image}")
+            faults.append(f"{shard}: the column image must hold bytes; it holds {image}")
             continue
         number = 0
         for group, rows in enumerate(groups):
@@ -131,17 +125,7 @@ def _read_shards(shards: Sequence[Path]) -> tuple[list[tuple[str, Line, Stored]]
     return traces, faults
 
 
-def _line(where: str, values: Any) -> Line:  # noqa: ANN401 - what JSON or parquet held
-    """Return a validated trace. Raise ValueError, naming its place and key, if it is malformed."""
-    try:
-        return Line.model_validate(values)
-    except ValidationError as error:
-        found = error.errors()[0]
-        key = "".join(f"{part}: " for part in found["loc"])
-        raise ValueError(f"{where}: {key}{found['msg'].lower()}") from None
-
-
-def _thought(where: str, line: Line) -> str:
+def _thought(where: str, line: TraceLine) -> str:
     """Return a thought without the tags around it. Raise ValueError, naming the row, if tags are inside."""
     thought = line.thinking.strip()
     if thought.startswith(_OPEN) and thought.endswith(_CLOSE):
@@ -149,7 +133,7 @@ def _thought(where: str, line: Line) -> str:
     for tag in (_OPEN, _CLOSE):
         if tag in thought:
             raise ValueError(
-                f"{where}: thinking: one thought, with or without think tags around it, is needed; "
+                f"{where}: thinking: must be one thought, with or without think tags around it; "
                 f"got {tag} inside"
             )
     return thought
@@ -160,7 +144,7 @@ def names_places(thought: str) -> bool:
     return _PLACE.search(thought) is not None
 
 
-class ChatTraces(OnDisk):
+class ChatTraces(ItemDataset):
     """A dataset of samples with a trace and an empty mask.
 
     Args:
@@ -175,84 +159,55 @@ class ChatTraces(OnDisk):
     """
 
     def __init__(self, path: str, grammar: Grammar, side: int | None) -> None:
-        self.grammar, self.side = grammar, side
-        self.traces, faults = self._found(path)
-        if faults:
-            raise ValueError(faults[0])
-
-    @staticmethod
-    def _found(path: str) -> tuple[list[tuple[str, Line, Stored]], list[str]]:
-        """Return the traces and the faults of a `.jsonl`, a shard, or a folder of shards."""
-        at = Path(path)
-        shards = sorted(at.rglob("*.parquet")) if at.is_dir() else [at] if at.suffix == ".parquet" else []
-        if not at.exists() or at.is_dir() and not shards:
-            return [], [
-                f"data.traces: a .jsonl or parquet shards of chat traces are needed; there is no file {path}"
-            ]
-        traces, faults = _read_shards(shards) if shards else _read_lines(at)
-        if not traces and not faults:
-            faults.append(f"{path}: at least one trace is needed; the file is empty")
-        return traces, faults
+        super().__init__(self.survey(path, grammar, side), side)
 
     @classmethod
     def survey(cls, path: str, grammar: Grammar, side: int | None) -> Survey:
-        """List all traces and faults; `side` is ignored."""
-        traces, faults = cls._found(path)
+        """List all traces and faults; no image is read, and `side` is ignored."""
+        at = Path(path)
+        shards = sorted(at.rglob("*.parquet")) if at.is_dir() else [at] if at.suffix == ".parquet" else []
+        if not at.exists() or at.is_dir() and not shards:
+            return Survey(
+                faults=[
+                    f"data.traces: must be a .jsonl or parquet shards of chat traces; there is no file {path}"
+                ]
+            )
+        traces, faults = _read_shards(shards) if shards else _read_lines(at)
         found = Survey(faults=faults)
         for index, (where, line, stored) in enumerate(traces):
             if not is_file(stored.path):
                 found.without_image.append(f"{where.rpartition(', ')[2]} ({line.image})")
                 continue
-            found.pieces.append(
-                Piece(
-                    id=cls._named(index, line),
-                    image=stored.path,
-                    content=None if stored.group is None else partial(_images_at, stored),
-                    read=partial(cls._read, index, where, line, stored, grammar),
-                )
-            )
-        return found
+            name = f"{Path(line.image).stem}-{index}"
+            content = None if stored.group is None else partial(_images_at, stored)
+            read = partial(_read, name, where, line, stored, grammar)
+            found.items.append(Item(id=name, image=stored.path, content=content, read=read))
+        return found.close(
+            image=f"{path}: the image of every trace must exist",
+            empty=f"{path}: must hold at least one trace; the file is empty",
+        )
 
-    @staticmethod
-    def _named(index: int, line: Line) -> str:
-        return f"{Path(line.image).stem}-{index}"
 
-    @classmethod
-    def _read(cls, index: int, where: str, line: Line, stored: Stored, grammar: Grammar) -> Sample:
-        """Read one sample at its own size; its mask is empty.
+def _read(name: str, where: str, line: TraceLine, stored: Stored, grammar: Grammar) -> Sample:
+    """Read one sample at its own size; its mask is empty.
 
-        Raises:
-            ValueError: if the grammar cannot parse the solution or render the trace, or the image is unfit.
-        """
+    Raises:
+        ValueError: if the grammar cannot parse the solution or render the trace, or the image is unfit.
+    """
+    with reading(where, READABLE):
         image = read_image(stored.path, content=stored.content(), upright=True)
         frame = absolute_pixels(*image.shape[:2])
         thought = _thought(where, line)
         said = grammar.parse(f"{_OPEN} {thought} {_CLOSE} {line.solution}", frame)
         if said.fault is not None:
-            raise ValueError(f"{where}: a solution that the grammar reads is needed; {said.fault.value}")
+            raise ValueError(f"{where}: solution: must be one that the grammar reads; {said.fault.value}")
         trace = replace(said, thought=thought)
         try:
             grammar.render(trace, frame)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         mask = np.zeros(image.shape[:2], bool)
-        return Sample(id=cls._named(index, line), image=image, mask=mask, query=line.query, trace=trace)
-
-    def __len__(self) -> int:
-        """Return the number of traces."""
-        return len(self.traces)
-
-    @property
-    def ids(self) -> list[str]:
-        """Ids of all samples, in order."""
-        return [self._named(index, line) for index, (_, line, _) in enumerate(self.traces)]
-
-    def __getitem__(self, index: int) -> Sample:
-        """Read one sample; its mask is empty."""
-        where, line, stored = self.traces[index]
-        with sample_of(where):
-            sample = self._read(index, where, line, stored, self.grammar)
-        return sample if self.side is None else squash(sample, self.side)
+        return Sample(id=name, image=image, mask=mask, query=line.query, trace=trace)
 
 
 def _images_at(stored: Stored) -> bytes:
@@ -269,7 +224,6 @@ class AsWritten:
         """Return the sample's trace. Raise ValueError, naming the sample, if it has none."""
         if sample.trace is None:
             raise ValueError(
-                f"{sample.id}: a sample with a trace is needed to imitate it; "
-                "this dataset has none (stage.trace)"
+                f"{sample.id}: must have a trace to imitate; this dataset has none (stage.trace)"
             )
         return sample.trace

@@ -16,7 +16,7 @@ from typing import Any
 from segrl.data.boundary import reading
 from segrl.data.chat_traces import names_places
 from segrl.data.pictures import NEEDED, header
-from segrl.data.survey import Piece, Survey, counted, first_names
+from segrl.data.survey import Item, Survey, counted, first_names
 from segrl.data.transforms import mask_kind
 
 
@@ -45,25 +45,25 @@ class Finding:
     """Why the sample cannot be read; None if it can."""
 
 
-def look(piece: Piece) -> Finding:
+def look(item: Item) -> Finding:
     """Read one sample as its loader does and return the finding; a bad file is a fault, not an exception."""
     try:
-        with reading(piece.image, NEEDED):
-            content = piece.image.read_bytes() if piece.content is None else piece.content()
-        image = header(piece.image, content)
+        with reading(item.image, NEEDED):
+            content = item.image.read_bytes() if item.content is None else item.content()
+        image = header(item.image, content)
     except ValueError as error:
-        return Finding(id=piece.id, fault=" ".join(str(error).split()))
+        return Finding(id=item.id, fault=" ".join(str(error).split()))
     digest = hashlib.sha1(content, usedforsecurity=False).hexdigest()
-    seen: dict[str, Any] = {"id": piece.id, "digest": digest, "size": image.size, "turned": image.turn != 1}
+    seen: dict[str, Any] = {"id": item.id, "digest": digest, "size": image.size, "turned": image.turn != 1}
     try:
-        wanted = header(piece.mask).shown if piece.mask is not None else piece.size
+        wanted = header(item.mask).shown if item.mask is not None else item.size
         size = image.size
         if wanted is not None and wanted not in (size, image.shown):
-            whose = "the annotations say" if piece.mask is None else "mask"
-            seen["other_size"] = f"{piece.id}: image {size[0]}x{size[1]}, {whose} {wanted[0]}x{wanted[1]}"
-        if piece.mask is not None:
-            seen["kind"] = mask_kind(piece.mask)
-        sample = piece.sample()
+            whose = "the annotations say" if item.mask is None else "mask"
+            seen["other_size"] = f"{item.id}: image {size[0]}x{size[1]}, {whose} {wanted[0]}x{wanted[1]}"
+        if item.mask is not None:
+            seen["kind"] = mask_kind(item.mask)
+        sample = item.sample()
     except ValueError as error:
         return Finding(**seen, fault=" ".join(str(error).split()))
     return Finding(
@@ -178,7 +178,7 @@ def _gathered(name: str, survey: Survey, published: int | None, found: list[Find
     """Return the report of one split."""
     shares = [one.share for one in found if one.share is not None]
     return SplitReport(
-        name=name, samples=len(survey.pieces), published=published,
+        name=name, samples=len(survey.items), published=published,
         images=len({one.digest for one in found} - {None}),
         without_mask=list(survey.without_mask), without_image=list(survey.without_image),
         faults=survey.faults + [one.fault for one in found if one.fault is not None],
@@ -221,7 +221,7 @@ def check(
     found: dict[str, list[Finding]] = {}
     with ThreadPoolExecutor(threads) as pool:
         for name, survey in surveys.items():
-            found[name] = list(_counted(pool.map(look, survey.pieces), name, survey, say))
+            found[name] = list(_counted(pool.map(look, survey.items), name, survey, say))
     reports = [_gathered(name, survey, published.get(name), found[name]) for name, survey in surveys.items()]
     return Report(splits=reports, duplicates=_duplicates(found))
 
@@ -230,7 +230,7 @@ def _counted(
     findings: Iterable[Finding], name: str, survey: Survey, say: Callable[[str], None]
 ) -> Iterable[Finding]:
     """Yield the findings unchanged, and report progress to `say` at every tenth."""
-    total = len(survey.pieces)
+    total = len(survey.items)
     for done, finding in enumerate(findings, 1):
         if done * 10 // total > (done - 1) * 10 // total:
             say(f"{name}: {done} of {total}")

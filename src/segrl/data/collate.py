@@ -64,7 +64,7 @@ class Collate:
 
 def _prefix(encoder: Encoder, grammar: Grammar, sample: Sample) -> Prefix:
     """Return the prefix of one sample. Raise ValueError, naming the sample, if the processor refuses it."""
-    with reading(sample.id, "an image and a query that the policy's processor takes are needed"):
+    with reading(sample.id, "must be an image and a query that the policy's processor takes"):
         return encoder.encode(grammar.messages(sample.query), sample.image)
 
 

@@ -64,9 +64,9 @@ class SegDataModule(lightning.LightningDataModule):
         length = len(self.train)
         if length < self.batch_size * ranks:
             fits = length // ranks
-            way_out = f"set data.batch_size={fits}" if fits else "fewer ranks are needed (trainer.devices)"
+            way_out = f"set data.batch_size={fits}" if fits else "set trainer.devices to fewer ranks"
             raise ValueError(
-                f"data.batch_size: at most {fits} fit the {length} training samples on {ranks} rank(s); "
+                f"data.batch_size: must be at most {fits}, for {length} training samples on {ranks} rank(s); "
                 f"got {self.batch_size} ({way_out})"
             )
         return length

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unicodedata import normalize
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
+from segrl.data.boundary import validated
 from segrl.data.pictures import SUFFIXES
-from segrl.data.survey import OnDisk, Piece, Survey, counted, first_names, listed, sample_of
-from segrl.data.transforms import MaskRule, check_pair, read_pair, squash
+from segrl.data.survey import Item, ItemDataset, Survey, by_stem, first_names, listed, not_read
+from segrl.data.transforms import MaskRule, check_pair, read_pair
 from segrl.types import Sample
 
 
@@ -41,18 +42,11 @@ class FolderPair(BaseModel):
     @classmethod
     def of(cls, place: int, given: Mapping[str, object]) -> FolderPair:
         """Return the validated entry number `place`. Raise ValueError, naming the key, if one is wrong."""
-        try:
-            one = cls.model_validate(dict(given))
-        except ValidationError as error:
-            found = error.errors()[0]
-            key = ".".join(map(str, (f"folders[{place}]", *found["loc"])))
-            if found["type"] == "extra_forbidden":
-                raise ValueError(
-                    f"{key}: there is no such key (there are: {', '.join(cls.model_fields)})"
-                ) from None
-            raise ValueError(f"{key}: {found['msg'].lower()}; got {found['input']!r}") from None
+        one = validated(cls, dict(given), f"folders[{place}].")
         if one.objects is not None and one.background is not None:
-            raise ValueError(f"folders[{place}].background: objects or background is needed, not both")
+            raise ValueError(
+                f"folders[{place}].background: must not be given beside objects; got {list(one.background)}"
+            )
         return one
 
     @property
@@ -65,91 +59,54 @@ class FolderPair(BaseModel):
         )
 
 
-@dataclass(slots=True, kw_only=True)
-class Pairing:
-    """Contents of two folders: the pairs in order, and the stems without a partner."""
-
-    pairs: list[tuple[Path, Path]] = field(default_factory=list)
-    without_mask: set[str] = field(default_factory=set)
-    without_image: set[str] = field(default_factory=set)
-    faults: list[str] = field(default_factory=list)
-    unread: Counter[str] = field(default_factory=Counter)
-    """Number of files that are not read, by suffix, and of "hidden" files and "sub folders"."""
-
-
-def _left(unread: Counter[str]) -> str:
-    """Return " (not read: ...)" with the counts, to end an error message; "" if there are none."""
-    return f" (not read: {counted(unread)})" if unread else ""
-
-
 def _files(folder: Path, keep: str, faults: list[str], unread: Counter[str]) -> dict[str, Path]:
-    """Return the files by stem (in NFC), if the stem contains `keep`; two files with one stem are a fault."""
-    found: dict[str, Path] = {}
-    for path in listed(folder, SUFFIXES, unread, faults):
-        stem = normalize("NFC", path.stem)
-        if normalize("NFC", keep) not in stem:
-            continue
-        if stem in found:
-            faults.append(f"{folder}: one file per name is needed; got {found[stem].name} and {path.name}")
-        found[stem] = path
-    return found
+    """Return the image files by stem, if the stem contains `keep`; two files with one stem are a fault."""
+    files = listed(folder, SUFFIXES, unread, faults)
+    keep = normalize("NFC", keep)
+    return by_stem((path for path in files if keep in normalize("NFC", path.stem)), faults)
 
 
-def pairing(
-    images: Path, masks: Path, keep: str, only_with_image: bool = False, mask_suffix: str = ""
-) -> Pairing:
-    """Return pairs and faults of one folder pair, without raising an error. Arguments as in `FolderPair`."""
-    found = Pairing()
+def _read(image: Path, mask: Path, rule: MaskRule, name: str) -> Sample:
+    """Read one sample at its own size."""
+    return replace(read_pair(image, mask, rule=rule), id=name)
+
+
+def _pairs(root: Path, one: FolderPair, several: bool) -> Survey:
+    """List the pairs and the faults of one folder pair.
+
+    An id is the image's stem, with its folder if the dataset has several folder pairs.
+    """
+    images, masks, found = root / one.images, root / one.masks, Survey()
     for folder in (images, masks):
         if not folder.is_dir():
             found.faults.append(
-                f"data: a folder is needed; there is no {folder} (set data.root, or the root of the test set)"
+                f"data: images and masks must be folders; there is no folder {folder} "
+                "(set data.root, or the root of the test set)"
             )
     if found.faults:
         return found
-    pictures = _files(images, keep, found.faults, found.unread)
-    truths = pictures if images == masks else _files(masks, keep, found.faults, found.unread)
-    if mask_suffix:
-        mask_suffix = normalize("NFC", mask_suffix)
-        truths = {s.removesuffix(mask_suffix): path for s, path in truths.items() if s.endswith(mask_suffix)}
+    pictures = _files(images, one.keep, found.faults, found.unread)
+    truths = pictures if images == masks else _files(masks, one.keep, found.faults, found.unread)
+    if end := normalize("NFC", one.mask_suffix):
+        truths = {stem.removesuffix(end): path for stem, path in truths.items() if stem.endswith(end)}
         if images == masks:
-            pictures = {s: path for s, path in pictures.items() if not s.endswith(mask_suffix)}
-    found.pairs = [(path, truths[stem]) for stem, path in pictures.items() if stem in truths]
-    found.without_mask = set(pictures) - set(truths)
-    found.without_image = set() if only_with_image else set(truths) - set(pictures)
-    return found
-
-
-def pair(
-    images: Path, masks: Path, keep: str, only_with_image: bool = False, mask_suffix: str = ""
-) -> list[tuple[Path, Path]]:
-    """Return the (image, mask) pairs of two folders. Arguments as in `FolderPair`.
-
-    Raises:
-        ValueError: if a folder is missing, there is no pair, two files have one stem, or files lack a
-            partner. The message names at most five of these.
-    """
-    found = pairing(images, masks, keep, only_with_image, mask_suffix)
-    if found.faults:
-        raise ValueError(found.faults[0])
-    if found.without_mask:
-        raise ValueError(
-            f"{masks}: a mask for every image is needed; there is none for {first_names(found.without_mask)}"
-            f"{_left(found.unread)}"
-        )
-    if found.without_image:
-        raise ValueError(
-            f"{images}: an image for every mask is needed; "
-            f"there is none for {first_names(found.without_image)}"
-            f"{_left(found.unread)}"
-        )
-    if not found.pairs:
-        raise ValueError(
-            f"{images}: at least one image is needed; the folder holds none"
-            + (f" named *{keep}*" if keep else "")
-            + _left(found.unread)
-        )
-    return found.pairs
+            pictures = {stem: path for stem, path in pictures.items() if not stem.endswith(end)}
+    for stem, image in pictures.items():
+        if (mask := truths.get(stem)) is not None:
+            name = image.relative_to(root).with_suffix("").as_posix() if several else image.stem
+            read, check = (
+                partial(_read, image, mask, one.rule, name),
+                partial(check_pair, image, mask, one.rule),
+            )
+            found.items.append(Item(id=name, image=image, mask=mask, read=read, check=check))
+    found.without_mask = sorted(set(pictures) - set(truths))
+    found.without_image = [] if one.only_with_image else sorted(set(truths) - set(pictures))
+    return found.close(
+        mask=f"{masks}: must hold a mask for every image",
+        image=f"{images}: must hold an image for every mask",
+        empty=f"{images}: must hold at least one image with a mask; the folder holds none"
+        + f" named *{one.keep}*" * bool(one.keep),
+    )
 
 
 def _deeper(key: str, folder: Path) -> str:
@@ -171,7 +128,7 @@ def pair_maps(predictions: Path, truths: Path, keep: str) -> list[tuple[Path, Pa
     """
     for key, folder in (("pred", predictions), ("gt", truths)):
         if not folder.is_dir():
-            raise ValueError(f"{key}: a folder is needed; there is no {folder}")
+            raise ValueError(f"{key}: must be a folder; there is no folder {folder}")
     faults: list[str] = []
     unread: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
     maps, masks = (
@@ -181,24 +138,24 @@ def pair_maps(predictions: Path, truths: Path, keep: str) -> list[tuple[Path, Pa
         raise ValueError(faults[0])
     if alone := set(masks) - set(maps):
         raise ValueError(
-            f"pred: a map for every ground truth is needed; there is none for {first_names(alone)}"
-            f"{_deeper('pred', predictions)}{_left(unread[0])}"
+            f"pred: must hold a map for every ground truth; there is none for {first_names(alone)}"
+            f"{_deeper('pred', predictions)}{not_read(unread[0])}"
         )
     if alone := set(maps) - set(masks):
         raise ValueError(
-            f"gt: a ground truth for every map is needed; there is none for {first_names(alone)}"
-            f"{_deeper('gt', truths)}{_left(unread[1])}"
+            f"gt: must hold a ground truth for every map; there is none for {first_names(alone)}"
+            f"{_deeper('gt', truths)}{not_read(unread[1])}"
         )
     if not masks:
         raise ValueError(
-            f"gt: at least one mask is needed; {truths} holds none"
+            f"gt: must hold at least one mask; {truths} holds none"
             + f" named *{keep}*" * bool(keep)
-            + f"{_deeper('gt', truths)}{_left(unread[1])}"
+            + f"{_deeper('gt', truths)}{not_read(unread[1])}"
         )
     return [(maps[stem], masks[stem]) for stem in masks]
 
 
-class ImageMaskFolders(OnDisk):
+class ImageMaskFolders(ItemDataset):
     """A dataset of one or more folder pairs, in order.
 
     Args:
@@ -212,67 +169,12 @@ class ImageMaskFolders(OnDisk):
     """
 
     def __init__(self, root: str, folders: Sequence[Mapping[str, object]], side: int | None) -> None:
-        self.root, self.side, self.several = Path(root), side, len(folders) > 1
-        self.pairs: list[tuple[Path, Path, MaskRule]] = []
-        for place, given in enumerate(folders):
-            one = FolderPair.of(place, given)
-            pairs = pair(
-                self.root / one.images, self.root / one.masks, one.keep, one.only_with_image, one.mask_suffix
-            )
-            self.pairs += [(image, mask, one.rule) for image, mask in pairs]
-        for image, mask, rule in self.pairs:
-            check_pair(image, mask, rule)
+        super().__init__(self.survey(root, folders, side), side)
 
     @classmethod
     def survey(cls, root: str, folders: Sequence[Mapping[str, object]], side: int | None) -> Survey:
         """List all pairs and faults; `side` is ignored. Raise ValueError, naming the key, if one is wrong."""
-        found, base = Survey(), Path(root)
+        found = Survey()
         for place, given in enumerate(folders):
-            one = FolderPair.of(place, given)
-            images, masks = base / one.images, base / one.masks
-            part = pairing(images, masks, one.keep, one.only_with_image, one.mask_suffix)
-            if not part.pairs and not part.faults:
-                part.faults.append(
-                    f"{images}: at least one image with a mask is needed; there is none{_left(part.unread)}"
-                )
-            pieces = []
-            for image, mask in part.pairs:
-                name = cls._named(base, image, len(folders) > 1)
-                read = partial(cls._read, image, mask, one.rule, name)
-                pieces.append(Piece(id=name, image=image, mask=mask, read=read))
-            found.add(
-                Survey(
-                    pieces=pieces,
-                    without_mask=sorted(part.without_mask),
-                    without_image=sorted(part.without_image),
-                    faults=part.faults,
-                    unread=part.unread,
-                )
-            )
+            found.add(_pairs(Path(root), FolderPair.of(place, given), len(folders) > 1))
         return found
-
-    @staticmethod
-    def _named(root: Path, image: Path, several: bool) -> str:
-        """Return a sample's id: the image's stem, with its folder if there are several folder pairs."""
-        return image.relative_to(root).with_suffix("").as_posix() if several else image.stem
-
-    @staticmethod
-    def _read(image: Path, mask: Path, rule: MaskRule, name: str) -> Sample:
-        return replace(read_pair(image, mask, rule=rule), id=name)
-
-    def __len__(self) -> int:
-        """Return the number of pairs."""
-        return len(self.pairs)
-
-    @property
-    def ids(self) -> list[str]:
-        """Ids of all samples, in order."""
-        return [self._named(self.root, image, self.several) for image, _, _ in self.pairs]
-
-    def __getitem__(self, index: int) -> Sample:
-        """Read one pair, resized to `side`."""
-        image, mask, rule = self.pairs[index]
-        name = self._named(self.root, image, self.several)
-        with sample_of(name):
-            sample = self._read(image, mask, rule, name)
-        return sample if self.side is None else squash(sample, self.side)

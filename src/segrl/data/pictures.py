@@ -18,7 +18,7 @@ warnings.filterwarnings("ignore", module="PIL")  # Pillow's warnings do not name
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 """Suffixes, in lower case, of image files in a folder."""
-NEEDED = "an image is needed; the file cannot be decoded"
+NEEDED = "must be an image; the file cannot be decoded"
 
 # Other formats run programs (EPS) or hold layers instead of one image.
 _FORMATS = ("PNG", "JPEG", "MPO", "BMP", "TIFF", "WEBP", "AVIF", "GIF", "PPM", "JPEG2000")
@@ -85,21 +85,21 @@ def loaded(where: object, image: Image.Image) -> Image.Image:
     with reading(where, NEEDED):
         # MPO is a phone's photograph with previews.
         if image.format != "MPO" and getattr(image, "is_animated", False):
-            raise ValueError(f"{where}: one picture is needed; this {image.format} file holds several")
+            raise ValueError(f"{where}: must hold one picture; this {image.format} file holds several")
         deep = (
             any(";16" in str(tile.args) for tile in getattr(image, "tile", ())) and len(image.getbands()) > 1
         )
         image.load()
         if not (image.width and image.height):
-            raise ValueError(f"{where}: an image is needed; it has no pixel")
+            raise ValueError(f"{where}: must be an image; it has no pixel")
         if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
             raise ValueError(
-                f"{where}: a JPEG of inks (CMYK) with Adobe's marker is needed; without it nothing says "
+                f"{where}: a JPEG of inks (CMYK) must have Adobe's marker; without it nothing says "
                 "whether 0 is no ink or all of it (save it as RGB)"
             )
         if deep and not np.asarray(image)[..., :3].any():
             raise ValueError(
-                f"{where}: 16 bits a channel that reach above 255 are needed; these hold nothing, "
+                f"{where}: 16 bits a channel must reach above 255; these hold nothing, "
                 "or values of 8 bits (save it with 8 bits a channel)"
             )
     return image
@@ -184,7 +184,7 @@ def in_rgb(where: object, image: Image.Image) -> np.ndarray:
             return np.stack([grey] * 3, -1)
         if image.mode not in _COLOURS:
             raise ValueError(
-                f"{where}: a picture in grey or colour of 8 or 16 bits is needed; "
+                f"{where}: must be a picture in grey or colour of 8 or 16 bits; "
                 f"this one is {image.mode} in Pillow's words"
             )
         if image.mode in ("RGBa", "La"):
@@ -201,6 +201,6 @@ def sixteen(where: object, image: Image.Image) -> np.ndarray:
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(
-            f"{where}: grey values from 0 to 65535 are needed; they go from {values.min()} to {values.max()}"
+            f"{where}: grey values must be from 0 to 65535; they go from {values.min()} to {values.max()}"
         )
     return values if image.mode == "I" else values.astype(np.uint16)

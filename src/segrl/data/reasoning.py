@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated
-from unicodedata import normalize
+from typing import Annotated, ClassVar
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
-from segrl.data.boundary import reading
+from segrl.data.boundary import reading, validated
 from segrl.data.pictures import SUFFIXES
-from segrl.data.survey import Piece, Pieces, Survey, counted, first_names, listed
+from segrl.data.survey import Item, ItemDataset, Survey, by_stem, listed
 from segrl.data.transforms import read_image
 from segrl.types import Sample
 
@@ -45,18 +45,14 @@ def read_annotation(path: Path) -> Annotation:
     Raises:
         ValueError: if the file cannot be read or is not an annotation.
     """
-    with reading(path, "JSON is needed"):
+    with reading(path, "must be JSON"):
         content = path.read_bytes()
         try:
             text = content.decode("utf-8")
         except UnicodeDecodeError:
             text = content.decode("cp1252", errors="replace")
         said = json.loads(text)
-    try:
-        return Annotation.model_validate(said)
-    except ValidationError as error:
-        found = error.errors()[0]
-        raise ValueError(f"{path}: {'.'.join(map(str, found['loc']))}: {found['msg'].lower()}") from None
+    return validated(Annotation, said, f"{path}: ")
 
 
 def _fill(canvas: np.ndarray, shape: Shape, value: int) -> None:
@@ -101,7 +97,7 @@ def _read(image: Path, annotation: Annotation, sentence: int, name: str) -> Samp
     )
 
 
-class ReasonSeg(Pieces):
+class ReasonSeg(ItemDataset):
     """A dataset of one sample per photograph, or per sentence.
 
     Ids are the stems of the photographs, followed by the number of the sentence if `every_sentence` is true.
@@ -117,52 +113,21 @@ class ReasonSeg(Pieces):
             not an annotation. On access: if an image is unfit.
     """
 
+    whole_split: ClassVar[Mapping[str, object]] = {"every_sentence": False}
+
     def __init__(self, root: str, split: str, every_sentence: bool, side: int | None) -> None:
-        found = self._listed(root, split, every_sentence)
-        folder, left = Path(root) / split, f" (not read: {counted(found.unread)})" * bool(found.unread)
-        if found.faults:
-            raise ValueError(found.faults[0])
-        if found.without_mask:
-            raise ValueError(
-                f"{folder}: a .json for every image is needed; "
-                f"there is none for {first_names(found.without_mask)}"
-                f"{left}"
-            )
-        if found.without_image:
-            raise ValueError(
-                f"{folder}: an image for every .json is needed; "
-                f"there is none for {first_names(found.without_image)}"
-                f"{left}"
-            )
-        if not found.pieces:
-            raise ValueError(
-                f"{folder}: at least one image with its .json is needed; the folder holds none{left}"
-            )
-        super().__init__(found.pieces, side)
+        super().__init__(self.survey(root, split, every_sentence, side), side)
 
     @classmethod
     def survey(cls, root: str, split: str, every_sentence: bool, side: int | None) -> Survey:
-        """List one sample per photograph, and all faults; `every_sentence` and `side` are ignored."""
-        return cls._listed(root, split, False)
-
-    @staticmethod
-    def _listed(root: str, split: str, every_sentence: bool) -> Survey:
-        """Return the samples of the split, the files without a partner, and the faults."""
+        """List all items and faults; the JSON files are read, and `side` is ignored."""
         folder, found = Path(root) / split, Survey()
         if not folder.is_dir():
-            found.faults.append(
-                f"{root}: a folder that holds {split} is needed; there is none (set the dataset's root)"
-            )
+            found.faults.append(f"{root}: must hold a folder {split}; there is none (set the dataset's root)")
             return found
-        images: dict[str, Path] = {}
-        texts: dict[str, Path] = {}
-        for path in listed(folder, {*SUFFIXES, ".json"}, found.unread, found.faults):
-            of, stem = texts if path.suffix.lower() == ".json" else images, normalize("NFC", path.stem)
-            if stem in of:
-                found.faults.append(
-                    f"{folder}: one file per name is needed; got {of[stem].name} and {path.name}"
-                )
-            of[stem] = path
+        files = listed(folder, {*SUFFIXES, ".json"}, found.unread, found.faults)
+        images = by_stem((path for path in files if path.suffix.lower() != ".json"), found.faults)
+        texts = by_stem((path for path in files if path.suffix.lower() == ".json"), found.faults)
         found.without_mask = sorted(set(images) - set(texts))
         found.without_image = sorted(set(texts) - set(images))
         for stem in sorted(set(images) & set(texts)):
@@ -174,5 +139,9 @@ class ReasonSeg(Pieces):
             for sentence in range(len(annotation.text) if every_sentence else 1):
                 name = f"{stem}-{sentence}" if every_sentence else stem
                 read = partial(_read, images[stem], annotation, sentence, name)
-                found.pieces.append(Piece(id=name, image=images[stem], read=read))
-        return found
+                found.items.append(Item(id=name, image=images[stem], read=read))
+        return found.close(
+            mask=f"{folder}: must hold a .json for every image",
+            image=f"{folder}: must hold an image for every .json",
+            empty=f"{folder}: must hold at least one image with its .json; the folder holds none",
+        )

@@ -6,18 +6,18 @@ RefCOCO, RefCOCO+ and RefCOCOg have `refs(<split_by>).p`, with one object per re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import numpy as np
 
 from segrl.data.annotations import read_instances, read_refs, read_segmentation
 from segrl.data.boundary import found_at, is_file, reading, reason
-from segrl.data.survey import OnDisk, Piece, Survey, first_names, sample_of
-from segrl.data.transforms import read_image, squash
+from segrl.data.survey import Item, ItemDataset, Survey
+from segrl.data.transforms import read_image
 from segrl.types import Sample
 
 _NOTHING = -1  # gRefCOCO's annotation id of a sentence that names no object
@@ -56,7 +56,7 @@ class Annotations:
         if not is_file(instances) or not Path(images).is_dir():
             missing = images if is_file(instances) else instances
             raise ValueError(
-                f"data: annotations and images are needed; there is no {missing} "
+                f"data: annotations and images must exist; there is no {missing} "
                 "(set data.root, or the root of the test set)"
             )
         objects, pictures = read_instances(instances)
@@ -99,7 +99,7 @@ class Annotations:
         image = read_image(path, size)
         if image.shape[:2] != size:
             raise ValueError(
-                f"{path}: an image of {size[1]}x{size[0]} is needed; it is {image.shape[1]}x{image.shape[0]}"
+                f"{path}: must be an image of {size[1]}x{size[0]}; it is {image.shape[1]}x{image.shape[0]}"
             )
         objects = [self._drawn(ref, one, size) for one in self.named(ref)]
         mask = np.logical_or.reduce(objects) if objects else np.zeros(size, bool)
@@ -116,7 +116,7 @@ class Annotations:
     def _drawn(self, ref: dict[str, Any], one: int, size: tuple[int, int]) -> np.ndarray:
         """Return an object's mask. Raise ValueError, naming file, ref and object, if it cannot be drawn."""
         where = f"{self.path.parent / 'instances.json'}: object {one} of ref {ref['ref_id']}: segmentation"
-        with reading(where, "COCO's polygons or run lengths are needed"):
+        with reading(where, "must be COCO's polygons or run lengths"):
             try:
                 return read_segmentation(self.objects[one].get("segmentation"), *size)
             except ValueError as error:
@@ -146,7 +146,18 @@ def _images_of(exclude: Sequence[Exclusion]) -> set[int]:
     }
 
 
-class ReferringExpressions(OnDisk):
+def _drawn(
+    refs: Sequence[dict[str, Any]], count: int | None, seed: int
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return (ref, sentence) pairs: all of them, or one for each of `count` random refs."""
+    if count is None:
+        return [(ref, sentence) for ref in refs for sentence in ref["sentences"]]
+    rng = np.random.default_rng(seed)
+    chosen = [refs[i] for i in rng.permutation(len(refs))[:count]]
+    return [(ref, ref["sentences"][int(rng.integers(len(ref["sentences"])))]) for ref in chosen]
+
+
+class ReferringExpressions(ItemDataset):
     """A dataset of one sample per sentence of a split.
 
     Args:
@@ -165,6 +176,8 @@ class ReferringExpressions(OnDisk):
             has no refs or fewer than `count`. On access: if an image is unfit or an object cannot be drawn.
     """
 
+    whole_split: ClassVar[Mapping[str, object]] = {"count": None, "exclude": ()}
+
     def __init__(
         self,
         annotations: str,
@@ -176,22 +189,8 @@ class ReferringExpressions(OnDisk):
         side: int | None,
         exclude: Sequence[Exclusion] = (),
     ) -> None:
-        self.annotations, self.side = Annotations.read(annotations, images, refs, split), side
-        taken = _images_of(exclude)
-        chosen = [ref for ref in self.annotations.refs if ref["image_id"] not in taken]
-        if not chosen or (count is not None and count > len(chosen)):
-            raise ValueError(
-                f"{self.annotations.path}: {count or 'some'} objects of the split {split} are needed; "
-                f"it has {len(chosen)}"
-            )
-        if faults := self.annotations.faults():
-            raise ValueError(faults[0])
-        self.rows = self._drawn(chosen, count, seed)
-        files = {self.annotations.image(ref)[0] for ref, _ in self.rows}
-        if lost := {file.name for file in files if not file.is_file()}:
-            raise ValueError(
-                f"{images}: an image for every object is needed; there is none for {first_names(lost)}"
-            )
+        survey = self.survey(annotations, images, refs, split, count, seed, side, exclude)
+        super().__init__(survey, side)
 
     @classmethod
     def survey(
@@ -205,52 +204,23 @@ class ReferringExpressions(OnDisk):
         side: int | None,
         exclude: Sequence[Exclusion] = (),
     ) -> Survey:
-        """List all sentences of the split and all faults; `count`, `seed`, `side`, `exclude` are ignored."""
+        """List the sentences of the draw and all faults of the split; `side` is ignored."""
         try:
-            of = Annotations.read(annotations, images, refs, split)
+            of, taken = Annotations.read(annotations, images, refs, split), _images_of(exclude)
         except ValueError as error:
             return Survey(faults=[str(error)])
-        found = Survey(faults=of.faults())
-        if not of.refs:
-            found.faults.append(f"{of.path}: objects of the split {split} are needed; it has 0")
+        chosen = [ref for ref in of.refs if ref["image_id"] not in taken]
+        few = f"{of.path}: the split {split} must have at least {count or 1} objects; it has {len(chosen)}"
+        found = Survey(faults=[few] * (len(chosen) < (count or 1)) + of.faults())
         lost: set[str] = set()
-        for ref in of.refs:
+        for ref, sentence in _drawn(chosen, count, seed):
             if ref["image_id"] not in of.pictures or not set(of.named(ref)) <= set(of.objects):
                 continue
             path, (height, width) = of.image(ref)
             if path.name in lost or not is_file(path):
                 lost.add(path.name)
                 continue
-            found.pieces += [
-                Piece(id=name_of(ref, s), image=path, size=(width, height), read=partial(of.sample, ref, s))
-                for s in ref["sentences"]
-            ]
+            name, read = name_of(ref, sentence), partial(of.sample, ref, sentence)
+            found.items.append(Item(id=name, image=path, size=(width, height), read=read))
         found.without_image = sorted(lost)
-        return found
-
-    @staticmethod
-    def _drawn(
-        refs: Sequence[dict[str, Any]], count: int | None, seed: int
-    ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """Return (ref, sentence) pairs: all of them, or one for each of `count` random refs."""
-        if count is None:
-            return [(ref, sentence) for ref in refs for sentence in ref["sentences"]]
-        rng = np.random.default_rng(seed)
-        chosen = [refs[i] for i in rng.permutation(len(refs))[:count]]
-        return [(ref, ref["sentences"][int(rng.integers(len(ref["sentences"])))]) for ref in chosen]
-
-    def __len__(self) -> int:
-        """Return the number of sentences."""
-        return len(self.rows)
-
-    @property
-    def ids(self) -> list[str]:
-        """Ids of all samples, in order; see `name_of`."""
-        return [name_of(ref, sentence) for ref, sentence in self.rows]
-
-    def __getitem__(self, index: int) -> Sample:
-        """Read one sample, resized to `side`."""
-        ref, sentence = self.rows[index]
-        with sample_of(name_of(ref, sentence)):
-            sample = self.annotations.sample(ref, sentence)
-        return sample if self.side is None else squash(sample, self.side)
+        return found.close(image=f"{images}: must hold an image for every object", empty=few)

@@ -121,14 +121,14 @@ class SyntheticScenes(Dataset[Sample]):
         objects: tuple[int, int],
     ) -> None:
         if length < 1:
-            raise ValueError(f"data.{split}.length: at least 1 scene is needed; got {length}")
+            raise ValueError(f"data.{split}.length: must be at least 1; got {length}")
         if not 0 <= contrast[0] <= contrast[1] <= 1:
             raise ValueError(
-                f"data.contrast: a range low <= high within [0, 1] is needed; got {list(contrast)}"
+                f"data.contrast: must be a range low <= high within [0, 1]; got {list(contrast)}"
             )
         if not 1 <= objects[0] <= objects[1] <= _MOST_OBJECTS:
             raise ValueError(
-                f"data.objects: a range 1 <= fewest <= most <= {_MOST_OBJECTS} is needed; got {list(objects)}"
+                f"data.objects: must be a range 1 <= fewest <= most <= {_MOST_OBJECTS}; got {list(objects)}"
             )
         self.split, self.length, self.seed, self.size = split, length, seed, size
         self.contrast, self.objects = (contrast[0], contrast[1]), (objects[0], objects[1])

@@ -86,13 +86,13 @@ def _values(path: Path, image: Image.Image) -> np.ndarray:
         case "CMYK":
             return _printed(path, image)
         case _:
-            raise ValueError(f"{path}: a grey mask is needed; this one is {image.mode} in Pillow's words")
+            raise ValueError(f"{path}: must be a grey mask; this one is {image.mode} in Pillow's words")
     channels = values[..., :3] if values.shape[-1] >= 3 else values[..., :1]
     if (channels != channels[..., :1]).any():
-        raise ValueError(f"{path}: a grey mask is needed; this one is {image.mode} and its channels differ")
+        raise ValueError(f"{path}: must be a grey mask; this one is {image.mode} and its channels differ")
     if image.mode in ("LA", "RGBA") and np.ptp(channels[..., 0]) == 0 < np.ptp(values[..., -1]):
         raise ValueError(
-            f"{path}: a grey mask is needed; this one is {channels[0, 0, 0]} everywhere, "
+            f"{path}: must be a grey mask; this one is {channels[0, 0, 0]} everywhere, "
             "and what differs is its transparency (save that as a grey file)"
         )
     return channels[..., 0]
@@ -102,7 +102,7 @@ def _printed(path: Path, image: Image.Image) -> np.ndarray:
     """Convert a CMYK mask to grey uint8 `[H, W]`. Raise ValueError, naming the file, if it has colours."""
     shown = np.asarray(image.convert("RGB"))
     if (shown.max(-1) - shown.min(-1) > _INKS).any():
-        raise ValueError(f"{path}: a grey mask is needed; this one is CMYK and shows colours")
+        raise ValueError(f"{path}: must be a grey mask; this one is CMYK and shows colours")
     return shown[..., 1]
 
 
@@ -136,7 +136,7 @@ def _object(path: Path, image: Image.Image, rule: MaskRule) -> np.ndarray:
         greys = _greys(image, 2)
         if greys is None:
             raise ValueError(
-                f"{path}: a grey mask is needed; this is a palette PNG, whose indices do not say which is "
+                f"{path}: must be a grey mask; this is a palette PNG, whose indices do not say which is "
                 "the object (objects=[INDEX,...] or background=[0], keys of data=image_mask and of its "
                 "folder pair, do)"
             )
@@ -151,10 +151,10 @@ def _object(path: Path, image: Image.Image, rule: MaskRule) -> np.ndarray:
     if top > 255:  # 16-bit PNG, decoded to uint16 or int32
         values, top = values // 257, top // 257
     if 1 < top <= 128:
-        raise ValueError(f"{path}: a mask of 0 and 255, or 0 and 1, is needed; its largest value is {top}")
+        raise ValueError(f"{path}: must be a mask of 0 and 255, or 0 and 1; its largest value is {top}")
     if _DARK < values.min() <= 128 < top and len(found := np.unique(values)) > 2:
         raise ValueError(
-            f"{path}: a mask with a background of 0 is needed; this one has "
+            f"{path}: must be a mask with a background of 0; this one has "
             f"{', '.join(map(str, found[:5]))} "
             "(objects=[VALUE,...], a key of data=image_mask and of its folder pair, "
             "says which are the object)"
@@ -175,7 +175,7 @@ def read_map(path: Path) -> np.ndarray:
         image = _opened_mask(path)
         values = _greys(image, 1) if image.mode == "P" else _values(path, image)
         if values is None:
-            raise ValueError(f"{path}: a grey map is needed; this is a palette PNG of colours")
+            raise ValueError(f"{path}: must be a grey map; this is a palette PNG of colours")
         if image.mode == "I":
             sixteen(path, image)
         if values.dtype == bool or values.max() == 1:
@@ -246,7 +246,7 @@ def _sizes_differ(
         else ""
     )
     return ValueError(
-        f"{mask_path}: a mask of its image's size is needed; the mask is {mask[0]}x{mask[1]}, "
+        f"{mask_path}: must be of its image's size; the mask is {mask[0]}x{mask[1]}, "
         f"{image_path.name} is {image[0]}x{image[1]}{way_out}"
     )
 

@@ -11,21 +11,22 @@ from omegaconf import DictConfig, OmegaConf
 
 from segrl.host.files import write_whole
 from segrl.runs.configuration import check as check_all
+from segrl.runs.schema.sources import absent
 
 if TYPE_CHECKING:
     from segrl.data.survey import Survey
 
 
 def _surveyed(node: DictConfig) -> Survey:
-    """Return the survey of a node's dataset, which lists the faults that its constructor would raise."""
+    """Return the survey of a node's dataset: the whole split, whatever a run draws of it, and its faults."""
     from hydra.utils import get_class, instantiate
 
-    from segrl.data.survey import OnDisk
+    from segrl.data.survey import ItemDataset
 
     loader = get_class(node._target_)
-    if not issubclass(loader, OnDisk):
-        raise ValueError(f"data: a dataset of files is needed to check; {loader.__name__} has none")
-    survey: Survey = instantiate(node, _target_=f"{node._target_}.survey")
+    if not issubclass(loader, ItemDataset):
+        raise ValueError(f"data: must be a dataset of files to check; {loader.__name__} has none")
+    survey: Survey = instantiate(node, _target_=f"{node._target_}.survey", **loader.whole_split)
     return survey
 
 
@@ -44,14 +45,12 @@ def _splits(cfg: DictConfig) -> dict[str, tuple[DictConfig, int | None]]:
             )
         for key, owners in cfg.sources.items():
             if (path := OmegaConf.select(cfg, key)) is not None and not Path(path).exists():
-                raise ValueError(f"{key}: there is no {path}; its owners publish it at {owners}")
+                raise ValueError(absent(key, path, owners))
         nodes = {"train": data.module.train, **(data.module.val or {}), **(data.module.test or {})}
         splits |= {name: (node, OmegaConf.select(data, f"published.{name}")) for name, node in nodes.items()}
     for name, one in cfg.testsets.items():
         if not Path(one.root).exists():
-            raise ValueError(
-                f"testsets.{name}.root: there is no {one.root}; its owners publish it at {one.source}"
-            )
+            raise ValueError(absent(f"testsets.{name}.root", one.root, one.source))
         splits[name] = (one.samples, one.published)
     if not splits:
         raise ValueError(

@@ -31,6 +31,7 @@ from segrl.prompts import instructions
 from segrl.protocols import Grammar, SampleSet
 from segrl.runs import records
 from segrl.runs.departures import of_counts, published
+from segrl.runs.schema.sources import absent
 from segrl.runs.tables import scores_text, tell
 from segrl.runs.training import memory_said, quiet, run_folder, say
 from segrl.segmenter import Segmenter
@@ -347,9 +348,7 @@ def _test_sets(cfg: DictConfig, family: Family) -> dict[str, SampleSet]:
         )
     for name, one in cfg.testsets.items():
         if one.root is not None and not Path(one.root).exists():
-            raise ValueError(
-                f"testsets.{name}.root: there is no {one.root}; its owners publish it at {one.source}"
-            )
+            raise ValueError(absent(f"testsets.{name}.root", one.root, one.source))
         if one.get("ignored", False) and not family.knows_ignored:
             raise ValueError(
                 f"scores: a family that knows ignored regions, as {name} has, is needed: scores=referring"

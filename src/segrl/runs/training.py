@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from segrl.data.datamodule import SegDataModule
-from segrl.data.survey import OnDisk
+from segrl.data.survey import ItemDataset
 from segrl.host import signals
 from segrl.host.files import own, write_whole
 from segrl.runs import checks, report
@@ -254,7 +254,7 @@ class Run:
     @property
     def _only_scenes(self) -> bool:
         """Whether a test set is read from files, and the policy is the shipped one, of drawn scenes."""
-        photographs = any(isinstance(samples, OnDisk) for samples in self.data.test.values())
+        photographs = any(isinstance(samples, ItemDataset) for samples in self.data.test.values())
         return photographs and str(self.cfg.policy.weights) == asset("policy_nano")
 
     def _test(self, stage: SegStage, lines: Path) -> report.Scores:

@@ -32,6 +32,11 @@ def way_to(path: Path, owners: str) -> str:
     return f"its owners publish it at {owners}"
 
 
+def absent(key: str, path: str, owners: str) -> str:
+    """Return the error line for a key whose file or folder does not exist, with the way to get it."""
+    return f"{key}: there is no {path}; {way_to(Path(path), owners)}"
+
+
 def missing(cfg: DictConfig, files: bool) -> list[str]:
     """Return an error line for each needed file or folder that is missing or empty, with the way to get it.
 
