@@ -330,6 +330,23 @@ class RewardTerm(Protocol):
 
 
 @runtime_checkable
+class RememberingTerm(RewardTerm, Protocol):
+    """A reward term whose value also depends on earlier answers; its memory enters the checkpoint."""
+
+    def remembered(self) -> list[float]:
+        """Return the memory."""
+        ...
+
+    def remember(self, values: list[float]) -> None:
+        """Restore the memory from a checkpoint."""
+        ...
+
+    def settle(self) -> None:
+        """Take the values of the present rollout into the memory; called once all its answers are scored."""
+        ...
+
+
+@runtime_checkable
 class Sharding(Protocol):
     """A training strategy that shards weights, gradients or optimizer state over the ranks.
 

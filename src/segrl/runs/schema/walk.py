@@ -245,7 +245,7 @@ def _own(path: str, node: dict[str, Any], target: str, place: str) -> Iterator[F
         return
     if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
         return
-    taken = keys(made) if place == "stage" else list(parameters)
+    taken = [*parameters, *(keys(made) if place == "stage" else ())]
     for key in node:
         if key not in ("_target_", "_partial_") and key not in taken:
             takes = f" ({name} takes {', '.join(taken)})"
