@@ -207,3 +207,55 @@ def test_a_run_that_was_begun_goes_on_and_one_that_another_process_begins_is_lef
         other.kill()
     assert chain.command(found, found.jobs[0], 1, tmp_path)[3] == "+experiment=demo"
     assert not first.exists()
+
+
+THREE = "title: x\nmetric: iou\njobs:\n" + "".join(
+    f"  - {{name: {name}, experiment: demo{start}}}\n"
+    for name, start in (("slow", ""), ("after", ", start: slow"), ("other", ""))
+)
+
+
+def scripted(monkeypatch, tmp_path, scripts):
+    """Replace the command of each run by a Python script, which finds the chain's folder in argv[1]."""
+
+    def command(_, job, seed, runs):
+        folder = chain.folder_of(runs, job, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        return [sys.executable, "-c", scripts[job.name], str(tmp_path)]
+
+    monkeypatch.setattr(chain, "command", command)
+    (tmp_path / "chain.yaml").write_text(THREE)
+    return chain.read(tmp_path / "chain.yaml")
+
+
+def test_a_run_that_waits_holds_up_none_behind_it(tmp_path, monkeypatch):
+    done = "import pathlib, sys; pathlib.Path(sys.argv[1], 'NAME', 'metrics.json').write_text('{}')"
+    wait = (
+        "import pathlib, sys, time\n"
+        "until = time.monotonic() + 60\n"
+        "while not pathlib.Path(sys.argv[1], 'other', 'metrics.json').exists():\n"
+        "    assert time.monotonic() < until, 'the run behind the waiting one was never started'\n"
+        "    time.sleep(0.1)\n"
+    ) + done.replace("NAME", "slow")
+    scripts = {"slow": wait, "after": done.replace("NAME", "after"), "other": done.replace("NAME", "other")}
+    chain.run_all(scripted(monkeypatch, tmp_path, scripts), tmp_path, at_once=2)
+    assert all((tmp_path / name / "metrics.json").exists() for name in scripts)
+
+
+def test_a_run_that_fails_ends_the_chain_once_the_others_have_saved(tmp_path, monkeypatch):
+    saves = (
+        "import pathlib, signal, sys, time\n"
+        "begun, saved = (pathlib.Path(sys.argv[1], name) for name in ('begun', 'saved'))\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), saved.touch(), sys.exit(143)))\n"
+        "begun.touch()\n"
+        "time.sleep(60)\n"
+    )
+    fails = (
+        "import pathlib, sys, time\n"
+        "while not pathlib.Path(sys.argv[1], 'begun').exists(): time.sleep(0.1)\n"
+        "sys.exit(3)\n"
+    )
+    scripts = {"slow": saves, "after": "", "other": fails}
+    with pytest.raises(ValueError, match=r"chain: the run other, seed 1, .*3"):
+        chain.run_all(scripted(monkeypatch, tmp_path, scripts), tmp_path, at_once=2)
+    assert (tmp_path / "saved").exists()

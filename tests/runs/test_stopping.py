@@ -11,6 +11,7 @@ from PIL import Image
 from segrl.data import annotator as traces
 from segrl.data.synthetic import SyntheticScenes
 from segrl.host import signals
+from segrl.host.files import lock
 from segrl.models.hf_vlm import HFPolicy
 from segrl.models.sam2_head import Sam2Head
 from segrl.runs import training
@@ -234,6 +235,18 @@ def test_a_sample_that_cannot_be_read_loses_no_trace_of_the_others(cli, tmp_path
     assert not out.exists()
     code, said, err = cli(*command, module="prepare", runs=None)
     assert code == 0 and "2/4 were judged before" in said and "4 traces" in said, err
+
+
+def test_traces_that_another_process_writes_are_left_alone(cli, tmp_path, four_scenes):
+    out, partial = tmp_path / "set/t.jsonl", tmp_path / "set/t.jsonl.partial"
+    command = ("traces", "data=image_mask", f"data.root={tmp_path}/set", "head=sam2_nano", f"out={out}")
+    with partial.open("w") as other:
+        other.write("of the other process")
+        other.flush()
+        assert lock(other.fileno())
+        code, _, err = cli(*command, module="prepare", runs=None)
+    assert code == 2 and f"out: {partial} must be free; another process writes it" in err
+    assert partial.read_text() == "of the other process" and not out.exists()
 
 
 def test_signals_are_answered_in_a_process_that_a_launcher_of_sweeps_started(monkeypatch):

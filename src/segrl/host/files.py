@@ -11,6 +11,15 @@ LOCK = ".owner"  # exists while a process owns the folder, and holds its id
 _locks: dict[Path, int] = {}
 
 
+def lock(descriptor: int) -> bool | None:
+    """Lock an open file until it is closed; return whether it is locked, or None on a disk without locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
+    return True
+
+
 def own(folder: Path, key: str) -> None:
     """Lock a folder until `release` or the end of this process, even if it is killed.
 
@@ -26,17 +35,16 @@ def own(folder: Path, key: str) -> None:
     path = folder / LOCK
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        locked = lock(descriptor)
+        if not locked:
             said = os.read(descriptor, 40).decode(errors="replace").strip()
             os.close(descriptor)
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise ValueError(
-                    f"{key}: {folder} must be free; it is used by another process "
-                    f"(pid {said or 'not known'}): wait for its end, or end it"
-                ) from None
-            return  # a file system without locks
+            if locked is None:
+                return
+            raise ValueError(
+                f"{key}: {folder} must be free; it is used by another process "
+                f"(pid {said or 'not known'}): wait for its end, or end it"
+            )
         if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
             break
         os.close(descriptor)  # the owner has just deleted this file: try again

@@ -139,7 +139,7 @@ def run_all(chain: Chain, runs: Path, at_once: int) -> None:
     """Run all unfinished runs, up to `at_once` at the same time; if more than 1, each on one OpenMP thread.
 
     Raises:
-        ValueError: naming the first run that fails; the others are terminated.
+        ValueError: naming the first run that fails, once the others have saved and ended.
         Stopped: after a signal, once every run has saved and ended.
     """
     waiting = [(job, seed) for job in chain.jobs for seed in job.seeds]
@@ -147,7 +147,7 @@ def run_all(chain: Chain, runs: Path, at_once: int) -> None:
     environment = signals.environment() | ({"OMP_NUM_THREADS": "1"} if at_once > 1 else {})
     try:
         _keep_running(chain, runs, at_once, waiting, running, environment)
-    except signals.Stopped:
+    except (signals.Stopped, ValueError):
         with signals.held():  # each run saves a checkpoint and prints where
             for process in running.values():
                 process.terminate()
@@ -160,28 +160,31 @@ def _keep_running(
     chain: Chain, runs: Path, at_once: int, waiting: list[tuple[Job, int]],
     running: dict[tuple[str, int], subprocess.Popen[bytes]], environment: dict[str, str],
 ) -> None:  # fmt: skip
-    """Start the waiting runs in order as others end, until none is left; keep `running` up to date."""
+    """Start the waiting runs that are ready, in order, as others end, until none is left.
+
+    `running` is kept up to date. A run that waits for another holds up none behind it.
+    """
     while waiting or running:
         for key, process in list(running.items()):
             if process.poll() is None:
                 continue
             del running[key]
             if process.returncode:
-                for other in running.values():
-                    other.terminate()
                 raise ValueError(
                     f"chain: the run {key[0]}, seed {key[1]}, must end well; "
                     f"it ended with {process.returncode}"
                 )
         for job, seed in list(waiting):
-            if len(running) >= at_once or not ready(chain, runs, job):
+            if len(running) >= at_once:
                 break
+            if not ready(chain, runs, job):
+                continue
             waiting.remove((job, seed))
             line = command(chain, job, seed, runs)
             if line is not None:
                 print("+", " ".join(line[1:]), flush=True)
                 running[job.name, seed] = subprocess.Popen(line, env=environment)
-        if waiting and not running and not ready(chain, runs, waiting[0][0]):
+        if waiting and not running and not any(ready(chain, runs, job) for job, _ in waiting):
             raise ValueError(
                 f"chain: {waiting[0][0].name} waits for {waiting[0][0].start}, which left no metrics.json"
             )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 from omegaconf import DictConfig, OmegaConf
 
 from segrl.host import signals
-from segrl.host.files import write_whole
+from segrl.host.files import lock, write_whole
 from segrl.runs.configuration import check as check_all
 from segrl.runs.configuration import check_keys
 
@@ -89,7 +89,8 @@ def _command(cfg: DictConfig, ids: Sequence[str]) -> str:
 def _going_on(partial: Path, command: str, judged: Judged) -> Iterator[TextIO]:
     """Add the lines of a partial file to `judged`, and open it to append to.
 
-    A ValueError before the first trace deletes the file and the folders that were created for it.
+    The file is locked for this process. A ValueError before the first trace deletes the file and the folders
+    that were created for it.
 
     Args:
         partial: path of the file; created with its folders if it does not exist.
@@ -97,9 +98,32 @@ def _going_on(partial: Path, command: str, judged: Judged) -> Iterator[TextIO]:
         judged: counts the samples.
 
     Raises:
+        ValueError: if another process writes the file, or it belongs to another command or is damaged.
+    """
+    made = [folder for folder in partial.parents if not folder.exists()]
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("a") as text:
+        if lock(text.fileno()) is False:
+            raise ValueError(f"out: {partial} must be free; another process writes it: wait for its end")
+        _take_over(partial, text, command, judged)
+        try:
+            yield text
+        except ValueError:
+            if judged.lines:  # keep what was found before a sample that cannot be read
+                raise
+            partial.unlink(missing_ok=True)
+            for folder in made:
+                folder.rmdir()
+            raise
+
+
+def _take_over(partial: Path, text: TextIO, command: str, judged: Judged) -> None:
+    """Add the lines of a partial file to `judged`, and cut an incomplete last line off; or begin the file.
+
+    Raises:
         ValueError: if the file belongs to another command or is damaged.
     """
-    whole = partial.read_bytes() if partial.is_file() else b""
+    whole = partial.read_bytes()
     whole = whole[: whole.rfind(b"\n") + 1]  # an incomplete last line is judged again
     first, *rows = whole.decode(errors="replace").splitlines() or [command]
     try:
@@ -112,22 +136,10 @@ def _going_on(partial: Path, command: str, judged: Judged) -> Iterator[TextIO]:
             f"out: {partial} must be of the same command to go on with; it is of another, or was changed "
             "(give the same command, or delete it to begin anew)"
         )
-    made = [folder for folder in partial.parents if not folder.exists()]
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    if whole:
-        os.truncate(partial, len(whole))
-    else:
-        partial.write_text(f"{command}\n")
-    try:
-        with partial.open("a") as text:
-            yield text
-    except ValueError:
-        if judged.lines:  # keep what was found before a sample that cannot be read
-            raise
-        partial.unlink(missing_ok=True)
-        for folder in made:
-            folder.rmdir()
-        raise
+    os.truncate(partial, len(whole))
+    if not whole:
+        text.write(f"{command}\n")
+        text.flush()
 
 
 def _checked_out(cfg: DictConfig) -> Path:
