@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def compare(before: Scores, after: Scores, seed: int, drawn: Mapping[str, np.nda
     return table
 
 
-def conclude(folder: Path, seed: int, updates: int, rate: float, only_scenes: bool) -> Table:
+def conclude(folder: Path, seed: int, updates: int, rate: float, unseen: Collection[str]) -> Table:
     """Compare the scores of a run before and after, and print the table, also to `table.txt`.
 
     Where the interval of the gain in IoU includes 0, a line below the table lists possible reasons.
@@ -125,7 +125,7 @@ def conclude(folder: Path, seed: int, updates: int, rate: float, only_scenes: bo
         seed: of the bootstrap.
         updates: number of updates of the run.
         rate: highest learning rate of the policy.
-        only_scenes: whether the policy has only seen drawn scenes, and a test set holds photographs.
+        unseen: test sets of photographs, if the policy has only seen drawn scenes.
 
     Raises:
         ValueError: if the two files do not score the same samples.
@@ -143,7 +143,7 @@ def conclude(folder: Path, seed: int, updates: int, rate: float, only_scenes: bo
         low, high = metrics["iou"].interval
         if low <= 0 <= high:
             same = sum(line["text"] == texts[dataset, line["id"]] for line in after[dataset])
-            told.append(_unmoved(dataset, same, len(after[dataset]), updates, rate, only_scenes))
+            told.append(_unmoved(dataset, same, len(after[dataset]), updates, rate, dataset in unseen))
     tell("\n".join(told), run.table)
     return table
 

@@ -252,10 +252,11 @@ class Run:
         return self.stage if isinstance(self.stage, SegStage) and self.data.test else None
 
     @property
-    def _only_scenes(self) -> bool:
-        """Whether a test set is read from files, and the policy is the shipped one, of drawn scenes."""
-        photographs = any(isinstance(samples, ItemDataset) for samples in self.data.test.values())
-        return photographs and str(self.cfg.policy.weights) == asset("policy_nano")
+    def _unseen(self) -> list[str]:
+        """Names of test sets that are read from files, if the policy is the shipped one, of drawn scenes."""
+        if str(self.cfg.policy.weights) != asset("policy_nano"):
+            return []
+        return [name for name, samples in self.data.test.items() if isinstance(samples, ItemDataset)]
 
     def _test(self, stage: SegStage, lines: Path) -> report.Scores:
         """Score the test sets, save a line per sample, and return the scores of all samples on every rank."""
@@ -354,7 +355,7 @@ class Run:
         if stage is not None:
             if folder.before.is_file():
                 table = report.conclude(
-                    folder.path, self.cfg.seed, self.step, self.cfg.stage.optimizer.lr, self._only_scenes
+                    folder.path, self.cfg.seed, self.step, self.cfg.stage.optimizer.lr, self._unseen
                 )
             else:
                 tell(means_text(metrics), folder.table)
