@@ -62,7 +62,7 @@ class Unfolding(Protocol):
     """A grammar that can list the steps by which a mask prompt grows in the text."""
 
     def unfold(self, text: str, frame: Frame) -> list[tuple[int, MaskPrompt]]:
-        """Return the steps of a text in order: where a box or labelled point ends, and the mask prompt so far.
+        """Return the steps of a text in order: where a box or point ends, and the mask prompt so far.
 
         A step depends only on the text up to its end, whether or not the whole text can be parsed.
         """
@@ -166,7 +166,7 @@ class DecodablePolicy(Policy, Protocol):
         ...
 
     def logits(self, hidden: Tensor, head: Any) -> Tensor:  # noqa: ANN401
-        """Return float32 logits `[N, V]` at the sampling temperature; -inf for tokens that are not sampled."""
+        """Return float32 logits `[N, V]` at the sampling temperature; -inf where nothing is sampled."""
         ...
 
 

@@ -136,7 +136,7 @@ class Prefix:
     token_ids: Tensor
     """int64 `[P]`, image placeholders expanded, no padding."""
     token_types: Tensor
-    """int64 `[P]`, 1 on image tokens. Without it, transformers silently makes one-dimensional position ids."""
+    """int64 `[P]`, 1 on image tokens. Without it, transformers silently makes 1-D position ids."""
     pixels: Tensor
     """float `[patches, patch values]`, the image processor's output."""
     positions: Tensor
@@ -201,7 +201,7 @@ class PrefixState:
         )
 
     def chain_gradient(self, leaves: PrefixState) -> Tensor:
-        """Return the scalar `sum(t * leaf.grad)` over the tensors t of this state and their `detached()` leaves.
+        """Return the scalar `sum(t * leaf.grad)` over the tensors t of this state and their detached leaves.
 
         Its backward pass sends the gradients accumulated in the leaves on into this state.
         """

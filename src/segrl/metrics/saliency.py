@@ -127,7 +127,7 @@ NAMES = (*BRIEF.names, "fault_rate")
 
 
 def brief(answer: Answer, sample: Sample) -> Parts:
-    """Return the parts of `BRIEF` of one answer, without its sample's ignored pixels, and its `fault_rate`."""
+    """Return the parts of `BRIEF` of one answer, without ignored pixels, and its `fault_rate`."""
     faulty = answer.parsed.fault is not None
     mask = sample.counted(answer.mask).astype(np.uint8) * 255
     return BRIEF.parts(mask, sample.mask, None, faulty) | {"fault_rate": np.array([float(faulty)])}

@@ -101,7 +101,7 @@ def cispo_clip(
     low: float,
     high: float,
 ) -> Surrogate:
-    """Return the loss `-detach(clip(r, 1-low, 1+high)) A log π` (CISPO: MiniMax-M1, arXiv 2506.13585, eq. 4).
+    """Return the loss `-detach(clip(r, 1-low, 1+high)) A log π` (CISPO: arXiv 2506.13585, eq. 4).
 
     The ratio is a clipped weight, so clipped tokens keep a gradient. With `low=1` there is no lower bound.
     `mask` is not used, because the ratio is per token.

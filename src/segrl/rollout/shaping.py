@@ -15,8 +15,8 @@ from segrl.types import Answer, Batch, Completions
 class PromptShaping:
     """Potential-based shaping (Ng et al. 1999).
 
-    The reward is c (Φ_k - Φ_{k-1}) at the token that completes the k-th box or point, and -c Φ_K at the last
-    token, where Φ_k = f(mask(p_1..p_k), truth) and Φ_0 = 0.
+    The reward is c (Φ_k - Φ_{k-1}) at the token that completes the k-th box or point, and -c Φ_K at the
+    last token, where Φ_k = f(mask(p_1..p_k), truth) and Φ_0 = 0.
 
     The rewards of a completion add up to zero. So with a discount of 1, optimal policies stay optimal and the
     advantages of an exact critic do not change; only a critic with errors gains. Steps of completions that

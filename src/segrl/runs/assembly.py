@@ -1,7 +1,7 @@
 """Build a stage from the flat keys of its node in the configuration.
 
-Users type short keys, such as `stage.group_size=8`; a stage takes objects, such as a `Loop`. Each key of the node
-is an argument of the stage's constructor, or a field of a dataclass that the constructor takes.
+Users type short keys, such as `stage.group_size=8`; a stage takes objects, such as a `Loop`. Each key of the
+node is an argument of the stage's constructor, or a field of a dataclass that the constructor takes.
 """
 
 from __future__ import annotations

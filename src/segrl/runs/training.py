@@ -173,7 +173,8 @@ class Run:
     def _trainer(cfg: DictConfig) -> lightning.Trainer:
         """Return the trainer of the run; its callbacks write into the run folder."""
         trainer: lightning.Trainer = instantiate(
-            cfg.trainer, logger=False, callbacks=[*(instantiate(c) for c in cfg.callbacks.values()), Scoring(), Stop()],
+            cfg.trainer, logger=False,
+            callbacks=[*(instantiate(c) for c in cfg.callbacks.values()), Scoring(), Stop()],
             plugins=[AtomicCheckpointIO()], default_root_dir=str(cfg.paths.run),
         )  # fmt: skip
         return trainer
@@ -263,7 +264,8 @@ class Run:
         say(f"scoring the test sets ({lines.stem}) ...")
         with memory_said("data.module.eval_batch_size"):
             self.trainer.test(stage, self.data, verbose=False)
-        (scoring,) = (one for one in self.trainer.callbacks if isinstance(one, Scoring))  # type: ignore[attr-defined]
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        (scoring,) = (one for one in callbacks if isinstance(one, Scoring))
         rows = scoring.everywhere(self.data.test)
         if self.trainer.is_global_zero:
             report.save(rows, lines)

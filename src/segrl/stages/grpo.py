@@ -26,9 +26,9 @@ class GRPOStage(PolicyGradientStage):
         segmenter, reward, reference, objective, loop, optimization, seed: see `PolicyGradientStage`.
         advantage: turns the rewards of all ranks' groups, `[B, G]`, into advantages; see
             `objectives.advantages`.
-        live_samples: dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): number of samples of a batch, per
-            rank, to learn from. The first ones whose rewards differ within the group are taken; if there are
-            too few, other samples fill up and their tokens are left out of the loss mask. If None, the whole
+        live_samples: dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): number of samples of a batch,
+            per rank, to learn from. The first ones whose rewards differ within the group are taken; if there
+            are too few, other samples fill up and their tokens are left out of the loss mask. If None, the whole
             batch is used.
     """
 

@@ -100,7 +100,7 @@ class PolicyGradientStage(SegStage):
         self.last_rollout: ScoredRollout | None = None
 
     def setup(self, stage: str) -> None:
-        """Cast the reference: the precision is known, and no strategy has wrapped or sharded the module yet."""
+        """Cast the reference: the precision is known, and no strategy has wrapped the module yet."""
         if self.reference is not None and (passes := PRECISIONS[str(self.trainer.precision)]) is not None:
             self.reference.made_for(passes)
 
@@ -113,8 +113,8 @@ class PolicyGradientStage(SegStage):
         """Load the policy of an earlier stage, also into the reference."""
         if isinstance(self.reference, AdapterOff) and any(".lora_" in name for name in weights):
             raise ValueError(
-                "reference: adapter_off must not be used with an adapter that is already trained: it measures "
-                "against the weights without any adapter (export the policy and set policy.weights, or set "
+                "reference: adapter_off must not be used with an adapter that is already trained: it "
+                "measures against the weights without any adapter (export the policy and set policy.weights, or set "
                 "reference=frozen_copy)"
             )
         super().start_from(weights)

@@ -122,7 +122,7 @@ class PPOStage(PolicyGradientStage):
         return torch.cat(logprobs), torch.cat(values).masked_fill(~completions.mask, 0.0)
 
     def privileged(self, batch: Batch) -> Tensor | None:
-        """Return the privileged input `[N, 5]`, box and area of the ground truth, or None if the critic has none."""
+        """Return the privileged input `[N, 5]`, box and area of the truth; None if the critic has none."""
         if self.critic.insight == 0:
             return None
         facts = [

@@ -1,8 +1,8 @@
 """DeepSpeed's ZeRO under Lightning: updates and checkpoints as under DDP, with sharded training state.
 
-Lightning's own DeepSpeed strategy writes folders of shards, clips gradients itself and refuses a CPU. Here the
-engine only shards the optimizer's state (ZeRO-1), the gradients (ZeRO-2) and the weights (ZeRO-3). A checkpoint
-is the one file that every strategy writes, and any strategy can resume from it.
+Lightning's own DeepSpeed strategy writes folders of shards, clips gradients itself and refuses a CPU. Here
+the engine only shards the optimizer's state (ZeRO-1), the gradients (ZeRO-2) and the weights (ZeRO-3). A
+checkpoint is the one file that every strategy writes, and any strategy can resume from it.
 """
 
 from __future__ import annotations

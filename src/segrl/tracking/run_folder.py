@@ -148,7 +148,7 @@ class RunFolder:
         ]  # fmt: skip
 
     def check_kinds(self, key: str) -> None:
-        """Raise ValueError if a folder stands in place of a file of the run, or a file in place of a folder."""
+        """Raise ValueError if a folder stands in place of a file of the run, or a file for a folder."""
         folders = [self.before.parent, self.checkpoints, self.sheets, self.parts, self.masks, self.overlays]
         files = [
             self.config, self.provenance, self.history, self.validation, self.metrics, self.mlflow_run_id,

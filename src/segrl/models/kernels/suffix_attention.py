@@ -3,8 +3,8 @@
     queries           a a a | b b b b b | c c       M tokens of N completions, packed
     keys, values    P a a a | Q b b b b b | Q c c   prefix of the group, and the completion up to the query
 
-`VarlenSuffixes` makes one call of a variable-length kernel per layer, in half precision on a GPU. `PaddedSuffixes` pads
-the completions for the attention only, and works on every device.
+`VarlenSuffixes` makes one call of a variable-length kernel per layer, in half precision on a GPU.
+`PaddedSuffixes` pads the completions for the attention only, and works on every device.
 """
 
 from __future__ import annotations
