@@ -423,5 +423,5 @@ def test_a_sample_without_a_trace_or_an_object_cannot_be_imitated():
     blank = Sample(id="blank", image=np.zeros((8, 8, 3), np.uint8), mask=np.zeros((8, 8), bool))
     with pytest.raises(ValueError, match="blank: a sample with a trace is needed"):
         AsWritten()(blank, np.random.default_rng(0))
-    with pytest.raises(ValueError, match="blank: mask: must hold an object"):
+    with pytest.raises(ValueError, match="blank: an object is needed"):
         Annotator(0.0, 100, 4)(blank, np.random.default_rng(0))

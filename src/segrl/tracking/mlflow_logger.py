@@ -120,7 +120,7 @@ class MlflowRun(Logger):
 
         self._attempt(bring, said=lacking)
         if lacking and not self.off:
-            print("MLflow: it answers again, and has the configuration and all scalars", flush=True)
+            print("MLflow: it responds again; the configuration and all scalars were added", flush=True)
         self._end("FINISHED")
 
     def _attempt(self, act: Callable[[Run], object], said: bool = False) -> None:
@@ -133,8 +133,8 @@ class MlflowRun(Logger):
             self.off = True
             if not said:
                 print(
-                    f"MLflow: {reason(error)}; scalars go on in {self.folder}/history.jsonl; "
-                    f"bring them in later with: python -m segrl.track {self.folder}",
+                    f"MLflow: {reason(error)}; scalars are written to {self.folder}/history.jsonl; "
+                    f"add them to MLflow later with: python -m segrl.track {self.folder}",
                     flush=True,
                 )
 
