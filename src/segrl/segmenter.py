@@ -48,7 +48,7 @@ class Segmenter:
         card = policy_card.read(Path(folder))
         if not card:
             raise ValueError(
-                f"{folder}: a folder that python -m segrl.export wrote is needed; it has no {policy_card.NAME}"
+                f"{folder}: must be a folder that python -m segrl.export wrote; it has no {policy_card.NAME}"
             )
         card["policy"]["weights"] = str(folder)
         policy, grammar, head, engine = (
@@ -78,10 +78,10 @@ class Segmenter:
         else:
             pixels = image if isinstance(image, np.ndarray) else read_image(Path(image), upright=True)
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
-            raise ValueError(f"image: uint8 [H, W, 3] is needed; got {pixels.dtype} {list(pixels.shape)}")
+            raise ValueError(f"image: must be uint8 [H, W, 3]; got {pixels.dtype} {list(pixels.shape)}")
         pixels = np.ascontiguousarray(pixels)  # e.g. `bgr[..., ::-1]` of OpenCV has a negative stride
         sample = Sample(id="image", image=pixels, mask=np.zeros(pixels.shape[:2], bool), query=query)
-        with reading("image", "an image and a query that the policy's processor takes are needed"):
+        with reading("image", "must be an image that the policy's processor accepts with the query"):
             prefix = self.policy.encoder.encode(self.grammar.messages(query), pixels)
         device = self.policy.device
         with torch.autocast(device.type, dtype=self.passes, enabled=self.passes is not None):

@@ -24,7 +24,7 @@ def _surveyed(node: DictConfig) -> Survey:
 
     loader = get_class(node._target_)
     if not issubclass(loader, OnDisk):
-        raise ValueError(f"data: a dataset of files is needed to check; {loader.__name__} has none")
+        raise ValueError(f"data: must be a dataset of files; {loader.__name__} reads none")
     survey: Survey = instantiate(node, _target_=f"{node._target_}.survey")
     return survey
 
@@ -40,22 +40,25 @@ def _splits(cfg: DictConfig) -> dict[str, tuple[DictConfig, int | None]]:
     if data is not None:
         if missing := OmegaConf.missing_keys(cfg):  # includes keys that refer to it, which lie deeper
             raise ValueError(
-                f"{min(sorted(missing), key=lambda key: key.count('.'))}: a value is needed; none is set"
+                f"{min(sorted(missing), key=lambda key: key.count('.'))}: must be given; it is not set"
             )
         for key, owners in cfg.sources.items():
             if (path := OmegaConf.select(cfg, key)) is not None and not Path(path).exists():
-                raise ValueError(f"{key}: there is no {path}; its owners publish it at {owners}")
+                raise ValueError(
+                    f"{key}: must be a file or folder; {path} does not exist (its owners publish it at {owners})"
+                )
         nodes = {"train": data.module.train, **(data.module.val or {}), **(data.module.test or {})}
         splits |= {name: (node, OmegaConf.select(data, f"published.{name}")) for name, node in nodes.items()}
     for name, one in cfg.testsets.items():
         if not Path(one.root).exists():
             raise ValueError(
-                f"testsets.{name}.root: there is no {one.root}; its owners publish it at {one.source}"
+                f"testsets.{name}.root: must be a file or folder; {one.root} does not exist "
+                f"(its owners publish it at {one.source})"
             )
         splits[name] = (one.samples, one.published)
     if not splits:
         raise ValueError(
-            "data: a dataset to check is needed: data=NAME, testset=NAME or testset=[NAME,...]; none is set"
+            "data: must be given, or testset; none is set (data=NAME, testset=NAME or testset=[NAME,...])"
         )
     return splits
 
@@ -72,7 +75,7 @@ def check(cfg: DictConfig) -> None:
     splits = _splits(cfg)
     out = None if cfg.out is None else Path(cfg.out)
     if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
-        raise ValueError(f"out: a .json file in a folder that exists is needed; got {out}")
+        raise ValueError(f"out: must be a .json file in a folder that exists; got {out}")
     surveys = {name: _surveyed(node) for name, (node, _) in splits.items()}
     published = {name: count for name, (_, count) in splits.items()}
     report = walk(

@@ -54,12 +54,12 @@ def export_policy(
     run = ckpt.parent.parent
     if not ckpt.is_file():
         raise ValueError(
-            f"ckpt: a checkpoint is needed; {ckpt} is {'a folder' if ckpt.is_dir() else 'not there'}"
+            f"ckpt: must be a checkpoint; {ckpt} {'is a folder' if ckpt.is_dir() else 'does not exist'}"
         )
     if not (run / "config.yaml").is_file():
         raise ValueError(
-            f"ckpt: a checkpoint in a run's folder is needed, RUN/checkpoints/last.ckpt; "
-            f"two folders above {ckpt} is no config.yaml of a run"
+            f"ckpt: must be a checkpoint in a run's folder, RUN/checkpoints/last.ckpt; "
+            f"got {ckpt}, and {run} holds no config.yaml"
         )
     check_kinds(run, "ckpt")
     cfg = read(run / "config.yaml", "ckpt")
@@ -184,7 +184,7 @@ def card(run: Path, note: str, ckpt: Path | None = None, asked: str = "", licenc
     if ckpt is not None and not _scored(run, ckpt):
         lines.append(
             f"Trained by segrl. This checkpoint, `{ckpt.name}`, has not been scored: "
-            "the run's scores are of another."
+            "the run's scores are those of another checkpoint."
         )
     elif (run / "metrics.json").is_file():
         metrics = read_json(run / "metrics.json", "ckpt", "name", "seed", "steps", "seconds", "metrics")
@@ -205,7 +205,7 @@ def card(run: Path, note: str, ckpt: Path | None = None, asked: str = "", licenc
         lines += [f"| {name} | {value:.4f} |" for name, value in metrics["metrics"].items()]
     if (run / "provenance.json").is_file():
         made = read_json(run / "provenance.json", "ckpt", "command", "git.commit", "git.dirty")
-        dirty = ", with changes" if made["git.dirty"] == "true" else ""
+        dirty = ", with uncommitted changes" if made["git.dirty"] == "true" else ""
         lines.append(
             f"\n```\n{made['command']}\n```\ncommit {made['git.commit']}{dirty}; data: {_data(loaded)}"
         )

@@ -42,8 +42,8 @@ def create(wanted: Path, alone: bool) -> Path:
 
 def _taken(folder: Path) -> ValueError:
     return ValueError(
-        f"paths.run: a new folder is needed, the same for all processes; {folder} exists "
-        f"(resume={folder} goes on)"
+        f"paths.run: must be a new folder, the same for all processes; {folder} exists "
+        f"(resume={folder} continues that run)"
     )
 
 

@@ -143,7 +143,7 @@ def tables_text(
     images = {} if images is None else images
     if together := [name for name in images if images[name] != counts[name]]:
         drawn = ", ".join(f"{name} {images[name]:,} images of {counts[name]:,} samples" for name in together)
-        told.append(f"\n  intervals draw images, each with all of its samples: {drawn}")
+        told.append(f"\n  intervals resample images, each with all of its samples: {drawn}")
     if faults is not None:
         told.append("\n  unparsable: " + ", ".join(f"{name} {rate:.1%}" for name, rate in faults.items()))
     return "\n".join(told)

@@ -212,12 +212,12 @@ def conclude(folder: Path, seed: int, updates: int, rate: float, only_scenes: bo
 def _unmoved(dataset: str, same: int, count: int, updates: int, rate: float, only_scenes: bool) -> str:
     """Return the line of possible reasons for no gain: same answers, few updates, only drawn scenes."""
     why = (
-        f"\n{dataset}: the interval of its gain in IoU holds 0. "
+        f"\n{dataset}: the interval of its gain in IoU contains 0. "
         f"{same} of {count} answers are the same text as before; "
         f"{updates} updates at a learning rate of at most {rate:g} "
         f"(trainer.max_steps or max_epochs, stage.optimizer.lr)"
     )
-    unseen = "; this policy has learned from drawn scenes alone, and these are photographs (policy=nano)"
+    unseen = "; this policy was trained on drawn scenes only, and these are photographs (policy=nano)"
     return why + (unseen if only_scenes else "")
 
 
@@ -242,7 +242,7 @@ def table_text(table: Table) -> str:
         first = next(iter(metrics.values()))
         counted = f"{first.n} held-out images"
         if first.images != first.n:
-            counted = f"{first.n} held-out samples of {first.images} images, which the intervals draw"
+            counted = f"{first.n} held-out samples of {first.images} images, which the intervals resample"
         told.append(f"\n{dataset}, {counted}")
         told.append(f"  {'':<12}{'before':>9}{'after':>9}{'gain':>9}   95 % interval of the gain")
         told += [_row_text(name, row) for name, row in metrics.items()]
