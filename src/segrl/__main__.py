@@ -9,10 +9,10 @@ COMMANDS = {
     "score": "score a folder of masks against ground truth: python -m segrl.score pred=FOLDER gt=FOLDER",
     "export": "write a trained policy as a Hugging Face folder: python -m segrl.export ckpt=FILE out=FOLDER",
     "prepare": "check a dataset, or write traces from masks: python -m segrl.prepare check data=NAME",
-    "track": "bring run folders into MLflow that it lacks: python -m segrl.track RUN ...",
+    "track": "add run folders to MLflow: python -m segrl.track RUN ...",
     "chain": "runs that start from each other: python -m segrl.chain FILE --runs FOLDER",
     "serve": (
-        "start vLLM for a run that samples elsewhere: "
+        "start a vLLM server for a run to sample from: "
         "python -m segrl.serve +experiment=NAME rollout=vllm_server"
     ),
 }

@@ -21,10 +21,13 @@ def main() -> None:
     parser.add_argument("chain", type=Path, help="YAML of the runs")
     parser.add_argument("--runs", type=Path, required=True, help="folder of their run folders")
     parser.add_argument(
-        "--at-once", type=int, default=1, help="runs at once, where they do not wait for each other"
+        "--at-once",
+        type=int,
+        default=1,
+        help="number of runs at the same time; a run that starts from another waits for it",
     )
     parser.add_argument(
-        "overrides", nargs="*", help="key=value or group=option, of every run that is yet to begin"
+        "overrides", nargs="*", help="key=value or group=option, for every run that has not begun"
     )
     arguments = parser.parse_intermixed_args()
     with signals.watched():
@@ -36,7 +39,9 @@ def main() -> None:
             print(f"segrl: {error}", file=sys.stderr)
             sys.exit(2)
         except signals.Stopped as stop:
-            print(f"stopped by {stop.name}: the same command goes on where each run was saved", flush=True)
+            print(
+                f"stopped by {stop.name}: the same command continues each run from its checkpoint", flush=True
+            )
             signals.leave(stop)
     text = f"{chain.title}; {chain.metric} on held-out samples\n\n{table(chain, found)}\n"
     (arguments.runs / "table.md").write_text(text)

@@ -27,7 +27,10 @@ def job(cfg: DictConfig) -> float | None:
         Stopped: after a signal, once the samples that are kept have been reported.
     """
     if cfg.ckpt_path is not None:
-        raise ValueError("ckpt_path: to score a policy, init_from=CHECKPOINT or model=FOLDER is needed")
+        raise ValueError(
+            f"ckpt_path: must be null in an evaluation; got {cfg.ckpt_path} "
+            "(init_from=CHECKPOINT or model=FOLDER names the policy)"
+        )
     if cfg.resume is not None:
         cfg = _resumed(Path(cfg.resume))
     elif cfg.model is not None:
@@ -56,9 +59,7 @@ def _resumed(folder: Path) -> DictConfig:
 
     config = RunFolder(folder).config
     if not config.is_file() or "\nsuite:" not in config.read_text(errors="replace"):
-        raise ValueError(
-            f"resume: must be the folder of an evaluation, which holds config.yaml; {folder} is none"
-        )
+        raise ValueError(f"resume: must be the folder of an evaluation; {folder} holds no config.yaml of one")
     said = [o.removeprefix("++") for o in HydraConfig.get().overrides.task if not o.startswith("resume=")]
     before = saved(config, "resume", "evaluate", said)
     before.resume = str(folder)
@@ -85,14 +86,14 @@ def _take_model(cfg: DictConfig, folder: Path) -> None:
     from segrl.models.policy_card import PARTS, located, read
 
     if not (folder / "config.json").is_file():
-        raise ValueError(f"model: a Hugging Face folder is needed; {folder} has no config.json")
+        raise ValueError(f"model: must be a Hugging Face folder; {folder} has no config.json")
     card = read(folder)
     said = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
     chosen = {override.key_or_group for override in said}
     if not card and (missing := [part for part in ("policy", "grammar", "head") if part not in chosen]):
         raise ValueError(
-            f"model: {folder} has no segrl.json, so {missing[0]}=GROUP is needed: "
-            f"which policy family's settings, grammar and mask head?"
+            f"model: must hold segrl.json, or policy, grammar and head must be given; "
+            f"{folder} has none, and {missing[0]}=GROUP is not given"
         )
     for part in PARTS:
         if part in card and part not in chosen:

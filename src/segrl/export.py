@@ -28,7 +28,7 @@ def job(cfg: DictConfig) -> None:
     # Absolute, because the run folder is found by its parents, also for a bare `last.ckpt`.
     ckpt, out = Path(cfg.ckpt).absolute(), Path(cfg.out)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise ValueError(f"out: a new folder is needed; {out} is there")
+        raise ValueError(f"out: must be a new or an empty folder; {out} exists")
     try:
         export_policy(ckpt, out, "A policy that writes mask prompts for a promptable segmenter.")
     except Stopped:

@@ -14,7 +14,7 @@ def tight_box(mask: np.ndarray) -> np.ndarray:
     """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if len(rows) == 0:
-        raise ValueError("an object is needed to draw a box around; the mask is empty")
+        raise ValueError("mask: must hold an object to draw a box around; it is empty")
     height, width = mask.shape
     corners = (columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height)
     return np.array(corners, np.float32)
@@ -27,7 +27,7 @@ def inner_point(mask: np.ndarray) -> np.ndarray:
         ValueError: if the mask is empty.
     """
     if not mask.any():
-        raise ValueError("an object is needed to put a point into; the mask is empty")
+        raise ValueError("mask: must hold an object to put a point into; it is empty")
     depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
     row, column = np.unravel_index(int(depth.argmax()), mask.shape)
     return np.array(((column + 0.5) / mask.shape[1], (row + 0.5) / mask.shape[0]), np.float32)

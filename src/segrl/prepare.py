@@ -22,7 +22,7 @@ def main() -> None:
         return
     if len(sys.argv) < 2 or sys.argv[1] not in jobs:
         print(
-            f"segrl: prepare: one of {', '.join(jobs)} is needed: python -m segrl.prepare check --help",
+            f"segrl: prepare: must be followed by one of {', '.join(jobs)}: python -m segrl.prepare check --help",
             file=sys.stderr,
         )
         sys.exit(2)
@@ -30,7 +30,7 @@ def main() -> None:
     keys = [argument.lstrip("+").split("=")[0] for argument in sys.argv[1:]]
     if job == "check" and "data" not in keys and any(key.startswith("data.") for key in keys):
         print(
-            "segrl: data: a dataset to check is needed beside data.*: data=NAME, "
+            "segrl: data: must be given together with data.*: data=NAME, "
             "or data=image_mask for folders of your own",
             file=sys.stderr,
         )

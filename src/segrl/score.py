@@ -26,8 +26,8 @@ def job(cfg: DictConfig) -> None:
     for key in ("pred", "gt"):  # before anything heavy is imported
         if not Path(cfg[key]).is_dir():
             raise ValueError(
-                f"{key}: must be a folder; {cfg[key]} is "
-                f"{'a file' if Path(cfg[key]).exists() else 'not there'}"
+                f"{key}: must be a folder; {cfg[key]} "
+                f"{'is a file' if Path(cfg[key]).exists() else 'does not exist'}"
             )
     out = None if cfg.out is None else Path(cfg.out)
     if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
@@ -47,8 +47,8 @@ def job(cfg: DictConfig) -> None:
         saliency, truth = read_map(prediction), read_mask(ground_truth)
         if saliency.shape != truth.shape:
             raise ValueError(
-                f"{prediction}: a map of its ground truth's size is needed; "
-                f"the map is {saliency.shape[1]}x{saliency.shape[0]}, "
+                f"{prediction}: must have the size of its ground truth; "
+                f"it is {saliency.shape[1]}x{saliency.shape[0]}, "
                 f"{ground_truth} is {truth.shape[1]}x{truth.shape[0]}"
             )
         rows.append(family.parts(saliency, truth, None))

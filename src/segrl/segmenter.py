@@ -85,7 +85,7 @@ class Segmenter:
             raise ValueError(f"image: must be uint8 [H, W, 3]; got {pixels.dtype} {list(pixels.shape)}")
         pixels = np.ascontiguousarray(pixels)  # e.g. `bgr[..., ::-1]` of OpenCV has a negative stride
         sample = Sample(id="image", image=pixels, mask=np.zeros(pixels.shape[:2], bool), query=query)
-        with reading("image", "must be an image and a query that the policy's processor takes"):
+        with reading("image", "must be an image that the policy's processor accepts with the query"):
             prefix = self.policy.encoder.encode(self.grammar.messages(query), pixels)
         device = self.policy.device
         with torch.autocast(device.type, dtype=self.passes, enabled=self.passes is not None):

@@ -42,7 +42,8 @@ def flags(cfg: DictConfig, device: str) -> list[str]:
 
     if "servers" not in cfg.rollout:
         raise ValueError(
-            f"rollout: rollout=vllm_server is needed by segrl.serve; got {cfg.rollout['_target_']}"
+            f"rollout: must be vllm_server for segrl.serve; got {cfg.rollout['_target_']} "
+            "(rollout=vllm_server)"
         )
     asked = OmegaConf.to_container(cfg.rollout, resolve=True)
     assert isinstance(asked, dict)
@@ -75,7 +76,7 @@ def check_port(asked: list[str]) -> None:
             listener.bind((place.host, place.port))
         except OSError as error:
             raise ValueError(
-                f"rollout.servers: a free port is needed; "
+                f"rollout.servers: must name a free port; "
                 f"{place.host}:{place.port}: {str(error.strerror).lower()}"
             ) from None
 
@@ -84,7 +85,7 @@ def check_packages_can_be_listed() -> None:
     """Raise ValueError if there is neither pip nor uv, one of which vLLM needs to answer `/server_info`."""
     if importlib.util.find_spec("pip") is None and shutil.which("uv") is None:
         raise ValueError(
-            "PATH: uv must be on it, for vLLM lists its packages with pip or uv, "
+            "PATH: must contain the folder of uv, because vLLM lists its packages with pip or uv "
             "and this environment has neither "
             '(make setup puts one into .uv/bin: PATH="$PWD/.uv/bin:$PATH")'
         )
@@ -127,7 +128,7 @@ def main() -> None:
     if astray := [
         word for word in sys.argv[1:] if word.startswith("--") and word.split("=")[0] not in _HYDRAS
     ]:
-        print(f"segrl: vLLM's flags stand behind --; got {astray[0]} in front of it", file=sys.stderr)
+        print(f"segrl: vLLM's flags must follow --; got {astray[0]} before it", file=sys.stderr)
         sys.exit(2)
 
     def job(cfg: DictConfig) -> None:

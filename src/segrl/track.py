@@ -30,17 +30,17 @@ def configuration(folder: Path) -> dict[str, Any]:
     """
     saved = RunFolder(folder).config
     if not saved.is_file():
-        raise ValueError(f"RUN: it must be a run folder, with a config.yaml; {folder} is none")
+        raise ValueError(f"RUN: must be a run folder; {folder} holds no config.yaml")
     register_resolvers()
     config = read(saved, "RUN")
     try:
         held = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise ValueError(
-            f"{saved}: it must be a run's configuration; {' '.join(str(error).split())[:160]}"
+            f"{saved}: must be a run's configuration; {' '.join(str(error).split())[:160]}"
         ) from None
     if not isinstance(held, dict) or not {"name", "paths", "logger"} <= set(held):
-        raise ValueError(f"{saved}: it must be a run's configuration, with name, paths and logger")
+        raise ValueError(f"{saved}: must be a run's configuration, with name, paths and logger")
     return {str(key): value for key, value in held.items()}
 
 
@@ -73,7 +73,7 @@ def main() -> None:
             config = configuration(folder)
             place = place_of(config, arguments.tracking_uri, arguments.experiment)
             run, added = bring_in(folder, place, config, arguments.checkpoints)
-            print(f"{folder}: {added} scalars brought in; make mlflow, then {link(run)}", flush=True)
+            print(f"{folder}: {added} scalars added; make mlflow, then {link(run)}", flush=True)
     except ValueError as error:
         print(f"segrl: {error}", file=sys.stderr)
         sys.exit(2)

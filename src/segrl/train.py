@@ -50,7 +50,10 @@ def job(cfg: DictConfig) -> float | None:
 def main() -> None:
     """Run the command line."""
     if len(sys.argv) == 1:
-        print(f"segrl: +experiment=NAME is needed; there are: {', '.join(experiments())}", file=sys.stderr)
+        print(
+            f"segrl: experiment: must be given as +experiment=NAME; there are: {', '.join(experiments())}",
+            file=sys.stderr,
+        )
         sys.exit(2)
     enter("train", job)
 

@@ -84,10 +84,10 @@ class ParseFault(enum.Enum):
     NO_BOX = "no closed <bbox>"
     NO_POINTS = "no closed <points>"
     NO_LABELS = "no closed <labels>"
-    DUPLICATE_FIELD = "a field that may stand once stands twice"
+    DUPLICATE_FIELD = "a field stands twice that may stand once"
     BAD_NUMBERS = "not a list of numbers of the right shape"
     BAD_LABEL = "a label that is neither 0 nor 1"
-    LABEL_COUNT = "as many labels as points are needed"
+    LABEL_COUNT = "not as many labels as points"
     DEGENERATE_BOX = "a box without area inside the image"
     TOO_MANY = "more boxes or points than the grammar allows"
 
@@ -374,7 +374,9 @@ class Experience:
     def _of(self, prefixes: list[Prefix], rows: list[int]) -> Experience:
         if len(rows) == len(self.advantages):
             return self
-        assert self.state is None or prefixes is self.prefixes, "what was read in one pass is learned in one"
+        assert self.state is None or prefixes is self.prefixes, (
+            "prefixes that share a state are updated in one pass"
+        )
         tensors: dict[str, Any] = {
             name: None if (value := getattr(self, name)) is None else value[rows]
             for name in (

@@ -249,8 +249,8 @@ def test_the_shards_of_fcot_are_checked_as_downloaded(cli, tmp_path: Path) -> No
     [
         ((), "data=NAME"),
         (("data=synthetic",), "SyntheticScenes"),
-        (("data=duts",), "data.root: there is no datasets/DUTS; its owners publish it at"),
-        (("testset=nc4k",), "testsets.nc4k.root: there is no datasets/NC4K; its owners publish it at"),
+        (("data=duts",), "data.root: must be a file or folder; datasets/DUTS does not exist (its owners publish it at"),
+        (("testset=nc4k",), "testsets.nc4k.root: must be a file or folder; datasets/NC4K does not exist (its owners publish it at"),
         (("testset=nc4",), "did you mean nc4k?"),
         (("data=image_mask",), "data.root: must be given"),
         (("data=image_mask", "data.root=.", "data.objects=[1]", "data.background=[0]"), "folders[0].background"),
@@ -282,8 +282,8 @@ def test_a_folder_of_any_name_is_checked(cli, tmp_path: Path, name: str) -> None
     ("arguments", "words"),
     [
         (("out=t.jsonl",), "head.checkpoint: there is no weights/sam2.1_hiera_large.pt"),
-        (("out=t.jsonl",), "head=sam2_nano ships with segrl"),
-        (("out=old.jsonl",), "out: a new .jsonl file is needed; old.jsonl exists (overwrite=true"),
+        (("out=t.jsonl",), "head=sam2_nano, which ships with segrl"),
+        (("out=old.jsonl",), "out: must be a new .jsonl file; old.jsonl exists (overwrite=true"),
         (("out=old.jsonl", "overwrite=true"), "head.checkpoint"), (("out=t.jsonl", "overwrite=3"), "overwrite: must be true or false"),
         (("out=t.txt",), "out: a .jsonl file"), (("out=3",), "out: a .jsonl file"),
         (("out=t.jsonl", "least_iou=nan"), "least_iou"), (("out=t.jsonl", "least_iou=true"), "least_iou"),

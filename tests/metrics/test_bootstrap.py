@@ -114,7 +114,7 @@ def test_weights_are_a_function_of_the_seed() -> None:
 
 
 def test_no_sample_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one sample"):
+    with pytest.raises(ValueError, match="samples: must be at least one"):
         bootstrap_weights(0, 10, seed=0)
 
 

@@ -99,7 +99,7 @@ def test_grey_from_128_up_is_the_mask() -> None:
 
 @pytest.mark.parametrize(("key", "given"), [("empty", ("two", "exclude")), ("ignore", ("one", "drop"))])
 def test_a_convention_of_another_name_is_refused(key, given) -> None:
-    with pytest.raises(ValueError, match=f"scores.{key}: .* is needed; got {given[key == 'ignore']}"):
+    with pytest.raises(ValueError, match=f"scores.{key}: must be .*; got {given[key == 'ignore']}"):
         Referring(*given, False)
 
 

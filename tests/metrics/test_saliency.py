@@ -96,7 +96,7 @@ def test_every_metric_is_there_alone_and_in_the_order_asked_for() -> None:
 
 @pytest.mark.parametrize("metrics", [(), ("sm", "iuo"), "sm"])
 def test_no_metric_or_one_of_another_name_is_refused(metrics) -> None:
-    with pytest.raises(ValueError, match="metrics: some of sm, wfm"):
+    with pytest.raises(ValueError, match="metrics: must be some of sm, wfm"):
         Saliency(metrics)
 
 

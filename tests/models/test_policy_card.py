@@ -98,7 +98,7 @@ def test_a_mask_has_its_images_size(model):
     ids=lambda a: f"{a.dtype}{a.shape}",
 )  # fmt: skip
 def test_an_array_of_another_kind_is_refused(nano_segmenter, image):
-    with pytest.raises(ValueError, match=r"image: uint8 \[H, W, 3\] is needed; got") as refusal:
+    with pytest.raises(ValueError, match=r"image: must be uint8 \[H, W, 3\]; got") as refusal:
         nano_segmenter.segment(image)
     assert "\n" not in str(refusal.value)
 

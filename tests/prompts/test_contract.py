@@ -162,7 +162,7 @@ def test_nothing_is_a_sentence_of_those_grammars_that_say_so(name: str) -> None:
         text = case.grammar.render(nothing, permille(1, 1))
         assert case.grammar.parse(text, permille(1, 1)).prompt.boxes.shape == (0, 4)
     else:
-        with pytest.raises(ValueError, match="needed"):
+        with pytest.raises(ValueError, match="must have"):
             case.grammar.render(nothing, permille(1, 1))
 
 

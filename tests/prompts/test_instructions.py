@@ -82,7 +82,7 @@ def test_a_file_takes_the_place_of_the_texts_it_holds_and_of_no_other(tmp_path: 
 
 
 BAD = {
-    "a section that is not known": ({"seg_r1": {}}, ["seg_r1: there is no such section", "seg_r1_tags"]),
+    "a section that is not known": ({"seg_r1": {}}, ["seg_r1: must be one of the sections ", "seg_r1_tags"]),
     "a text that is not known": ({"seg_r1_tags": {"usr": "x"}}, ["seg_r1_tags.usr", "system, user, refer"]),
     "a refer where none is": ({"sam_r1_json": {"refer": "x"}, "seg_r1_tags": {}}, ["sam_r1_json.refer"]),
     "a refer without its place": ({"seg_r1_tags": {"refer": "Segment it"}}, ["seg_r1_tags.refer", "{query}"]),
@@ -92,10 +92,10 @@ BAD = {
     "a look-up": ({"seg_r1_tags": {"user": "${paths.runs}"}}, ["seg_r1_tags.user", "${"]),
     "a list": ([1], ["sections of texts"]),
     "nothing": (None, ["sections of texts"]),
-    "a section that is a text": ({"seg_r1_tags": "x"}, ["seg_r1_tags: texts by name"]),
+    "a section that is a text": ({"seg_r1_tags": "x"}, ["seg_r1_tags: must hold texts by name"]),
     "nothing of this grammar": (
         {"sam_r1_json": {}},
-        ["a section seg_r1_tags is needed", "it has sam_r1_json"],
+        ["must have the section seg_r1_tags", "it has sam_r1_json"],
     ),
 }
 

@@ -132,6 +132,6 @@ def test_a_reward_that_is_no_finite_number_is_refused_by_name(paid):
     )
     with pytest.raises(
         ValueError,
-        match=r"reward\.terms\.broken: a finite number must be paid; got .*(nan|inf).* an answer to 1$",
+        match=r"reward\.terms\.broken: must return a finite number; got .*(nan|inf).* an answer to 1$",
     ):
         mixture(said(["a", "a", "a", "b"], [MASK] * 4), samples(2))

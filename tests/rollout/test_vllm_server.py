@@ -144,7 +144,7 @@ def test_a_port_that_is_taken_is_refused():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        with pytest.raises(ValueError, match=f"rollout.servers: a free port is needed; 127.0.0.1:{port}: "):
+        with pytest.raises(ValueError, match=f"rollout.servers: must name a free port; 127.0.0.1:{port}: "):
             serve.check_port(["--host", "127.0.0.1", "--port", "1", "--other", "--port", port])
 
 
@@ -152,7 +152,7 @@ def test_vllms_flags_in_front_of_the_dashes_are_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["serve", "+experiment=demo", "--gpu-memory-utilization", "0.3"])
     with pytest.raises(SystemExit, match="2"):
         serve.main()
-    assert "vLLM's flags stand behind --; got --gpu-memory-utilization" in capsys.readouterr().err
+    assert "vLLM's flags must follow --; got --gpu-memory-utilization" in capsys.readouterr().err
 
 
 def test_a_server_that_another_run_took_is_not_taken_back(pretended):
@@ -188,14 +188,14 @@ def test_a_run_that_samples_elsewhere_needs_no_server():
         [sys.executable, "-m", "segrl.serve", "+experiment=demo", "--", "--enforce-eager"], capture_output=True, text=True
     )  # fmt: skip
     assert done.returncode == 2
-    assert "rollout=vllm_server is needed" in done.stderr or "--extra vllm" in done.stderr
+    assert "must be vllm_server" in done.stderr or "--extra vllm" in done.stderr
 
 
 def test_an_environment_in_which_vllm_cannot_list_its_packages_is_refused(monkeypatch, tmp_path):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match=r"^PATH: uv must be on it"):
+    with pytest.raises(ValueError, match=r"^PATH: must contain the folder of uv"):
         serve.check_packages_can_be_listed()
     (tmp_path / "uv").touch(mode=0o755)
     serve.check_packages_can_be_listed()

@@ -123,7 +123,7 @@ def test_missing_weights_and_data_are_named_with_their_owners(cli, tmp_path):
     first, *lines = err.splitlines()
     assert (
         code == 2
-        and first.startswith("segrl: 3 things are missing")
+        and first.startswith("segrl: 3 files or folders are missing")
         and len(lines) == 3
         and not list(tmp_path.iterdir())
     )
@@ -204,9 +204,9 @@ def test_an_unfit_mask_is_named_before_anything_is_written(cli, tmp_path, fault)
 
 def test_a_root_that_is_no_folder_is_refused_before_anything_is_loaded(cli, tmp_path):
     (tmp_path / "file").write_text("")
-    for root, words in (("nowhere", "not there"), ("file", "a file")):
+    for root, words in (("nowhere", "does not exist"), ("file", "is a file")):
         line = refused(cli, tmp_path, *OWN, f"data.root={tmp_path / root}")
-        assert line == f"segrl: data.root: must be a folder; {tmp_path / root} is {words}"
+        assert line == f"segrl: data.root: must be a folder; {tmp_path / root} {words}"
 
 
 def test_a_checkpoint_of_another_architecture_a_foreign_file_and_a_cut_one_are_refused(
@@ -215,7 +215,7 @@ def test_a_checkpoint_of_another_architecture_a_foreign_file_and_a_cut_one_are_r
     import torch
 
     code, out, err = cli(*DEMO, "reference=frozen_copy")
-    assert code == 0 and "reference: it is not used" in out, err
+    assert code == 0 and "reference: not used" in out, err
     (checkpoint,) = (tmp_path / "runs").rglob("last.ckpt")
     other = (*DEMO, f"policy.weights={nano_weights('qwen3_vl')}")
     for key in ("ckpt_path", "init_from"):
@@ -275,7 +275,7 @@ def test_help_says_what_a_command_does_and_its_keys_and_no_group_that_it_does_no
     code, out, _ = cli(*job, "--help", module=name, runs=None)
     assert code == 0 and f"python -m segrl.{module}" in out
     if name in ("score", "export"):
-        assert "experiment" not in out and "(needed)" in out and "stage" not in out
+        assert "experiment" not in out and "(required)" in out and "stage" not in out
 
 
 def test_the_list_of_commands_is_whole(capsys, monkeypatch):

@@ -187,7 +187,7 @@ def test_a_recipe_that_is_stopped_lets_its_runs_save(tmp_path, monkeypatch, caps
         main()
     assert end.value.code == 130
     assert (tmp_path / "saved").exists()
-    assert "stopped by SIGINT: the same command goes on" in capsys.readouterr().out
+    assert "stopped by SIGINT: the same command continues each run" in capsys.readouterr().out
 
 
 def test_a_run_that_was_begun_goes_on_and_one_that_another_process_begins_is_left_alone(tmp_path):

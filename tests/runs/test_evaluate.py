@@ -59,7 +59,7 @@ def test_a_line_per_sample_a_table_and_the_scores_of_both(cli, tmp_path):
     table = (folder / "table.txt").read_text()
     assert f"instructions: {digest(instantiate(OmegaConf.load(folder / 'config.yaml').grammar))}\n" in table
     assert table in out and "unparsable: synthetic 0.0%" in table and "head_precision: float32" in table
-    assert of["images"] == 6 and "intervals draw" not in table  # a scene each
+    assert of["images"] == 6 and "intervals resample" not in table  # a scene each
 
 
 def test_neither_batches_nor_another_time_change_a_score(evaluate):
@@ -161,7 +161,7 @@ def test_a_killed_evaluation_goes_on_and_does_nothing_twice(cli, evaluate, tmp_p
     (cut / "config.yaml").write_text(asked)
     code, out, err = cli(f"resume={cut}", module="evaluate", runs=None)
     assert code == 0, err
-    assert heads["seen"] == 1 and "5 of 6 were there" in out
+    assert heads["seen"] == 1 and "5 of 6 were answered before" in out
     assert rows(cut) == rows(whole) and datasets(cut) == datasets(whole)
     assert not (cut / "per_sample.parts").exists()
     done = (cut / "per_sample.jsonl").read_bytes()
@@ -237,7 +237,7 @@ def test_a_test_set_that_grew_is_finished_by_a_resume(cli, tmp_path):
     assert cli(*mine, module="evaluate", runs=None)[0] == 0
     put(3)
     code, out, err = cli(f"resume={run}", module="evaluate", runs=None)
-    assert code == 0 and "2 of 3 were there" in out, err
+    assert code == 0 and "2 of 3 were answered before" in out, err
     assert [row["id"] for row in rows(tmp_path / "grown")] == ["0", "1", "2"]
 
 

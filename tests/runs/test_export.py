@@ -173,7 +173,7 @@ def test_instructions_that_cannot_be_are_refused_before_anything_is_made(cli, tm
 @pytest.mark.parametrize(
     ("ckpt", "word"),
     [
-        ("nothing.ckpt", "not there"),
+        ("nothing.ckpt", "does not exist"),
         ("policy", "a folder"),
         ("policy/mine.txt", "config.yaml"),
         ("run/checkpoints/last.ckpt", "out"),

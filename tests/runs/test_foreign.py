@@ -89,7 +89,7 @@ def test_an_evaluation_with_code_of_ones_own_goes_on_where_it_is_named(tmp_path)
         saved(*given)
     assert saved(*given, ["scores._target_=builtins.dict"]).scores._target_ == "builtins.dict"
     for other in ("scores._target_=builtins.list", "suite.draws=3"):
-        with pytest.raises(ValueError, match=f"the evaluation goes on with its own configuration; {other} "):
+        with pytest.raises(ValueError, match=f"must keep the configuration of the evaluation; {other} "):
             saved(*given, [other])
 
 
@@ -173,9 +173,9 @@ def test_a_run_whose_checkpoint_is_gone_does_not_begin_anew(tmp_path, config, ca
         (folder / "checkpoints" / "best.ckpt").write_bytes(b"")
     if anew:
         assert again(folder, "callbacks.checkpoint.every_n_steps=2").ckpt_path is None
-        assert capsys.readouterr().out.endswith("begins anew, at its first update\n")
+        assert capsys.readouterr().out.endswith("starts again at its first update\n")
     else:
-        with pytest.raises(ValueError, match=r"^resume: .*last\.ckpt is gone"):
+        with pytest.raises(ValueError, match=r"^resume: .*last\.ckpt is missing"):
             again(folder, "callbacks.checkpoint.every_n_steps=100")
 
 

@@ -44,12 +44,12 @@ def test_terms_of_the_data_leave_no_licence_to_assert(qwen):
     assert front["license"] == "other" and "license_name" not in front
     assert "under qwen-research" in sentence and "non-commercial purposes only" in sentence
     front, sentence = licences.of(config(asset("policy_nano"), "ImageMaskFolders", data={"root": "mine"}))
-    assert front == {"license": "other"} and "data of `mine` (whose licence is not stated)" in sentence
+    assert front == {"license": "other"} and "data of `mine` (licence not stated)" in sentence
 
 
 def test_weights_that_state_nothing_are_under_no_known_licence(tmp_path):
     front, sentence = licences.of(config(tmp_path))
-    assert front == {"license": "other"} and "whose licence is not stated beside its weights" in sentence
+    assert front == {"license": "other"} and "with no licence stated beside its weights" in sentence
     (tmp_path / "LICENSE").write_text("        Apache License\n      Version 2.0, January 2004\n")
     assert licences.of(config(tmp_path)) == ({"license": "apache-2.0"}, "")
 
@@ -64,7 +64,7 @@ def test_what_a_run_started_from_counts(qwen, tmp_path):
     front, sentence = licences.of(config(qwen, init_from=str(last)))
     assert front["license"] == "other" and "FCoT's" in sentence
     _, sentence = licences.of(config(qwen, init_from=str(tmp_path / "gone.ckpt")))
-    assert "whatever `gone.ckpt` learned from, which is not known" in sentence
+    assert "the unknown training data of `gone.ckpt`" in sentence
 
 
 def test_a_run_above_is_read_as_data(qwen, tmp_path):
@@ -74,4 +74,4 @@ def test_a_run_above_is_read_as_data(qwen, tmp_path):
         licences.of(config(qwen, init_from=str(tmp_path / "checkpoints" / "last.ckpt")))
     OmegaConf.save({"seed": 1}, tmp_path / "config.yaml")
     _, sentence = licences.of(config(qwen, init_from=str(tmp_path / "checkpoints" / "last.ckpt")))
-    assert "whatever `last.ckpt` learned from, which is not known" in sentence
+    assert "the unknown training data of `last.ckpt`" in sentence

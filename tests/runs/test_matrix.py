@@ -36,7 +36,7 @@ ALL = [
 
 
 def held(experiment, choice):
-    """None where the two go together, or the line; what a line says to write is tried."""
+    """None where the two go together, or the line; what a line says to add is tried."""
     arguments = [f"+experiment={experiment}", choice, *NEEDED.get(choice, [])]
     lines = refusal("train", arguments, only_keys=True)
     if lines is None:
@@ -44,10 +44,10 @@ def held(experiment, choice):
     (line,) = lines
     assert "\n" not in line and choice in line, (arguments, line)
     way = re.findall(r"'(~[\w.]+)'", line)
-    if "beside it" in line:
+    if "to the command line" in line:
         assert f"experiment={experiment}" in line, line
         for _ in range(4):  # one refusal may hide the next
-            keys = re.findall(r"write ([\w.]+)=\.\.\. beside it", line)
+            keys = re.findall(r"add ([\w.]+)=\.\.\. to the command line", line)
             if not way and not keys:
                 assert "must" in line, line
                 break

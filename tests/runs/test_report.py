@@ -49,7 +49,7 @@ def test_sentences_of_an_image_are_drawn_together_and_the_table_says_so(tmp_path
     many = report.conclude(repeated, 3, 5, 1e-6, [])["set"]["iou"]
     assert (many.n, many.images) == (60, 20)
     assert many.interval == pytest.approx(one.interval, abs=1e-12)
-    assert "set, 60 held-out samples of 20 images, which the intervals draw" in capsys.readouterr().out
+    assert "set, 60 held-out samples of 20 images, which the intervals resample" in capsys.readouterr().out
 
 
 def test_what_is_printed_is_kept(tmp_path, capsys):
@@ -57,7 +57,7 @@ def test_what_is_printed_is_kept(tmp_path, capsys):
     report.conclude(run, 1, 400, 1.5e-4, [])
     printed = capsys.readouterr().out
     assert (run / "table.txt").read_text() == printed.lstrip("\n")
-    assert "+0.300   [+0.300, +0.300]" in printed and "holds 0" not in printed
+    assert "+0.300   [+0.300, +0.300]" in printed and "contains 0" not in printed
     assert "unparsable       0.0%     0.0%    +0.0%   [+0.0%, +0.0%]" in printed
 
 
@@ -67,12 +67,12 @@ def test_a_result_that_did_not_move_says_why_it_may_be(tmp_path, capsys, unseen)
     after = [line(0, 0.2, "new"), *before[1:8]] + [line(i, 0.9, "n", dataset="other") for i in range(4)]
     run = run_of(tmp_path / "run", before, after)
     report.conclude(run, 1, 6, 1e-6, unseen)
-    (said,) = [x for x in (run / "table.txt").read_text().splitlines() if "holds 0" in x]
+    (said,) = [x for x in (run / "table.txt").read_text().splitlines() if "contains 0" in x]
     assert said.startswith(
-        "set: the interval of its gain in IoU holds 0. 7 of 8 answers are the same text as before; "
+        "set: the interval of its gain in IoU contains 0. 7 of 8 answers are the same text as before; "
     )
     assert "6 updates at a learning rate of at most 1e-06" in said and "stage.optimizer.lr" in said
-    assert ("drawn scenes alone" in said) == ("set" in unseen)
+    assert ("drawn scenes only" in said) == ("set" in unseen)
 
 
 def test_lines_without_a_cluster_are_their_own_and_images_are_one_across_joined_sets():

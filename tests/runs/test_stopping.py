@@ -164,10 +164,10 @@ def test_an_evaluation_keeps_what_was_answered(cli, tmp_path, at):
     assert code == 130, err
     last = out.splitlines()[-1]
     assert last == (
-        f"stopped; 4 of 6 samples are answered and kept; go on with: python -m segrl.evaluate resume={tmp_path}/a"
+        f"stopped; 4 of 6 samples are answered and saved; continue with: python -m segrl.evaluate resume={tmp_path}/a"
     )
     code, out, err = cli(f"resume={tmp_path}/a", module="evaluate", runs=None)
-    assert code == 0 and "4 of 6 were there" in out, err
+    assert code == 0 and "4 of 6 were answered before" in out, err
 
 
 @pytest.fixture
@@ -203,7 +203,9 @@ def test_traces_go_on_where_they_were_stopped(cli, tmp_path, monkeypatch, four_s
         "",
     )
     stops.append(len(judged) + 2)
-    said = f"stopped by SIGINT; 2 of 4 samples are judged and kept in {partial}; the same command goes on\n"
+    said = (
+        f"stopped by SIGINT; 2 of 4 samples are judged and saved in {partial}; the same command continues\n"
+    )
     assert cli("traces", *command, f"out={out}", module="prepare", runs=None) == (130, said, "")
     assert not out.exists()
     code, _, err = cli("traces", *command, f"out={out}", "least_iou=0.5", module="prepare", runs=None)

@@ -140,7 +140,7 @@ def test_a_resume_that_is_refused_leaves_the_run_as_it_was(cli, tmp_path):
     assert code == 0, err
     before = (tmp_path / "run" / "config.yaml").read_text()
     code, out, err = cli(f"resume={tmp_path}/run", "trainer.max_steps=3", runs=None)
-    assert code == 2 and "as many updates as before, 1;" in err and "go on" not in out
+    assert code == 2 and "as many updates as before, 1;" in err and "continue with" not in out
     assert (tmp_path / "run" / "config.yaml").read_text() == before
     code, _, err = cli(f"resume={tmp_path}/run", runs=None)
     assert code == 0, err
@@ -224,4 +224,4 @@ def test_a_run_recorded_in_mlflow_goes_on_in_its_record(cli, tmp_path):
     assert code == 2
     (tmp_path / "half/checkpoints/last.ckpt").unlink()
     code, _, err = cli(f"resume={tmp_path}/half", runs=None)
-    assert code == 2 and "last.ckpt is gone" in err
+    assert code == 2 and "last.ckpt is missing" in err

@@ -53,7 +53,9 @@ def test_an_alarm_that_stops_saves_and_says_why(cli, tmp_path):
         *DEMO, "trainer.max_steps=9", "callbacks.alarms.window=2", "+callbacks.alarms.rules.length={scalar: rollout/length, above: 1.0, stop: true}", f"paths.run={tmp_path}/run",
     )  # fmt: skip
     assert code == 0, err
-    assert "alarm at update 2: length (rollout/length" in out and "is above 1; stopping, saved" in out
+    assert (
+        "alarm at update 2: length (rollout/length" in out and "is above 1; the run is saved and stops" in out
+    )
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
     assert json.loads((tmp_path / "run/metrics.json").read_text())["steps"] == 2
 

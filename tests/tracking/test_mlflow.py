@@ -91,8 +91,11 @@ def two_updates(logger, between):
 
 
 def said_once(out, folder):
-    (line,) = [line for line in out.splitlines() if "; scalars go on in " in line]
-    assert line.startswith("MLflow: ") and f"bring them in later with: python -m segrl.track {folder}" in line
+    (line,) = [line for line in out.splitlines() if "; scalars are written to " in line]
+    assert (
+        line.startswith("MLflow: ")
+        and f"add them to MLflow later with: python -m segrl.track {folder}" in line
+    )
     return line
 
 
@@ -131,7 +134,7 @@ def test_a_lock_that_is_let_go_of_loses_nothing(place, empty, capsys, monkeypatc
     assert steps(place) == [1]
     logger.conclude([], {"objective": 0.5})
     out = capsys.readouterr().out
-    assert "locked" in said_once(out, empty) and "it answers again" in out
+    assert "locked" in said_once(out, empty) and "it responds again" in out
     assert steps(place) == [1, 2] and only_run(place).info.status == "FINISHED"
 
 
@@ -180,7 +183,7 @@ def test_a_deleted_run_that_is_brought_in_comes_back(place, folder, capsys):
     bring_in(folder, place, {}, checkpoints=False)
     deleted(place)
     bring_in(folder, place, {}, checkpoints=False)
-    assert "it is restored" in capsys.readouterr().out and steps(place) == [1, 2]
+    assert "restored the deleted run" in capsys.readouterr().out and steps(place) == [1, 2]
 
 
 def test_the_scores_of_an_evaluation_are_brought_in(place, folder):
@@ -193,7 +196,7 @@ def test_the_scores_of_an_evaluation_are_brought_in(place, folder):
 
 def test_a_damaged_file_is_named(place, folder):
     (folder / "metrics.json").write_bytes(b"\xff\x00")
-    with pytest.raises(ValueError, match=r"metrics\.json: it must be JSON"):
+    with pytest.raises(ValueError, match=r"metrics\.json: must be JSON"):
         bring_in(folder, place, {}, checkpoints=False)
 
 
@@ -256,7 +259,7 @@ def test_a_folder_that_names_no_run_of_the_database_gets_a_new_one_with_all_it_h
     (folder / "mlflow_run_id").write_bytes(held)
     logger = logger_of(place, folder)
     logger.log_hyperparams({"seed": 1})
-    assert "a new one is made" in capsys.readouterr().out
+    assert "created a new run" in capsys.readouterr().out
     run = only_run(place)
     assert (folder / "mlflow_run_id").read_text() == run.info.run_id and run.data.params["seed"] == "1"
     assert steps(place) == [1, 2]
@@ -290,7 +293,7 @@ def test_a_deleted_experiment_is_restored(place, capsys):
     found, experiment = place.connect()
     found.delete_experiment(experiment)
     assert place.connect()[1] == experiment
-    assert "the experiment demo was deleted; it is restored" in capsys.readouterr().out
+    assert "restored the deleted experiment demo" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["sp ace", "per%20cent", "q?mark", "é中", "ha#sh", "eq=ual"])
@@ -352,7 +355,7 @@ def test_a_whole_run_ends_well_without_its_database_and_is_brought_in_later(
     code, out, err = cli(*SMALL, f"paths.run={folder}", "logger.checkpoints=true")
     assert code == 0, err
     said_once(out, folder)
-    assert f"MLflow lacks a part of it: python -m segrl.track {folder}" in out
+    assert f"MLflow lacks a part of this run; add it with: python -m segrl.track {folder}" in out
     other = Place(tracking_uri=f"sqlite:///{tmp_path}/other.db", artifacts=place.artifacts, experiment="demo")
     code, out, err = cli(
         str(folder), "--tracking-uri", other.tracking_uri, "--checkpoints", module="track", runs=None

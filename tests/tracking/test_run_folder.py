@@ -64,7 +64,7 @@ def test_a_forked_worker_does_not_keep_the_folder(tmp_path):
 
 def test_where_others_count_on_the_name_no_other_is_chosen(tmp_path):
     folder.create(tmp_path / "a", False)
-    with pytest.raises(ValueError, match=f"paths.run: a new folder is needed.* {tmp_path}/a exists"):
+    with pytest.raises(ValueError, match=f"paths.run: must be a new folder.* {tmp_path}/a exists"):
         folder.create(tmp_path / "a", False)
 
 
@@ -110,5 +110,5 @@ def test_a_run_without_its_checkpoint_begins_anew_unless_it_was_finished(tmp_pat
     cfg.resume = str(tmp_path)
     assert resumed(cfg, []).ckpt_path is None
     (tmp_path / "metrics.json").write_text("{}")
-    with pytest.raises(ValueError, match="resume: must have the checkpoint .*last.ckpt is gone"):
+    with pytest.raises(ValueError, match="resume: must have its checkpoint.*last.ckpt is missing"):
         resumed(cfg, [])

@@ -31,7 +31,7 @@ def test_a_sweep_of_four_nano_jobs_of_which_two_fail(cli, tmp_path):
         "group_size=2 init_from=null", "group_size=4 init_from=null"
     }  # fmt: skip
     assert "job 1 of 4: group_size=2 init_from=null" in out
-    assert err.count("init_from: a checkpoint is needed") == 2 and "Traceback" not in err
+    assert err.count("init_from: must be a checkpoint") == 2 and "Traceback" not in err
     printed = out.split("4 jobs by test/synthetic/sm (more is better)")[1]
     cells = [
         [c.strip() for c in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")

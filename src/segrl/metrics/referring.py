@@ -44,9 +44,9 @@ class Referring:
         no_target: bool,
     ) -> None:
         if empty not in ("one", "zero", "skip"):
-            raise ValueError(f"scores.empty: one, zero or skip is needed; got {empty}")
+            raise ValueError(f"scores.empty: must be one, zero or skip; got {empty}")
         if ignore not in ("exclude", "background", "target"):
-            raise ValueError(f"scores.ignore: exclude, background or target is needed; got {ignore}")
+            raise ValueError(f"scores.ignore: must be exclude, background or target; got {ignore}")
         self.empty, self.ignore, self.no_target = empty, ignore, no_target
 
     @property
@@ -54,7 +54,7 @@ class Referring:
         """See `Family`."""
         return (
             f"truth and mask empty: {self.empty}; ignored pixels: {self.ignore}; "
-            "a fault is an empty mask, and IoU 0"
+            "a parse fault counts as an empty mask with IoU 0"
         )
 
     @property

@@ -44,7 +44,7 @@ class Saliency:
         unknown = [name for name in metrics if name not in METRICS]
         if unknown or not metrics:
             raise ValueError(
-                f"metrics: some of {', '.join(METRICS)} are needed; got {unknown[0] if unknown else 'none'}"
+                f"metrics: must be some of {', '.join(METRICS)}; got {unknown[0] if unknown else 'none'}"
             )
         self.metrics = tuple(metrics)
 
@@ -52,8 +52,8 @@ class Saliency:
     def convention(self) -> str:
         """See `Family`."""
         return (
-            "pysodmetrics 1.6.2's definitions; adp_e and adp_f take an empty mask for a full one; "
-            "both empty: IoU 1, by a fault 0"
+            "pysodmetrics 1.6.2's definitions; adp_e and adp_f score an empty mask as a full one; "
+            "truth and mask empty: IoU 1, after a parse fault 0"
         )
 
     @property
@@ -72,8 +72,8 @@ class Saliency:
         """See `Family`. Raise ValueError if there are ignored pixels, which these scores do not support."""
         if ignore is not None and ignore.any():
             raise ValueError(
-                "scores: a family that knows ignored pixels is needed (segrl.metrics.referring.Referring); "
-                "these samples have some"
+                "scores: must be a family that supports ignored pixels, which these samples have "
+                "(segrl.metrics.referring.Referring)"
             )
         wanted, drawn = set(self.metrics), saliency
         if faulty and not truth.any():

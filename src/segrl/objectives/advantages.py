@@ -14,7 +14,7 @@ def _same(rewards: Float[Tensor, "B G"]) -> Bool[Tensor, "B 1"]:
     """Return which groups have equal rewards. Raise ValueError if G < 2."""
     if rewards.shape[1] < 2:
         raise ValueError(
-            f"stage.group_size: at least 2 completions are needed to compare; got {rewards.shape[1]}"
+            f"stage.group_size: must be at least 2, to compare completions; got {rewards.shape[1]}"
         )
     return rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
 

@@ -136,9 +136,7 @@ def _whole(values: np.ndarray, frame: Frame) -> list[list[int]]:
 def _written(thought: str, between: str, payload: object) -> str:
     """Return the completion around a payload. Raise ValueError if the thought holds a tag."""
     if any(f"{mark}{tag}>" in thought for mark in ("<", "</") for tag in ("think", "answer")):
-        raise ValueError(
-            "a thought without think and answer tags is needed to write a completion; it holds one"
-        )
+        raise ValueError("thought: must be free of think and answer tags to be written; it holds one")
     text = json.dumps(payload, separators=(",", ":"))
     return f"<think> {thought} </think>{between}<answer>{text}</answer>"
 
@@ -146,11 +144,9 @@ def _written(thought: str, between: str, payload: object) -> str:
 def _sayable(parsed: Parsed) -> MaskPrompt:
     """Return the mask prompt. Raise ValueError if it is None or has labels other than 0 and 1."""
     if parsed.prompt is None:
-        raise ValueError(f"a mask prompt is needed to write a completion; got the fault {parsed.fault}")
+        raise ValueError(f"answer: must hold a mask prompt to be written; it holds the fault {parsed.fault}")
     if not np.isin(parsed.prompt.labels, (0, 1)).all():
-        raise ValueError(
-            f"labels 0 and 1 are needed to write a completion; got {parsed.prompt.labels.tolist()}"
-        )
+        raise ValueError(f"labels: must be 0 or 1 to be written; got {parsed.prompt.labels.tolist()}")
     return parsed.prompt
 
 
@@ -184,7 +180,7 @@ class SamR1Json:
         prompt = _sayable(parsed)
         if len(prompt.boxes) != 1 or not 1 <= len(prompt.points) <= self.max_points:
             raise ValueError(
-                f"1 box and 1 to {self.max_points} points are needed to write a completion; "
+                f"answer: must have 1 box and 1 to {self.max_points} points to be written; "
                 f"got {len(prompt.boxes)} and {len(prompt.points)}"
             )
         labelled = zip(_whole(prompt.points, frame), prompt.labels.tolist(), strict=True)
@@ -271,7 +267,7 @@ class SegZeroJson:
         prompt = _sayable(parsed)
         if len(prompt.boxes) != 1 or not 1 <= len(prompt.points) <= 2 or not prompt.labels.all():
             raise ValueError(
-                "1 box and 1 or 2 foreground points are needed to write a completion; "
+                "answer: must have 1 box and 1 or 2 foreground points to be written; "
                 f"got {len(prompt.boxes)} and {len(prompt.points)}"
             )
         points = _whole(prompt.points, frame)
@@ -344,8 +340,8 @@ class VisionReasonerJson:
             or not prompt.labels.all()
         ):
             raise ValueError(
-                f"as many boxes as foreground points, at most {self.max_boxes}, "
-                "are needed to write a completion; "
+                "answer: must have as many boxes as foreground points, "
+                f"at most {self.max_boxes}, to be written; "
                 f"got {len(prompt.boxes)} and {len(prompt.points)}"
             )
         objects = zip(from_unit(prompt.boxes, frame), _whole(prompt.points, frame), strict=True)

@@ -91,7 +91,7 @@ Sections = Mapping[str, Mapping[str, str] | None]
 """Texts by section that replace segrl's own; an empty section keeps them."""
 
 
-def _needed(section: str, key: str) -> str:
+def _placeholder(section: str, key: str) -> str:
     """Return the placeholder of the query that a text must contain, or an empty string."""
     if key == "refer":
         return "{query}"
@@ -106,25 +106,25 @@ def checked(sections: object, source: str) -> dict[str, dict[str, str]]:
             a text is no string, blank (only `system` may be), lacks its placeholder, or contains `${`.
     """
     if not isinstance(sections, Mapping) or not sections:
-        raise ValueError(f"{source}: sections of texts are needed, of {', '.join(OWN)}; got {sections!r:.80}")
+        raise ValueError(f"{source}: must hold sections of texts, of {', '.join(OWN)}; got {sections!r:.80}")
     texts: dict[str, dict[str, str]] = {}
     for section, given in sections.items():
         if section not in OWN:
-            raise ValueError(f"{source}: {section}: there is no such section; there are {', '.join(OWN)}")
+            raise ValueError(f"{source}: {section}: must be one of the sections {', '.join(OWN)}")
         if not isinstance(given, Mapping | None):
-            raise ValueError(f"{source}: {section}: texts by name are needed; got {given!r:.80}")
+            raise ValueError(f"{source}: {section}: must hold texts by name; got {given!r:.80}")
         for key, text in (given or {}).items():
             where = f"{source}: {section}.{key}"
             if key not in OWN[section]:
-                raise ValueError(f"{where}: there is no such text; there are {', '.join(OWN[section])}")
+                raise ValueError(f"{where}: must be one of the texts {', '.join(OWN[section])}")
             if not isinstance(text, str) or (not text.strip() and key != "system"):
-                raise ValueError(f"{where}: a text is needed; got {text!r:.80}")
-            if (placeholder := _needed(section, key)) not in text:
+                raise ValueError(f"{where}: must be a text; got {text!r:.80}")
+            if (placeholder := _placeholder(section, key)) not in text:
                 raise ValueError(
-                    f"{where}: {placeholder} is needed where the query shall stand; got {text!r:.80}"
+                    f"{where}: must hold {placeholder}, which the query replaces; got {text!r:.80}"
                 )
             if "${" in text:
-                raise ValueError(f"{where}: a text without ${{ is needed, for a configuration looks that up")
+                raise ValueError(f"{where}: must not hold ${{, which a configuration would replace")
         texts[section] = dict(given or {})
     return texts
 
@@ -134,11 +134,11 @@ def read(path: Path) -> dict[str, dict[str, str]]:
     import yaml
 
     if not path.is_file():
-        raise ValueError(f"grammar.instructions: a YAML file of texts is needed; there is no file {path}")
+        raise ValueError(f"grammar.instructions: must be a YAML file of texts; there is no file {path}")
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: YAML is needed; {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path}: must be YAML; {' '.join(str(error).split())}") from None
     return checked(loaded, str(path))
 
 
@@ -158,8 +158,8 @@ def told(given: str | Sections | None, section: str) -> dict[str, str]:
     sections = read(Path(given)) if isinstance(given, str) else checked(given, source)
     if section not in sections:
         raise ValueError(
-            f"{source}: a section {section} is needed, for this grammar asks with it "
-            f"({section}: {{}} keeps segrl's own texts); it has {', '.join(sections)}"
+            f"{source}: must have the section {section}, whose texts this grammar asks with; "
+            f"it has {', '.join(sections)} ({section}: {{}} keeps segrl's own texts)"
         )
     return OWN[section] | sections[section]
 

@@ -97,9 +97,9 @@ def _read_points(text: str, frame: Frame, limit: int) -> tuple[np.ndarray, np.nd
 def _write_points(prompt: MaskPrompt, frame: Frame, between: str, limit: int) -> str:
     """Return the points and labels fields, joined by `between`; raise ValueError if they are invalid."""
     if not 1 <= len(prompt.points) <= limit:
-        raise ValueError(f"1 to {limit} points are needed to write a completion; got {len(prompt.points)}")
+        raise ValueError(f"answer: must have 1 to {limit} points to be written; got {len(prompt.points)}")
     if not np.isin(prompt.labels, (0, 1)).all():
-        raise ValueError(f"labels 0 and 1 are needed to write a completion; got {prompt.labels.tolist()}")
+        raise ValueError(f"labels: must be 0 or 1 to be written; got {prompt.labels.tolist()}")
     pairs = ",".join(f"[{x},{y}]" for x, y in from_unit(prompt.points, frame).tolist())
     labels = ",".join(str(v) for v in prompt.labels.tolist())
     return f"<points>[{pairs}]</points>{between}<labels>[{labels}]</labels>"
@@ -141,14 +141,15 @@ class SegR1Tags:
                 points, labels other than 0 and 1, or a think tag in the thought.
         """
         if parsed.prompt is None:
-            raise ValueError(f"a mask prompt is needed to write a completion; got the fault {parsed.fault}")
+            raise ValueError(
+                f"answer: must hold a mask prompt to be written; it holds the fault {parsed.fault}"
+            )
         if not 1 <= len(parsed.prompt.boxes) <= self.max_boxes:
             raise ValueError(
-                f"1 to {self.max_boxes} boxes are needed to write a completion; "
-                f"got {len(parsed.prompt.boxes)}"
+                f"answer: must have 1 to {self.max_boxes} boxes to be written; got {len(parsed.prompt.boxes)}"
             )
         if "<think>" in parsed.thought or "</think>" in parsed.thought:
-            raise ValueError("a thought without think tags is needed to write a completion; it holds one")
+            raise ValueError("thought: must be free of think tags to be written; it holds one")
         boxes = ", ".join(
             "<bbox>[{},{},{},{}]</bbox>".format(*opened(box, frame))
             for box in from_unit(parsed.prompt.boxes, frame)
@@ -225,7 +226,9 @@ class SegR1Points:
     def render(self, parsed: Parsed, frame: Frame) -> str:
         """Return points and labels without boxes and thought; raise ValueError if they are invalid."""
         if parsed.prompt is None:
-            raise ValueError(f"a mask prompt is needed to write a completion; got the fault {parsed.fault}")
+            raise ValueError(
+                f"answer: must hold a mask prompt to be written; it holds the fault {parsed.fault}"
+            )
         return _write_points(parsed.prompt, frame, " ", self.max_points)
 
     def parse(self, text: str, frame: Frame) -> Parsed:

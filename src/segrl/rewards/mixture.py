@@ -34,12 +34,10 @@ class RewardMixture:
 
     def __init__(self, terms: Mapping[str, Term]) -> None:
         if not terms:
-            raise ValueError("reward.terms: at least one term is needed; got none")
+            raise ValueError("reward.terms: must hold at least one term; got none")
         for name, term in terms.items():
             if not term["weight"] > 0:
-                raise ValueError(
-                    f"reward.terms.{name}.weight: a positive number is needed; got {term['weight']}"
-                )
+                raise ValueError(f"reward.terms.{name}.weight: must be positive; got {term['weight']}")
         self.terms = {name: (term["fn"], float(term["weight"])) for name, term in terms.items()}
         self.remembering = {n: fn for n, (fn, _) in self.terms.items() if isinstance(fn, RememberingTerm)}
 
@@ -60,7 +58,7 @@ class RewardMixture:
             ValueError: if a term pays a number that is not finite.
         """
         group = len(answers) // len(samples)
-        assert group * len(samples) == len(answers), "groups are whole"
+        assert group * len(samples) == len(answers), "each sample has a whole group"
         counted = [replace(a, mask=samples[n // group].counted(a.mask)) for n, a in enumerate(answers)]
         terms = {}
         for name, (fn, _) in self.terms.items():
@@ -68,7 +66,7 @@ class RewardMixture:
             for n, value in enumerate(values):
                 if not math.isfinite(value):
                     raise ValueError(
-                        f"reward.terms.{name}: a finite number must be paid; "
+                        f"reward.terms.{name}: must return a finite number; "
                         f"got {value} for an answer to {samples[n // group].id}"
                     )
             terms[name] = torch.tensor(values, dtype=torch.float32).view(len(samples), group)

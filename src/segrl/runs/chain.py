@@ -58,7 +58,7 @@ def read(path: Path) -> Chain:
     from segrl.metrics.saliency import NAMES
 
     if not path.is_file():
-        raise ValueError(f"chain: a YAML file is needed; there is no {path}")
+        raise ValueError(f"chain: must be a YAML file; there is no file {path}")
     try:
         chain = Chain.model_validate(yaml.safe_load(path.read_bytes()))
     except yaml.YAMLError as error:
@@ -74,7 +74,7 @@ def read(path: Path) -> Chain:
     for job in chain.jobs:
         if job.start is not None and job.start not in known:
             raise ValueError(
-                f"{path}: {job.name}.start: one of {', '.join(known)} is needed; got {job.start}"
+                f"{path}: {job.name}.start: must be one of {', '.join(known) or 'no runs'}; got {job.start}"
             )
         known.append(job.name)
     return chain
@@ -92,8 +92,8 @@ def with_overrides(chain: Chain, overrides: list[str]) -> Chain:
             raise ValueError(f"chain: overrides must be key=value or group=option; got {override}")
         if key.lstrip("+~") in _OWN:
             raise ValueError(
-                f"chain: {key.lstrip('+~')} is set by the chain for each of its runs, "
-                f"and must not be given; got {override}"
+                f"chain: {key.lstrip('+~')} must not be given, because the chain sets it for each run; "
+                f"got {override}"
             )
     jobs = [job.model_copy(update={"overrides": [*job.overrides, *overrides]}) for job in chain.jobs]
     return chain.model_copy(update={"jobs": jobs})
@@ -171,8 +171,8 @@ def _keep_running(
             del running[key]
             if process.returncode:
                 raise ValueError(
-                    f"chain: the run {key[0]}, seed {key[1]}, must end well; "
-                    f"it ended with {process.returncode}"
+                    f"chain: the run {key[0]}, seed {key[1]}, must exit with 0; "
+                    f"it exited with {process.returncode}"
                 )
         for job, seed in list(waiting):
             if len(running) >= at_once:
@@ -186,7 +186,8 @@ def _keep_running(
                 running[job.name, seed] = subprocess.Popen(line, env=environment)
         if waiting and not running and not any(ready(chain, runs, job) for job, _ in waiting):
             raise ValueError(
-                f"chain: {waiting[0][0].name} waits for {waiting[0][0].start}, which left no metrics.json"
+                f"chain: {waiting[0][0].start} must write metrics.json, because {waiting[0][0].name} "
+                f"starts from it; it has none"
             )
         time.sleep(0.5)
 

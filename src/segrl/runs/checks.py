@@ -29,8 +29,8 @@ def words(cfg: DictConfig) -> None:
         for word in words:
             if word not in grammar.says:
                 raise ValueError(
-                    f"{key}: a grammar that says {word} is needed; "
-                    f"{grammar.__name__} says {', '.join(sorted(grammar.says))}"
+                    f"{key}: must have a grammar that expresses {word}; "
+                    f"{grammar.__name__} expresses {', '.join(sorted(grammar.says))}"
                 )
 
 
@@ -44,7 +44,7 @@ def checkpoints(cfg: DictConfig) -> None:
         saved = read_checkpoint(Path(cfg.init_from), "init_from")
         if not any(name.startswith("policy.") for name in saved["state_dict"]):
             raise ValueError(
-                f"init_from: a checkpoint that holds a policy is needed; "
+                f"init_from: must be a checkpoint that holds a policy; "
                 f"{cfg.init_from} is of {saved.get('stage', 'another program')}"
             )
     if cfg.resume is not None and (best := RunFolder(Path(cfg.resume)).best).exists():
@@ -54,13 +54,13 @@ def checkpoints(cfg: DictConfig) -> None:
         saved = read_checkpoint(Path(cfg.ckpt_path), key)
         if saved.get("stage", ours) != ours:
             raise ValueError(
-                f"{key}: a checkpoint of a {ours} is needed; "
-                f"{cfg.ckpt_path} is a {saved['stage']}'s (init_from takes its policy)"
+                f"{key}: must be a checkpoint of {ours}; "
+                f"{cfg.ckpt_path} is one of {saved['stage']} (init_from loads its policy)"
             )
         if saved.get("init_from") != cfg.init_from:
             raise ValueError(
-                f"init_from: the start of {cfg.ckpt_path} is needed, for its reference stands there: "
-                f"{saved.get('init_from')}; got {cfg.init_from}"
+                f"init_from: must be {saved.get('init_from')}, from which {cfg.ckpt_path} started, "
+                f"because it is the reference; got {cfg.init_from}"
             )
 
 
@@ -77,5 +77,5 @@ def metrics(cfg: DictConfig, data: SegDataModule) -> None:
     ):
         if wanted is not None and wanted not in names:
             raise ValueError(
-                f"{key}: null or one of {', '.join(names) or 'a validation set'} is needed; got {wanted}"
+                f"{key}: must be null or one of {', '.join(names) or 'a validation set'}; got {wanted}"
             )

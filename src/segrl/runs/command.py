@@ -121,7 +121,7 @@ def _run(config_name: str, job: Callable[[DictConfig], object], files: bool) -> 
                 left = len(jobs) - len(begun)
                 print(f"the sweep was stopped: {len(ended)} of {len(jobs)} jobs ended, {left} were not begun")
             elif ended:
-                print(f"stopped by {stop.name} after its end: all is written")
+                print(f"stopped by {stop.name} after the run ended: everything is written")
             else:
                 signals.say(stop, config_name in ("train", "evaluate"))
             signals.leave(stop)

@@ -41,7 +41,7 @@ def _splits(cfg: DictConfig) -> dict[str, tuple[DictConfig, int | None]]:
     if data is not None:
         if missing := OmegaConf.missing_keys(cfg):  # includes keys that refer to it, which lie deeper
             raise ValueError(
-                f"{min(sorted(missing), key=lambda key: key.count('.'))}: a value is needed; none is set"
+                f"{min(sorted(missing), key=lambda key: key.count('.'))}: must be given; it is not set"
             )
         for key, owners in cfg.sources.items():
             if (path := OmegaConf.select(cfg, key)) is not None and not Path(path).exists():
@@ -54,7 +54,7 @@ def _splits(cfg: DictConfig) -> dict[str, tuple[DictConfig, int | None]]:
         splits[name] = (one.samples, one.published)
     if not splits:
         raise ValueError(
-            "data: a dataset to check is needed: data=NAME, testset=NAME or testset=[NAME,...]; none is set"
+            "data: must be given, or testset; none is set (data=NAME, testset=NAME or testset=[NAME,...])"
         )
     return splits
 
@@ -71,7 +71,7 @@ def check(cfg: DictConfig) -> None:
     splits = _splits(cfg)
     out = None if cfg.out is None else Path(cfg.out)
     if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
-        raise ValueError(f"out: a .json file in a folder that exists is needed; got {out}")
+        raise ValueError(f"out: must be a .json file in a folder that exists; got {out}")
     surveys = {name: _surveyed(node) for name, (node, _) in splits.items()}
     published = {name: count for name, (_, count) in splits.items()}
     report = walk(

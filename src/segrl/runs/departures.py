@@ -21,12 +21,12 @@ def of_batch(cfg: DictConfig, ranks: int) -> list[str]:
     if whole is None or ranks * one == whole:
         return []
     has = (
-        f"{ranks} rank{'s' if ranks > 1 else ''} x {one} = {ranks * one} samples a batch; "
+        f"{ranks} rank{'s' if ranks > 1 else ''} x {one} = {ranks * one} samples per batch; "
         f"the experiment has {whole}"
     )
     if whole % ranks:
-        return [f"{has}, which {ranks} ranks cannot share out evenly"]
-    return [f"{has}: data.batch_size={whole // ranks} keeps it"]
+        return [f"{has}, which {ranks} ranks cannot divide evenly"]
+    return [f"{has} (data.batch_size={whole // ranks} keeps {whole})"]
 
 
 def published(cfg: DictConfig, name: str) -> int | None:
@@ -47,8 +47,8 @@ def of_counts(cfg: DictConfig, sets: Mapping[str, SampleSet]) -> list[str]:
     """Return one line for each test set whose number of samples is not the published one."""
     counts = {name: (published(cfg, name), len(samples)) for name, samples in sets.items()}
     return [
-        f"{name}: {owners:,} samples are published, {here:,} are here: its scores are not the benchmark's "
-        "(python -m segrl.prepare check looks into a download)"
+        f"{name}: {owners:,} samples are published, {here:,} were found: "
+        "its scores cannot be compared with published ones (python -m segrl.prepare check examines a download)"
         for name, (owners, here) in counts.items()
         if owners is not None and owners != here
     ]

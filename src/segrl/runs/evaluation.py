@@ -78,8 +78,8 @@ class Evaluation:
             before, now = read_json(RunFolder(folder).stamps, "resume"), _stamps(cfg, grammar)
             if changed := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
                 raise ValueError(
-                    f"resume: weights and instructions as {folder} was begun with are needed; "
-                    f"{changed[0]} changed since"
+                    f"resume: must have the weights and instructions that {folder} began with; "
+                    f"{changed[0]} changed since then (start a new evaluation)"
                 )
         policy = instantiate(cfg.policy)
         if cfg.init_from is not None:
@@ -88,8 +88,7 @@ class Evaluation:
                 policy.load_policy(learned)
             except ValueError as error:
                 raise ValueError(
-                    f"init_from: a policy of this architecture is needed; "
-                    f"{cfg.init_from} has another ({error})"
+                    f"init_from: must be a policy of this architecture; {cfg.init_from} has another ({error})"
                 ) from None
         segmenter = Segmenter(
             policy=policy.eval(), grammar=grammar,
@@ -136,7 +135,7 @@ class Evaluation:
         wanted = self.cfg.objective_metric
         if wanted is not None and wanted not in metrics:
             raise ValueError(
-                f"objective_metric: must be a score that these samples settle; {wanted} is no number for them"
+                f"objective_metric: must be a score that is defined for these samples; {wanted} is not"
             )
         return None if wanted is None else metrics[wanted]
 
@@ -178,8 +177,8 @@ class Evaluation:
             return
         kept = sum(len({row["id"] for row in records.lines(self.folder, name)}) for name in self.sets)
         say(
-            f"stopped; {kept} of {sum(map(len, self.sets.values()))} samples are answered and kept; "
-            f"go on with: python -m segrl.evaluate resume={self.folder}"
+            f"stopped; {kept} of {sum(map(len, self.sets.values()))} samples are answered and saved; "
+            f"continue with: python -m segrl.evaluate resume={self.folder}"
         )
         if self.logger is not None:
             self.logger.finalize("KILLED")
@@ -192,7 +191,7 @@ class Evaluation:
         left = [i for i, one in enumerate(ids) if one not in done]
         shard = EvalShard(len(left), self.fabric.global_rank, self.fabric.world_size)
         if done:
-            say(f"  {name}: {len(done)} of {len(ids)} were there")
+            say(f"  {name}: {len(done)} of {len(ids)} were answered before")
         settings = self.cfg.suite
         loader = DataLoader(
             Subset(cast("Dataset[Sample]", samples), left), sampler=shard, batch_size=settings.batch_size,
@@ -220,7 +219,7 @@ class Evaluation:
                 count += len(batch)
                 if time.monotonic() - told > _SECONDS:
                     told = time.monotonic()
-                    say(f"  {name} {count}/{len(shard)}  {seconds:.2f} s an image")
+                    say(f"  {name} {count}/{len(shard)}  {seconds:.2f} s per image")
 
     def _line(self, name: str, sample: Sample, answer: Answer, seconds: float) -> dict[str, Any]:
         faulty = answer.parsed.fault is not None
@@ -251,7 +250,7 @@ class Evaluation:
             found = {row["id"]: row for row in records.lines(self.folder, name)}
             if missing := [one for one in samples.ids if one not in found]:
                 raise ValueError(
-                    f"{name}: {len(missing)} samples were not scored, {missing[0]} first "
+                    f"{name}: all samples must be scored; {len(missing)} are not, first {missing[0]} "
                     f"(resume={self.folder})"
                 )
             rows[name] = [found[one] for one in samples.ids]
@@ -344,24 +343,23 @@ def _test_sets(cfg: DictConfig, family: Family) -> dict[str, SampleSet]:
     nodes = {name: one.samples for name, one in cfg.testsets.items()} or cfg.data.module.test
     if not nodes:
         raise ValueError(
-            "suite: test sets are needed: +suite=NAME, +testset=NAME, or a data group that has some"
+            "suite: must give test sets; there are none "
+            "(+suite=NAME, +testset=NAME, or a data group that has test sets)"
         )
     for name, one in cfg.testsets.items():
         if one.root is not None and not Path(one.root).exists():
             raise ValueError(absent(f"testsets.{name}.root", one.root, one.source))
         if one.get("ignored", False) and not family.knows_ignored:
-            raise ValueError(
-                f"scores: a family that knows ignored regions, as {name} has, is needed: scores=referring"
-            )
+            raise ValueError(f"scores: must support ignored regions, which {name} has (scores=referring)")
     sets: dict[str, SampleSet] = {name: instantiate(node) for name, node in nodes.items()}
     for name, samples in sets.items():
         _check_ids(name, samples.ids, next((key for key in ("masks", "overlays") if cfg.suite[key]), None))
         owners = published(cfg, name)
         if cfg.testsets and owners is not None and owners != len(samples):
             raise ValueError(
-                f"testsets.{name}: {owners} samples are published, {len(samples)} are here "
-                f"(python -m segrl.prepare check looks into a download; "
-                f"testsets.{name}.published=null scores what is here)"
+                f"testsets.{name}: must have {owners} samples, as published; {len(samples)} were found "
+                f"(python -m segrl.prepare check examines a download; "
+                f"testsets.{name}.published=null scores what was found)"
             )
     return sets
 
@@ -387,8 +385,8 @@ def _check_ids(name: str, ids: Sequence[str], files: str | None) -> None:
     seen: set[str] = set()
     for one in ids:
         if one in seen:
-            raise ValueError(f"{name}: an id of its own is needed for every sample; {one} is there twice")
+            raise ValueError(f"{name}: every sample must have an id of its own; {one} occurs twice")
         seen.add(one)
         place = PurePosixPath(f"{one}.png")
         if files and (place.is_absolute() or ".." in place.parts or "\0" in one):
-            raise ValueError(f"suite.{files}: must be false where an id can name no file; {name} has {one!r}")
+            raise ValueError(f"suite.{files}: must be false if an id cannot name a file; {name} has {one!r}")

@@ -54,12 +54,12 @@ def export_policy(
     run = RunFolder.of_checkpoint(ckpt)
     if not ckpt.is_file():
         raise ValueError(
-            f"ckpt: a checkpoint is needed; {ckpt} is {'a folder' if ckpt.is_dir() else 'not there'}"
+            f"ckpt: must be a checkpoint; {ckpt} {'is a folder' if ckpt.is_dir() else 'does not exist'}"
         )
     if not run.config.is_file():
         raise ValueError(
-            f"ckpt: a checkpoint in a run's folder is needed, RUN/checkpoints/last.ckpt; "
-            f"two folders above {ckpt} is no config.yaml of a run"
+            f"ckpt: must be a checkpoint in a run's folder, RUN/checkpoints/last.ckpt; "
+            f"got {ckpt}, and {run} holds no config.yaml"
         )
     run.check_kinds("ckpt")
     cfg = read(run.config, "ckpt")
@@ -185,7 +185,7 @@ def card(run: Path, note: str, ckpt: Path | None = None, asked: str = "", licenc
     if ckpt is not None and not _scored(run, ckpt):
         lines.append(
             f"Trained by segrl. This checkpoint, `{ckpt.name}`, has not been scored: "
-            "the run's scores are of another."
+            "the run's scores are those of another checkpoint."
         )
     elif folder.finished:
         metrics = read_json(folder.metrics, "ckpt", "name", "seed", "steps", "seconds", "metrics")
@@ -205,7 +205,7 @@ def card(run: Path, note: str, ckpt: Path | None = None, asked: str = "", licenc
         lines += [f"| {name} | {value:.4f} |" for name, value in metrics["metrics"].items()]
     if folder.provenance.is_file():
         made = read_json(folder.provenance, "ckpt", "command", "git.commit", "git.dirty")
-        dirty = ", with changes" if made["git.dirty"] == "true" else ""
+        dirty = ", with uncommitted changes" if made["git.dirty"] == "true" else ""
         lines.append(
             f"\n```\n{made['command']}\n```\ncommit {made['git.commit']}{dirty}; data: {_data(loaded)}"
         )

@@ -64,7 +64,7 @@ def _keys(lines: list[str]) -> list[tuple[str, str]]:
         if match := _KEY.match(line):
             value = match[3] or "..."
             found.append(
-                (f"{above if match[1] else ''}{match[2]}={value.replace('???', '(needed)')}", match[4])
+                (f"{above if match[1] else ''}{match[2]}={value.replace('???', '(required)')}", match[4])
             )
     return [(key.removesuffix("=..."), said) for key, said in found]
 

@@ -37,11 +37,11 @@ def of(config: DictConfig) -> tuple[dict[str, Any], str]:
     if named and not data:
         return front | named, ""
     under = named.get("license_name") or named.get("license")
-    terms = "whose licence is not stated beside its weights" if under is None else f"under {under}"
+    terms = "with no licence stated beside its weights" if under is None else f"under {under}"
     also = " and ".join(data) if data else "scenes drawn by segrl"
     sentence = (
         f"Licence: these weights come from {base or weights.name}, {terms}, and from {also}. "
-        "The terms of all of them hold; segrl states none of its own."
+        "The terms of all of them hold; segrl adds none of its own."
     )
     return front | {"license": "other"}, sentence
 
@@ -93,7 +93,7 @@ def learned_from(config: DictConfig) -> list[str]:
             # unresolved: a root in `paths.data` stays a reference
             root = OmegaConf.to_container(here.data).get("root", loader)  # type: ignore[union-attr]
             licence = OmegaConf.select(here, "data.licence")
-            found.append(f"data of `{root}` ({licence or 'whose licence is not stated'})")
+            found.append(f"data of `{root}` ({licence or 'licence not stated'})")
         start = OmegaConf.select(here, "init_from")
         here = None
         if start is not None:
@@ -102,6 +102,6 @@ def learned_from(config: DictConfig) -> list[str]:
                 here = read(saved, "init_from")
             seen.add(saved)
             if here is None or OmegaConf.select(here, "data.module.train._target_") is None:
-                found.append(f"whatever `{Path(str(start)).name}` learned from, which is not known")
+                found.append(f"the unknown training data of `{Path(str(start)).name}`")
                 here = None
     return found

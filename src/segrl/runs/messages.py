@@ -21,7 +21,7 @@ class Missing(ValueError):
     """Error for missing files and folders; each line has the key and the way to get one."""
 
     def __init__(self, lines: list[str]) -> None:
-        super().__init__(lines[0] if len(lines) == 1 else f"{len(lines)} things are missing")
+        super().__init__(lines[0] if len(lines) == 1 else f"{len(lines)} files or folders are missing")
         self.lines = lines
 
 
@@ -103,7 +103,7 @@ def explain(error: BaseException, said: Said, keys: Callable[[], list[str]]) -> 
     while isinstance(cause, HydraException) and cause.__cause__ is not None:
         cause = cause.__cause__
     if isinstance(cause, Missing):
-        many = [f"{len(cause.lines)} things are missing; a line for each with the way to get it"]
+        many = [f"{len(cause.lines)} files or folders are missing; a line for each says how to get it"]
         return cause.lines if len(cause.lines) == 1 else [*many, *(f"  {line}" for line in cause.lines)]
     if isinstance(cause, Refused):
         return [_refused(cause.faults, said)]
@@ -118,7 +118,7 @@ def explain(error: BaseException, said: Said, keys: Callable[[], list[str]]) -> 
         return [_composition(str(cause), said, keys)]
     if isinstance(cause, OSError):
         if cause.errno == errno.ENOSPC:
-            key, what = ("out", "what was asked for") if "out" in keys() else ("paths.runs", "the run")
+            key, what = ("out", "the output") if "out" in keys() else ("paths.runs", "the run")
             return [
                 f"{key}: no space is left to write {cause.filename or what}; what was saved before is intact"
             ]
@@ -172,12 +172,12 @@ def _refused(faults: list[Fault], said: Said) -> str:
     if first.unknown or first.key != sets:
         out = " ".join(f"'~{way}'" for way in dict.fromkeys(ways))
         return (
-            f"{first}: experiment={name} sets {sets} and does not go with {those} alone; "
-            f"write {out} beside it"
+            f"{first}: experiment={name} sets {sets}, which does not fit {those}; "
+            f"add {out} to the command line"
         )
     return (
-        f"{first} (experiment={name} sets it and does not go with {those} alone; "
-        f"write {first.key}=... beside it)"
+        f"{first} (experiment={name} sets it, which does not fit {those}; "
+        f"add {first.key}=... to the command line)"
     )
 
 
@@ -196,7 +196,7 @@ def _unbound(message: str, cause: BaseException) -> list[str] | None:
     ):
         return None
     if what := re.search(r"unexpected keyword argument '(\w+)'", str(cause)):
-        return [f"{node}.{what.group(1)}: its constructor takes no such key"]
+        return [f"{node}.{what.group(1)}: there is no such key: the constructor does not take it"]
     first = (
         " ".join(message.splitlines()[0].split())
         .removesuffix(":")
@@ -227,7 +227,10 @@ def _composition(message: str, said: Said, keys: Callable[[], list[str]]) -> str
             key = full.group(1)
         return _no_key(key, said, keys())
     if twice := re.search(r"Multiple values for (\S+)\. To override", message):
-        return f"{twice.group(1)}: it is in the defaults: write {twice.group(1)}=NAME, without +"
+        return (
+            f"{twice.group(1)}: must be written without +, because the defaults list has it: "
+            f"{twice.group(1)}=NAME"
+        )
     if option := re.search(r"(?:Could not find|In '[^']+': Could not find) '([^']+)'", message):
         group, _, name = option.group(1).rpartition("/")
         options = said.options(group)
@@ -236,9 +239,7 @@ def _composition(message: str, said: Said, keys: Callable[[], list[str]]) -> str
     if "group override must be a string" in message:
         group = next((key for key, value in said.choices.items() if value in ("null", "")), "a group")
         there = ", ".join(said.options(group))
-        return (
-            f"{group}: must name an option, one of {there}; got null (~{group}.KEY takes a part of it away)"
-        )
+        return f"{group}: must name an option, one of {there}; got null (~{group}.KEY removes a key of it)"
     if mismatch := re.search(r"(?s)(.*)full_key: (\S+)", message):
         return f"{mismatch.group(2)}: {' '.join(mismatch.group(1).split()).rstrip(':')}"
     return " ".join(message.split()).rstrip(":")
@@ -247,14 +248,13 @@ def _composition(message: str, said: Said, keys: Callable[[], list[str]]) -> str
 def _no_key(key: str, said: Said, keys: list[str]) -> str:
     """Return the line for an unknown key, with the way to write it or the nearest existing key."""
     if key in ("experiment", "suite", "testset"):
-        return f"{key}: it is added to the defaults: write +{key}=NAME"
+        return f"{key}: must be written with +, because the defaults list lacks it: +{key}=NAME"
     for argument in said.arguments:
         above, _, value = argument.partition("=")
         if value.startswith("{") and key.startswith(f"{above}."):
             return (
-                f"{key}: there is no such key in {above} as it stands, "
-                f"and a node is laid over what stands there; "
-                f"to replace it write '~{above}' '+{argument}'"
+                f"{key}: there is no such key in {above}, and {{...}} is merged into the present node; "
+                f"to replace the node write '~{above}' '+{argument}'"
             )
     return f"{key}: there is no such key{_nearest_key(key, keys)}"
 

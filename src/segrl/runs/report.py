@@ -151,12 +151,12 @@ def conclude(folder: Path, seed: int, updates: int, rate: float, unseen: Collect
 def _unmoved(dataset: str, same: int, count: int, updates: int, rate: float, only_scenes: bool) -> str:
     """Return the line of possible reasons for no gain: same answers, few updates, only drawn scenes."""
     why = (
-        f"\n{dataset}: the interval of its gain in IoU holds 0. "
+        f"\n{dataset}: the interval of its gain in IoU contains 0. "
         f"{same} of {count} answers are the same text as before; "
         f"{updates} updates at a learning rate of at most {rate:g} "
         f"(trainer.max_steps or max_epochs, stage.optimizer.lr)"
     )
-    unseen = "; this policy has learned from drawn scenes alone, and these are photographs (policy=nano)"
+    unseen = "; this policy was trained on drawn scenes only, and these are photographs (policy=nano)"
     return why + (unseen if only_scenes else "")
 
 

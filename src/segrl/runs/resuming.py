@@ -48,7 +48,7 @@ def read(path: Path, key: str) -> DictConfig:
             f"{key}: {path} must be a configuration; it cannot be read ({' '.join(str(error).split())[:200]})"
         ) from None
     if not isinstance(loaded, DictConfig) or not raw:
-        raise ValueError(f"{key}: {path} must be a configuration; it holds none")
+        raise ValueError(f"{key}: {path} must be a configuration; it has none of its keys")
     for where, value in strange(raw, whole=True):
         raise ValueError(
             f"{key}: {path} must hold plain values and references to its own keys; {where} is {value!r:.80}"
@@ -83,12 +83,12 @@ def saved(path: Path, key: str, command: str, overrides: list[str] | None = None
 
     loaded = read(path, key)
     if not set(COMMANDS[command].model_fields) & set(loaded):
-        raise ValueError(f"{key}: {path} must be a configuration; it holds none")
+        raise ValueError(f"{key}: {path} must be a configuration; it has none of its keys")
     _without_peak(loaded, path, key)
     typed, changed = _lay_over(loaded, key, overrides or [])
     if changed and command == "evaluate":
         raise ValueError(
-            f"{key}: the evaluation goes on with its own configuration; {changed[0]} cannot be changed"
+            f"{key}: must keep the configuration of the evaluation; {changed[0]} cannot be changed"
         )
     own = "(if it is your own{}, write {}={} on the command line)"
     if found := faults(loaded, COMMANDS[command], typed):
@@ -119,7 +119,7 @@ def _without_peak(cfg: DictConfig, path: Path, key: str) -> None:
         raise ValueError(
             f"{key}: {path}: stage.schedule.max_lr must be stage.optimizer.lr ({rate}), "
             f"where every group peaks at its own rate; got {schedule.max_lr} "
-            f"(take it away there: what was saved goes on at its rates)"
+            f"(remove it from the file: the run continues at the rates in its checkpoint)"
         )
     schedule.pop("max_lr", None)
 
@@ -142,9 +142,7 @@ def _lay_over(cfg: DictConfig, key: str, overrides: list[str]) -> tuple[set[str]
         parent, _, last = name.rpartition(".")
         node = OmegaConf.select(cfg, parent) if parent else None
         if said.is_add() or said.is_delete() or not isinstance(node, DictConfig) or last not in node:
-            raise ValueError(
-                f"{key}: the run goes on with its own configuration; {override} cannot be changed"
-            )
+            raise ValueError(f"{key}: must keep the configuration of the run; {override} cannot be changed")
         typed.add(name)
         if node[last] != said.value():
             changed.append(override)
@@ -174,13 +172,13 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     home = Path(cfg.resume)
     config, checkpoint = RunFolder(home).config, RunFolder(home).last
     if not config.is_file():
-        what = "is a folder" if config.is_dir() else "is not there"
+        what = "is a folder" if config.is_dir() else "does not exist"
         raise ValueError(f"resume: must be a run folder, which holds config.yaml; {config} {what}")
     changes = [o.removeprefix("++") for o in overrides if not o.startswith("resume=")]
     for change in changes:
         if re.match(r"stage\.(optimizer|schedule|critic|critic_lr)\b", change):
             raise ValueError(
-                f"resume: optimizer, schedule and critic go on as they were saved; {change} cannot be changed"
+                f"resume: must keep optimizer, schedule and critic as saved; {change} cannot be changed"
             )
     before = saved(config, "resume", "train", changes)
     before.resume, before.paths.run = str(home), str(home)
@@ -202,12 +200,14 @@ def _begin_anew(home: Path, cfg: DictConfig) -> None:
 
     folder, every = RunFolder(home), OmegaConf.select(cfg, "callbacks.checkpoint.every_n_steps")
     if folder.finished:
-        raise ValueError(f"resume: must have the checkpoint of a finished run; {folder.last} is gone")
+        raise ValueError(
+            f"resume: must have its checkpoint, because the run is finished; {folder.last} is missing"
+        )
     steps = [line["step"] for line in read_history(folder.history)]
     before = int(max(steps[:-1], default=0))  # a checkpoint due then was saved before the next line
     if folder.best.exists() or (isinstance(every, int) and before >= every):
         raise ValueError(
-            f"resume: must have the checkpoint of a run that has learned; {folder.last} is gone "
-            f"(to begin anew, take history.jsonl and checkpoints away there)"
+            f"resume: must have its checkpoint, because the run has saved one; {folder.last} is missing "
+            f"(to start again, remove history.jsonl and checkpoints there)"
         )
-    say(f"{home} holds no checkpoint: the run begins anew, at its first update")
+    say(f"{home} holds no checkpoint: the run starts again at its first update")

@@ -40,7 +40,7 @@ def comparison_text(table: Table) -> str:
         first = next(iter(metrics.values()))
         counted = f"{first.n} held-out images"
         if first.images != first.n:
-            counted = f"{first.n} held-out samples of {first.images} images, which the intervals draw"
+            counted = f"{first.n} held-out samples of {first.images} images, which the intervals resample"
         told.append(f"\n{dataset}, {counted}")
         told.append(f"  {'':<12}{'before':>9}{'after':>9}{'gain':>9}   95 % interval of the gain")
         told += [_row_text(name, row) for name, row in metrics.items()]
@@ -89,7 +89,7 @@ def scores_text(
     images = {} if images is None else images
     if together := [name for name in images if images[name] != counts[name]]:
         drawn = ", ".join(f"{name} {images[name]:,} images of {counts[name]:,} samples" for name in together)
-        told.append(f"\n  intervals draw images, each with all of its samples: {drawn}")
+        told.append(f"\n  intervals resample images, each with all of its samples: {drawn}")
     if faults is not None:
         told.append("\n  unparsable: " + ", ".join(f"{name} {rate:.1%}" for name, rate in faults.items()))
     return "\n".join(told)

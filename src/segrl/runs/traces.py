@@ -56,18 +56,17 @@ def traces(cfg: DictConfig) -> None:
                 print(f"  {judged.seen}/{len(samples)}, {len(judged.lines)} kept", flush=True)
             if (signum := signals.asked()) is not None:
                 stop = signals.Stopped(signum)
-                said = f"{judged.seen} of {len(samples)} samples are judged and kept in {partial}"
-                print(f"stopped by {stop.name}; {said}; the same command goes on", flush=True)
+                said = f"{judged.seen} of {len(samples)} samples are judged and saved in {partial}"
+                print(f"stopped by {stop.name}; {said}; the same command continues", flush=True)
                 stop.told = True
                 raise stop
         left_out = (
-            f"{judged.unsolved} below IoU {cfg.least_iou} as {head_name} draws them, "
-            f"{judged.empty} without an object"
+            f"{judged.unsolved} below IoU {cfg.least_iou} with {head_name}, {judged.empty} without an object"
         )
         if not judged.lines:
             raise ValueError(
-                f"least_iou: a mask head that finds masks again is needed; "
-                f"of {len(samples)} it found none ({left_out})"
+                f"least_iou: must be reached by at least one of {len(samples)} samples; "
+                f"none reached it ({left_out}) (lower it, or use another head)"
             )
         write_whole(out, "".join(json.dumps(line) + "\n" for line in judged.lines))
         partial.unlink()
@@ -133,8 +132,8 @@ def _take_over(partial: Path, text: TextIO, command: str, judged: Judged) -> Non
         first = ""
     if first != command:
         raise ValueError(
-            f"out: {partial} must be of the same command to go on with; it is of another, or was changed "
-            "(give the same command, or delete it to begin anew)"
+            f"out: {partial} must be of the same command; it is of another, or was changed "
+            "(repeat the command that wrote it, or delete the file to start again)"
         )
     os.truncate(partial, len(whole))
     if not whole:
@@ -146,7 +145,7 @@ def _checked_out(cfg: DictConfig) -> Path:
     """Return the file to write. Raise ValueError if it is no .jsonl file, or exists without `overwrite`."""
     out = Path(str(cfg.out))
     if out.suffix != ".jsonl" or out.is_dir():
-        raise ValueError(f"out: a .jsonl file is needed; got {out}")
+        raise ValueError(f"out: must be a .jsonl file; got {out}")
     if out.exists() and not cfg.overwrite:
-        raise ValueError(f"out: a new .jsonl file is needed; {out} exists (overwrite=true writes it anew)")
+        raise ValueError(f"out: must be a new .jsonl file; {out} exists (overwrite=true replaces it)")
     return out

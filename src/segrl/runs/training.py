@@ -84,9 +84,9 @@ def memory_said(key: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"{key}: what is done at once must fit the GPU's memory, which ran out "
+            f"{key}: must be small enough for the GPU's memory, which ran out "
             f"({str(error).splitlines()[0][:160]}); "
-            "lower it, or see docs/speed.md, Memory, for the keys that take less"
+            "lower it, or see docs/speed.md, Memory, for other keys that save memory"
         ) from error
 
 
@@ -215,7 +215,8 @@ class Run:
         """Load the policy of an earlier stage. Raise ValueError if stage or architecture does not fit."""
         if not isinstance(stage, SegStage):
             raise ValueError(
-                "init_from: a stage that trains a policy to segment is needed; this one does not"
+                f"init_from: must be null in a stage that does not train a policy to segment; "
+                f"got {checkpoint}"
             )
         weights = read_checkpoint(checkpoint, "init_from")["state_dict"]
         try:
@@ -224,7 +225,7 @@ class Run:
             )
         except ValueError as error:
             raise ValueError(
-                f"init_from: a policy of this architecture is needed; {checkpoint} has another ({error})"
+                f"init_from: must be a policy of this architecture; {checkpoint} has another ({error})"
             ) from None
 
     @property
@@ -235,7 +236,7 @@ class Run:
     def announce(self) -> None:
         """Print what is trained and where, and remarks on batch, test sets, history and reference."""
         learned = sum(p.numel() for p in self.stage.parameters() if p.requires_grad)
-        say(f"{self.cfg.name}: {learned / 1e6:.1f} M parameters learn; results in {self.folder}")
+        say(f"{self.cfg.name}: {learned / 1e6:.1f} M trainable parameters; results in {self.folder}")
         for line in (*of_batch(self.cfg, self.trainer.world_size), *of_counts(self.cfg, self.data.test)):
             say(f"  {line}")
         if self.cfg.resume and (cut := cut_history(RunFolder(self.folder).history, self.begun_at)):
@@ -245,7 +246,7 @@ class Run:
             and self.cfg.reference
             and self.stage.reference is None
         ):
-            say("  reference: it is not used, for stage.kl_weight and stage.kl_reward are 0")
+            say("  reference: not used, because stage.kl_weight and stage.kl_reward are 0")
 
     @property
     def _seg_stage(self) -> SegStage | None:
@@ -292,7 +293,7 @@ class Run:
                 if self.trainer.is_global_zero:
                     write_whole(RunFolder(self.folder).config, self.before)
             elif RunFolder(self.folder).last.is_file():
-                say(f"go on, when it is mended, with: python -m segrl.train resume={self.folder}")
+                say(f"fix the cause, then continue with: python -m segrl.train resume={self.folder}")
             raise
         self.trained = True
         # Ranks that a launcher started have each composed a name of their own: take the first rank's.
@@ -311,24 +312,21 @@ class Run:
         if not RunFolder(self.folder).config.is_file():
             return f"stopped by {stop.name} before anything was written"
         if not last.is_file() and self.step == 0:
-            return (
-                f"stopped before its first update: nothing was learned that could be lost; "
-                f"go on with: {go_on}"
-            )
+            return f"stopped before the first update, so there is nothing to save; start again with: {go_on}"
         try:
             step = saved_step(last)
         except ValueError as error:
-            return f"stopped at step {self.step}, and not saved: {error}; begin anew with: {go_on}"
+            return f"stopped at step {self.step}, and not saved: {error}; start again with: {go_on}"
         if step < self.step:
-            return f"stopped at step {self.step}; the last that is saved is step {step}; go on with: {go_on}"
+            return f"stopped at step {self.step}; the last saved step is {step}; continue with: {go_on}"
         if self.scored:
             return (
                 f"trained, saved at step {step} and scored; "
-                f"it was stopped while results were copied; again with: {go_on}"
+                f"stopped while results were copied; copy them again with: {go_on}"
             )
         if self.trained:
-            return f"trained and saved at step {step}, not scored; go on with: {go_on}"
-        return f"stopped and saved at step {step}; go on with: {go_on}"
+            return f"trained and saved at step {step}, not scored; continue with: {go_on}"
+        return f"stopped and saved at step {step}; continue with: {go_on}"
 
     def _take_best(self, stage: SegStage) -> None:
         """Load the weights of best.ckpt, the best in validation, if it exists."""
@@ -337,7 +335,7 @@ class Run:
             saved = read_checkpoint(chosen, "callbacks.best")
             stage.load_state_dict(saved["state_dict"], strict=False)
             self.scored_step = int(saved["global_step"])
-            say(f"scoring {chosen}, of update {self.scored_step}")
+            say(f"scoring {chosen}, saved at update {self.scored_step}")
 
     def finish(self) -> float | None:
         """Score after the training, compare with before, draw, and save the results.

@@ -75,9 +75,9 @@ class Alarms(lightning.Callback):
         if "below" in rule and now < rule["below"]:
             return f"{now:.3g} is below {rule['below']:.3g}"
         if "collapse" in rule and best > 0 and now < rule["collapse"] * best:
-            return f"{now:.3g} has fallen from {best:.3g}"
+            return f"{now:.3g} is below {rule['collapse']:.3g} of its largest value, {best:.3g}"
         if "explosion" in rule and first > 0 and now > rule["explosion"] * first:
-            return f"{now:.3g} has risen from {first:.3g}"
+            return f"{now:.3g} is above {rule['explosion']:.3g} times its first value, {first:.3g}"
         return ""
 
     def on_train_batch_end(
@@ -90,7 +90,7 @@ class Alarms(lightning.Callback):
             stops = self.rules[name]["stop"]
             if trainer.is_global_zero and (stops or name not in self.warned):
                 what = f"{name} ({self.rules[name]['scalar']}, mean of {self.window} updates)"
-                verdict = "stopping, saved" if stops else "going on"
+                verdict = "the run is saved and stops" if stops else "the run continues"
                 print(f"  alarm at update {trainer.global_step}: {what}: {reason}; {verdict}", flush=True)
             self.warned.add(name)
             trainer.should_stop = trainer.should_stop or stops

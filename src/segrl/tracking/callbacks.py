@@ -87,7 +87,7 @@ def cut_history(path: Path, step: int) -> str | None:
     last = max((int(line["step"]) for line in read_history(path)), default=0)
     if last >= step:
         return None
-    return f"{path} must reach update {step}; it can be read up to {last}, and goes on from there"
+    return f"{path} must reach update {step}; it can be read up to {last}, and new updates are appended"
 
 
 def read_history(path: Path) -> list[dict[str, float]]:

@@ -111,11 +111,11 @@ def _check_bytes(path: Path, key: str) -> None:
             except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError):
                 whole = False
         else:
-            raise ValueError(f"{key}: a checkpoint is needed; {path} is cut off or is none")
+            raise ValueError(f"{key}: must be a checkpoint; {path} is truncated or not a checkpoint")
     if not whole:
         raise ValueError(
-            f"{key}: a checkpoint as it was written is needed; "
-            f"the bytes of {path} have changed since (its digest says so)"
+            f"{key}: must be a checkpoint as it was written; "
+            f"the bytes of {path} do not match its digest (use another copy or an earlier checkpoint)"
         )
     digests.passed(path)
 
@@ -128,7 +128,7 @@ def read_checkpoint(path: Path, key: str) -> dict[str, Any]:
             holds more than tensors and plain values.
     """
     if not path.is_file():
-        raise ValueError(f"{key}: a checkpoint is needed; there is no file {path}")
+        raise ValueError(f"{key}: must be a checkpoint; there is no file {path}")
     _check_bytes(path, key)
     return _load(path, key)
 
@@ -140,7 +140,7 @@ def saved_step(path: Path) -> int:
         ValueError: if the file is missing or no checkpoint.
     """
     if not path.is_file():
-        raise ValueError(f"there is no {path}")
+        raise ValueError(f"checkpoint: must be a file; there is no file {path}")
     return int(_load(path, "checkpoint")["global_step"])
 
 
@@ -150,10 +150,10 @@ def _load(path: Path, key: str) -> dict[str, Any]:
     except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())[:120]
         raise ValueError(
-            f"{key}: a checkpoint of tensors and plain values is needed; {path} cannot be read ({reason})"
+            f"{key}: must be a checkpoint of tensors and plain values; {path} cannot be read ({reason})"
         ) from None
     if not isinstance(loaded, dict) or "state_dict" not in loaded:
-        raise ValueError(f"{key}: a checkpoint of a segrl stage is needed; {path} holds no state_dict")
+        raise ValueError(f"{key}: must be a checkpoint of a segrl stage; {path} holds no state_dict")
     return loaded
 
 
@@ -162,7 +162,7 @@ def learned_policy(path: Path, key: str) -> dict[str, Tensor]:
     weights = read_checkpoint(path, key)["state_dict"]
     learned = {name.removeprefix("policy."): v for name, v in weights.items() if name.startswith("policy.")}
     if not learned:
-        raise ValueError(f"{key}: a checkpoint that holds a policy is needed; {path} holds none")
+        raise ValueError(f"{key}: must be a checkpoint that holds a policy; {path} holds none")
     return learned
 
 
@@ -369,7 +369,7 @@ class KeepBest(lightning.Callback):
             return
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(name for name in trainer.callback_metrics if name.startswith("val/"))
-            raise ValueError(f"callbacks.best.monitor: one of {known} is needed; got {self.monitor}")
+            raise ValueError(f"callbacks.best.monitor: must be one of {known}; got {self.monitor}")
         value = float(trainer.callback_metrics[self.monitor])
         if better(self.monitor, value, self.best):
             self.best = value

@@ -118,7 +118,7 @@ class MlflowRun(Logger):
 
         self._attempt(bring, said=lacking)
         if lacking and not self.off:
-            print("MLflow: it answers again, and has the configuration and all scalars", flush=True)
+            print("MLflow: it responds again; the configuration and all scalars were added", flush=True)
         self._end("FINISHED")
 
     def _attempt(self, act: Callable[[Run], object], said: bool = False) -> None:
@@ -131,8 +131,8 @@ class MlflowRun(Logger):
             self.off = True
             if not said:
                 print(
-                    f"MLflow: {reason(error)}; scalars go on in {RunFolder(self.folder).history}; "
-                    f"bring them in later with: python -m segrl.track {self.folder}",
+                    f"MLflow: {reason(error)}; scalars are written to {RunFolder(self.folder).history}; "
+                    f"add them to MLflow later with: python -m segrl.track {self.folder}",
                     flush=True,
                 )
 

@@ -35,7 +35,7 @@ def open_logger(
     from segrl.tracking.mlflow_logger import MlflowRun
 
     if not isinstance(checkpoints, bool):
-        raise ValueError(f"logger.checkpoints: it must be true or false; got {checkpoints!r}")
+        raise ValueError(f"logger.checkpoints: must be true or false; got {checkpoints!r}")
     of = RunFolder(folder)
     place = Place(tracking_uri=tracking_uri, artifacts=artifacts, experiment=experiment)
     if not any(path.is_file() for path in (of.mlflow_run_id, of.history)):
@@ -70,7 +70,7 @@ def where(logger: Logger | None, runs: str) -> str:
     if not isinstance(logger, MlflowRun):
         return ""
     if logger.off or logger.run is None:
-        return f"MLflow lacks a part of it: python -m segrl.track {logger.folder}"
+        return f"MLflow lacks a part of this run; add it with: python -m segrl.track {logger.folder}"
     return f"open MLflow: make mlflow{'' if runs == 'runs' else f' RUNS={runs}'}, then {link(logger.run)}"
 
 
@@ -115,7 +115,7 @@ def bring_in(folder: Path, place: Place, config: Mapping[str, object], checkpoin
     except failures() as error:
         if isinstance(error, ValueError):
             raise
-        raise ValueError(f"{folder}: MLflow must take the run in; {reason(error)}") from None
+        raise ValueError(f"{folder}: must be added to MLflow; it failed: {reason(error)}") from None
     return run, added
 
 
@@ -126,9 +126,9 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         held = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: it must be JSON; {reason(error)}") from None
+        raise ValueError(f"{file}: must be JSON; {reason(error)}") from None
     if not isinstance(held, dict):
-        raise ValueError(f"{file}: it must be a JSON object; it is a {type(held).__name__}")
+        raise ValueError(f"{file}: must be a JSON object; it is a {type(held).__name__}")
     return held
 
 
@@ -160,7 +160,8 @@ def open_parent(place: Place, tags: Mapping[str, str]) -> Run:
         made = client.create_run(experiment, run_name="sweep", tags=dict(tags))
     except failures() as error:
         raise CannotTrackError(
-            f"logger.tracking_uri: MLflow must take the sweep in; {reason(error)} (or logger=csv)"
+            "logger.tracking_uri: must be a database or server in which MLflow can start the sweep's run; "
+            f"it failed: {reason(error)} (repair it, or use logger=csv)"
         ) from None
     os.environ[_PARENT] = made.info.run_id
     return Run(client=client, experiment_id=experiment, run_id=made.info.run_id)
@@ -176,7 +177,7 @@ def close_parent(run: Run, best: str, objective: float | None, status: str) -> N
             run.client.log_metric(run.run_id, "objective", objective)
         run.end(status)
     except failures() as error:
-        print(f"MLflow: {reason(error)}; the sweep's own run is not closed", flush=True)
+        print(f"MLflow: {reason(error)}; the sweep's parent run was not closed", flush=True)
 
 
 def name_job(name: str | None) -> None:
@@ -195,4 +196,4 @@ def fail_job(place: Place, folder: Path) -> None:
             client, experiment = place.connect()
             Run(client=client, experiment_id=experiment, run_id=named.read_text()).end("FAILED")
         except failures() as error:
-            print(f"MLflow: {reason(error)}; the run of {folder} is not closed", flush=True)
+            print(f"MLflow: {reason(error)}; the run of {folder} was not closed", flush=True)

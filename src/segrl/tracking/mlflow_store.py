@@ -110,8 +110,8 @@ class Place:
                 file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CannotTrackError(
-                "paths.runs: it must be a folder that can be written, for MLflow's database stands in it; "
-                f"{file} cannot be made ({str(error.strerror).lower()})"
+                "paths.runs: must be a writable folder, because it holds MLflow's database; "
+                f"{file} cannot be created ({str(error.strerror).lower()})"
             ) from None
         if file is not None:  # slow import: do it before locking the database
             importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
@@ -120,9 +120,8 @@ class Place:
                 return self._opened()
         except failures() as error:
             raise CannotTrackError(
-                f"logger.tracking_uri: MLflow must be able to begin a run in {self.tracking_uri}; "
-                f"{reason(error)} "
-                "(mend it, name another with logger.tracking_uri, or go without MLflow: logger=csv)"
+                f"logger.tracking_uri: must be a database or server in which MLflow can start a run; "
+                f"got {self.tracking_uri}: {reason(error)} (repair it, set another, or use logger=csv)"
             ) from None
 
     def _opened(self) -> tuple[MlflowClient, str]:
@@ -150,7 +149,7 @@ class Place:
                     raise
         if known.lifecycle_stage == "deleted":
             client.restore_experiment(known.experiment_id)
-            print(f"MLflow: the experiment {self.experiment} was deleted; it is restored", flush=True)
+            print(f"MLflow: restored the deleted experiment {self.experiment}", flush=True)
         found: str = known.experiment_id
         return found
 
@@ -195,12 +194,12 @@ class Run:
         if known is not None:
             if known.info.lifecycle_stage == "deleted":
                 client.restore_run(known.info.run_id)
-                print(f"MLflow: the run of {folder} was deleted; it is restored", flush=True)
+                print(f"MLflow: restored the deleted run of {folder}", flush=True)
             client.update_run(known.info.run_id, status="RUNNING")
             return cls(client=client, experiment_id=known.info.experiment_id, run_id=known.info.run_id)
         if run_id is not None:
-            said = f"there is no run {run_id}" if run_id else "mlflow_run_id is empty"
-            print(f"MLflow: {said} for {folder}; a new one is made", flush=True)
+            why = f"there is no run {run_id}" if run_id else "mlflow_run_id is empty"
+            print(f"MLflow: created a new run for {folder}, because {why}", flush=True)
         made = client.create_run(experiment, run_name=name, tags={**tags, "run_folder": str(folder)})
         return cls(client=client, experiment_id=experiment, run_id=made.info.run_id)
 

@@ -190,7 +190,7 @@ def create(wanted: Path, alone: bool) -> Path:
 def _taken(folder: Path) -> ValueError:
     return ValueError(
         f"paths.run: must be a new folder, the same for all processes; {folder} exists "
-        f"(resume={folder} continues it)"
+        f"(resume={folder} continues that run)"
     )
 
 

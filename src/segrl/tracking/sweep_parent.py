@@ -198,7 +198,7 @@ def table(rows: Sequence[Row], metric: str | None) -> str:
         title = (
             f"{len(rows)} jobs; objective_metric={known[0]} compares them (or another of {', '.join(known)})"
         )
-    cells = [("job", "what differs", "objective", "run folder"), ("---",) * 4]
+    cells = [("job", "overrides", "objective", "run folder"), ("---",) * 4]
     for row in rows:
         objective = "failed" if row.failed else "none" if row.objective is None else f"{row.objective:.4f}"
         cells.append((str(row.job), row.differs.replace("|", "\\|"), objective, row.folder or "none"))

@@ -50,7 +50,9 @@ def paired_bootstrap(
         ValueError: if the two differ in length or are empty.
     """
     if len(before) != len(after) or len(before) == 0:
-        raise ValueError(f"as many scores before as after are needed; got {len(before)} and {len(after)}")
+        raise ValueError(
+            f"scores: must be as many before as after, at least 1; got {len(before)} and {len(after)}"
+        )
     gain = after - before
     if clusters is None:
         clusters = np.arange(len(gain))
@@ -79,7 +81,7 @@ def bootstrap_weights(
         ValueError: if n is less than 1.
     """
     if n < 1:
-        raise ValueError(f"at least one sample is needed to draw from; got {n}")
+        raise ValueError(f"samples: must be at least one to draw from; got {n}")
     if clusters is None:
         clusters = np.arange(n)
     count, weights = int(clusters.max()) + 1, np.empty((draws, n))

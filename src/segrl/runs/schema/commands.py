@@ -155,8 +155,8 @@ def _divergence(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if weight > 0 and reward > 0:
         yield (
             "stage.kl_reward",
-            "must be 0 where stage.kl_weight is not: "
-            "the divergence stands in the loss or in the reward, not in both; "
+            "must be 0 if stage.kl_weight is positive: "
+            "the divergence is added to the loss or to the reward, not to both; "
             f"got {reward}",
         )
     if weight + reward > 0 and reference is None and "reference" in stage:
@@ -169,9 +169,8 @@ def _divergence(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if own and (cap := stage.get("mismatch_cap")) is not None:
         yield (
             "stage.mismatch_cap",
-            "must be null where the policy itself samples, "
-            "for nothing is to be corrected (rollout=vllm takes it); "
-            f"got {cap}",
+            "must be null if the policy itself samples, because there is no mismatch to correct; "
+            f"got {cap} (rollout=vllm uses it)",
         )
     adapter = cfg["policy"].get("lora") is not None
     if (
@@ -183,7 +182,7 @@ def _divergence(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield (
             "reference",
             "must be frozen_copy or none without policy.lora: "
-            "adapter_off turns an adapter off, and there is none",
+            "adapter_off disables the LoRA adapter, and this policy has none",
         )
 
 
@@ -198,7 +197,7 @@ def _batches(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield (
             key,
             f"must be a multiple of stage.updates_per_rollout ({cuts}), "
-            f"so that groups stay whole; got {samples}",
+            f"so that no group is split; got {samples}",
         )
     updates = cuts * stage.get("epochs_per_rollout", 1)
     if steps > 0 and steps % updates:
@@ -242,4 +241,4 @@ def _alarms(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if rule["scalar"] not in logged:
             yield f"{key}.scalar", f"must be one of {', '.join(sorted(logged))}; got {shown(rule['scalar'])}"
         if not rule.keys() & {"above", "below", "collapse", "explosion"}:
-            yield key, "must hold above, below, collapse or explosion; it holds none"
+            yield key, "must have at least one of above, below, collapse and explosion; it has none"

@@ -161,7 +161,7 @@ class Tiered(Part):
 
     tiers: dict[Share, Weight] = Field(
         min_length=1,
-        description="bounds of the IoU from 0 to 1, each with the number from 0 up that passing it pays",
+        description="bounds of the IoU from 0 to 1, each with the reward, from 0 up, for exceeding it",
     )
 
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 def lacks(path: Path) -> str:
     """Return why a file or folder cannot be used, missing or empty; "" if it can."""
     if not path.exists():
-        return f"there is no {path}"
+        return f"{path} does not exist"
     if path.is_dir():
         return "" if any(path.iterdir()) else f"the folder {path} is empty"
     return "" if path.stat().st_size else f"the file {path} is empty"
@@ -26,9 +26,9 @@ def way_to(path: Path, owners: str) -> str:
     """
     if match := re.fullmatch(r"https://huggingface\.co/(datasets/)?([\w.-]+/[\w.-]+)", owners):
         kind = " --repo-type dataset" if match[1] else ""
-        return f"fetch it by: hf download {match[2]}{kind} --local-dir {path}  ({owners})"
+        return f"fetch it with: hf download {match[2]}{kind} --local-dir {path}  ({owners})"
     if re.fullmatch(r"https?://\S+", owners) and owners.rpartition("/")[2] == path.name:
-        return f"fetch it by: curl -L --create-dirs -o {path} {owners}"
+        return f"fetch it with: curl -L --create-dirs -o {path} {owners}"
     return f"its owners publish it at {owners}"
 
 
@@ -51,15 +51,17 @@ def missing(cfg: DictConfig, files: bool) -> list[str]:
         looked.add(key)
         if path is not None and not (key.startswith("data.") and unread) and (what := lacks(Path(path))):
             instead = (
-                "; head=sam2_nano ships with segrl, and knows drawn scenes alone"
+                "; or use head=sam2_nano, which ships with segrl and segments drawn scenes only"
                 if key == "head.checkpoint"
                 else ""
             )
-            lines.append(f"{key}: {what}; {way_to(Path(path), owners)}{instead}")
+            lines.append(
+                f"{key}: must be a file or folder with content; {what}; {way_to(Path(path), owners)}{instead}"
+            )
     root = None if unread else OmegaConf.select(cfg, "data.root")
     if root is not None and "data.root" not in looked and not Path(root).is_dir():
         lines.append(
-            f"data.root: must be a folder; {root} is {'a file' if Path(root).exists() else 'not there'}"
+            f"data.root: must be a folder; {root} {'is a file' if Path(root).exists() else 'does not exist'}"
         )
     for key in ("ckpt_path", "init_from"):
         if (path := cfg.get(key)) is not None and not Path(path).is_file():

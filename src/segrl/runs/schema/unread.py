@@ -50,7 +50,7 @@ def _in_evaluation(raw: dict[str, Any], key: str) -> str | None:
     if root in _TRAINING:
         return f"must not be set in an evaluation, which reads no {root}"
     if key == "trainer" and isinstance(raw["trainer"].get("strategy"), dict):
-        return "must not shard weights in an evaluation, which shares out samples: write trainer=ddp"
+        return "must not shard weights in an evaluation, which distributes samples: write trainer=ddp"
     if root == "trainer" and rest and rest.split(".")[0] not in _FABRIC:
         return f"must not be set in an evaluation, which reads no {key}"
     if key == "policy.gradient_checkpointing":
@@ -58,7 +58,7 @@ def _in_evaluation(raw: dict[str, Any], key: str) -> str | None:
     if root != "data" or _reads_data(raw, key, raw["testsets"]):
         return None
     if _reads_data(raw, key, None):
-        return "must not be set beside +suite or +testset, whose samples are scored"
+        return "must not be set together with +suite or +testset, whose samples are scored instead"
     return f"must not be set in an evaluation, which reads no {key}"
 
 

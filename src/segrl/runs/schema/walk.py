@@ -30,7 +30,9 @@ class ForeignPart(Fault):
     """The fault that a configuration file from elsewhere names a part, `target`, that segrl does not know."""
 
     def __init__(self, key: str, target: str) -> None:
-        super().__init__(key, f"must be a part of segrl in a file from elsewhere; got {target}")
+        super().__init__(
+            key, f"must be a part of segrl, because others may have written the file; got {target}"
+        )
         self.target = target
 
 
@@ -87,7 +89,9 @@ class Walk:
             try:
                 path, value = match[1], lookup(self.raw, match[1])
             except KeyError:
-                raise Fault(path, f"refers to {match[1]}, which is not there", unknown=True) from None
+                raise Fault(
+                    path, f"must refer to an existing key; got ${{{match[1]}}}", unknown=True
+                ) from None
         return path, value
 
     def _fields(self, path: str, node: dict[str, Any], model: type[Part]) -> Iterator[Typed | Fault]:
@@ -187,9 +191,7 @@ class Walk:
             return
         self.reached.add(path)
         if not isinstance(node, dict):
-            yield Fault(
-                path, f"must be a node of the configuration; got {shown(node)} (~{path} takes it away)"
-            )
+            yield Fault(path, f"must be a node of the configuration; got {shown(node)} (~{path} removes it)")
         elif place in SHAPES:
             yield from self._fields(path, node, SHAPES[place])
         elif not isinstance(target := node.get("_target_"), str):
@@ -287,7 +289,7 @@ def faults(cfg: DictConfig, command: type[Part], typed: Collection[str] | None =
         for path in _nodes(raw):
             if path not in walk.reached:
                 found.setdefault(
-                    path, Fault(f"{path}._target_", "must stand where segrl has a place for a part")
+                    path, Fault(f"{path}._target_", "must not be set: segrl builds no part at this key")
                 )
     return list(found.values())
 
@@ -306,7 +308,7 @@ def _misfit(cfg: DictConfig, raw: dict[str, Any], one: Typed) -> str | None:
         reason = " ".join(str(error).splitlines()[0].split())
         return (
             f"must be {needed(one.schema)}; got {shown(lookup(raw, one.key))}, "
-            f"which cannot be looked up ({reason})"
+            f"which cannot be resolved ({reason})"
         )
     return fault(one.model, one.field, value)
 
