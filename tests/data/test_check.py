@@ -203,7 +203,7 @@ def test_all_sentences_of_a_refer_split_are_counted_whatever_a_run_draws(cli, tm
     )
     assert code == 1, err
     assert "train: 3 samples on 1 images (published 3: as it should be)" in out
-    assert "ref 4 names object 99" in out and "ref 5 is of image 7" in out
+    assert "ref 4: object 99 must be" in out and "ref 5: image 7 must be" in out
     (tmp_path / "refcocog" / "refs(umd).p").unlink()
     code, out, _ = run(cli, "data=refcocog", f"data.root={tmp_path}")
     assert code == 1 and "must have a refs file" in out

@@ -1,4 +1,4 @@
-"""The contract of every loader of files: one listing, which opens no image, for `prepare check` and for training."""
+"""The contract of every loader of files: one listing, for `prepare check` and for training, opens no image."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def referring(home: Path) -> Case:
     return Case(
         loader=ReferringExpressions,
         arguments={
-            "annotations": str(home / "r"), "images": str(home / "images"), "refs": "refs.json", "split": "val",
-            "count": None, "seed": 0, "side": None,
+            "annotations": str(home / "r"), "images": str(home / "images"), "refs": "refs.json",
+            "split": "val", "count": None, "seed": 0, "side": None,
         },
         ids=["2-20", "2-21", "1-10"],
         damage={

@@ -72,7 +72,7 @@ def test_a_line_that_is_no_sample_is_named(tmp_path: Path, line: object, words: 
 
 
 def test_a_list_that_is_missing_empty_or_in_another_encoding_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"x\.jsonl: a \.jsonl.*no such file"):
+    with pytest.raises(ValueError, match=r"x\.jsonl: must be a \.jsonl.*no such file"):
         JsonlDataset(str(tmp_path / "x.jsonl"), None, None)
     with pytest.raises(ValueError, match="the file is empty"):
         listed(tmp_path, "")

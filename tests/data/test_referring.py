@@ -141,9 +141,9 @@ def test_images_that_another_split_tests_on_are_left_out(tmp_path, splits, ids):
 
 
 def test_refs_that_point_to_nothing_are_named_before_training(tmp_path):
-    with pytest.raises(ValueError, match="ref 1 names object 99, not in instances.json"):
+    with pytest.raises(ValueError, match="ref 1: object 99 must be in instances.json"):
         refer(tmp_path, ref(1, "val", 99, ("x",)))
-    with pytest.raises(ValueError, match="ref 1 is of image 9, not in instances.json"):
+    with pytest.raises(ValueError, match="ref 1: image 9 must be in instances.json"):
         refer(tmp_path, ref(1, "val", 11, ("x",), image=9))
 
 
@@ -365,7 +365,7 @@ SQUARE = [10, 10, 40, 10, 40, 30, 10, 30]
     ("drawn", "words"),
     [
         (None, "polygons or run lengths"), ([], "three corners"), ([[]], "three corners"), ([[1, 2, 3, 4]], "three corners"),
-        ([[10, 10, float("nan"), 10, 40, 30]], "coordinates within"), ([[1e12, 10, 20, 30, 40, 50]], "coordinates within"),
+        ([[10, 10, float("nan"), 10, 40, 30]], "coordinates must be within"), ([[1e12, 10, 20, 30, 40, 50]], "coordinates must be within"),
         ([[10, 10, 20]], "two numbers"), ([["a"] * 6], "list of numbers"), (["abcdef"], "list of numbers"), (7, "polygons or run"),
         ([[*[99_000, 0, 0, 99_000] * 20]], "outline"), ({}, "size"), ({"size": [60, 100]}, "add up"),
         ({"size": [60, 100], "counts": [-1, 6001]}, "add up"), ({"size": [60, 100], "counts": [1, 2]}, "add up"),

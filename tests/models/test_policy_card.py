@@ -111,7 +111,7 @@ def nano_segmenter():
 def test_a_file_that_is_no_image_is_refused(nano_segmenter, tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
     for path in (tmp_path / "a.png", str(tmp_path / "b.png")):
-        with pytest.raises(ValueError, match="an image is needed"):
+        with pytest.raises(ValueError, match="must be an image"):
             nano_segmenter.segment(path)
 
 

@@ -71,14 +71,11 @@ class Annotations:
         """Return a line for each image or object of a ref that is not in `instances.json`."""
         lost = []
         for ref in self.refs:
-            if ref["image_id"] not in self.pictures:
-                lost.append(
-                    f"{self.path}: ref {ref['ref_id']} is of image {ref['image_id']}, not in instances.json"
-                )
+            absent = [f"image {ref['image_id']}"] * (ref["image_id"] not in self.pictures)
+            absent += [f"object {one}" for one in self.named(ref) if one not in self.objects]
             lost += [
-                f"{self.path}: ref {ref['ref_id']} names object {one}, not in instances.json"
-                for one in self.named(ref)
-                if one not in self.objects
+                f"{self.path}: ref {ref['ref_id']}: {what} must be in instances.json; it is not there"
+                for what in absent
             ]
         return lost
 
