@@ -93,8 +93,8 @@ def _numbers(config: Any) -> dict[str, float]:
     visual, language = model.model.visual, model.model.language_model
     merger = count(visual.merger)
     return {
-        "all": count(model), "head": model.lm_head.weight.numel(), "layers": count(language.layers), "merger": merger,
-        "tower": count(visual) - merger,
+        "all": count(model), "head": model.lm_head.weight.numel(), "layers": count(language.layers),
+        "merger": merger, "tower": count(visual) - merger,
     }  # fmt: skip
 
 
@@ -134,7 +134,8 @@ def main() -> None:
                 )
                 parts = floor(no_contents.config(size), work, machine)
                 print(json.dumps({
-                    "model": name, "prompts": prompts, "group": 8, "tokens": 256, "image": "756x756", "reference": reference, "gpu": "H200",
+                    "model": name, "prompts": prompts, "group": 8, "tokens": 256, "image": "756x756",
+                    "reference": reference, "gpu": "H200",
                     "floor_ms": {part: round(1000 * value, 1) for part, value in parts.items()},
                 }))  # fmt: skip
 

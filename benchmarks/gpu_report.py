@@ -171,8 +171,11 @@ def report(found: dict[str, Any], earlier: tuple[str, dict[str, Any]] | None) ->
     if code.get("rehearsal"):
         title += " (a rehearsal on a CPU: its figures mean nothing)"
     lines = [
-        title, "", f"`bash benchmarks/gpu_check.sh`, commit {code.get('commit', 'unknown')}; written by `benchmarks/gpu_report.py`.", "",
-        "Versions: " + ", ".join(f"{name} {value}" for name, value in versions.items() if value not in ("-", None)) + ".", "",
+        title, "",
+        f"`bash benchmarks/gpu_check.sh`, commit {code.get('commit', 'unknown')}; "
+        "written by `benchmarks/gpu_report.py`.", "",
+        "Versions: " + ", ".join(f"{n} {value}" for n, value in versions.items() if value not in ("-", None)) + ".",
+        "",
     ]  # fmt: skip
     if speeds := found["speeds"]:
         lines += [f"Measured: {speeds['tflops']} TFLOP/s of bfloat16 products, {speeds['tb_per_s']} TB/s of copies.", ""]
@@ -220,9 +223,9 @@ def _steps(found: dict[str, Any], earlier: dict[str, Any] | None) -> list[str]:
         peaks = row.get("peaks_gb") or {}
         parts, was = row["parts_s"], then.get(kind, {}).get("step_s")
         rows.append([
-            kind, row["step_s"], was, (row.get("floor_s") or {}).get("step"), row.get("times_the_floor"), parts.get("rollout/read prefixes"),
-            parts.get("rollout/sample"), parts.get("learn"), max(peaks.values(), default=None), row.get("reserved_gb"),
-            row.get("groups_in_a_pass"),
+            kind, row["step_s"], was, (row.get("floor_s") or {}).get("step"), row.get("times_the_floor"),
+            parts.get("rollout/read prefixes"), parts.get("rollout/sample"), parts.get("learn"),
+            max(peaks.values(), default=None), row.get("reserved_gb"), row.get("groups_in_a_pass"),
         ])  # fmt: skip
     head = ["kind", "step s", "before", "floor s", "times", "prefixes s", "sample s", "learn s", "peak GB", "reserved GB", "groups a pass"]
     lines = ["## Steps", "", "Medians, seconds on the wall.", "", *table(head, rows)] if rows else []

@@ -89,7 +89,8 @@ def peers_python() -> list[str]:
 def main() -> int:
     """Both sides in turn, every case."""
     alone = {
-        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "",
+        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
     sides = {"ours": [sys.executable], "theirs": peers_python(), "least": [sys.executable]}
     folder, passed = tiny_vlm.write(Path(tempfile.mkdtemp()) / "tiny"), True
@@ -107,8 +108,11 @@ def main() -> int:
         of_floor = medians["ours"] / medians["least"]
         passed = passed and ratio >= bar
         print(json.dumps({
-            "case": name, "prompts": prompts, "group": tiny_vlm.GROUP, "tokens": tiny_vlm.TOKENS, "beta": beta, "peer": PEER[0],
-            "cpu_seconds": {side: round(value, 3) for side, value in medians.items()}, "ratio": round(ratio, 2), "times_the_floor": round(of_floor, 2), "bar": bar, "passed": ratio >= bar,
+            "case": name, "prompts": prompts, "group": tiny_vlm.GROUP, "tokens": tiny_vlm.TOKENS,
+            "beta": beta, "peer": PEER[0],
+            "cpu_seconds": {side: round(value, 3) for side, value in medians.items()},
+            "ratio": round(ratio, 2), "times_the_floor": round(of_floor, 2), "bar": bar,
+            "passed": ratio >= bar,
         }), flush=True)  # fmt: skip
     return 0 if passed else 1
 

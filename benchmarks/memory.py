@@ -273,9 +273,11 @@ def case(folder: Path, overrides: str) -> None:
         "what else stays": stays - head[0],
     }
     print(json.dumps({
-        "run": overrides, "prefix": len(prefixes[0].token_ids), "prefixes": batch, "sampled_at_once": sampled_at_once, "group": group, "completion": length,
+        "run": overrides, "prefix": len(prefixes[0].token_ids), "prefixes": batch,
+        "sampled_at_once": sampled_at_once, "group": group, "completion": length,
         "gb": {name: round(value / 1e9, 2) for name, value in parts.items()},
-        "while_sampling_gb": round((stays + sampled) / 1e9, 1), "while_learning_gb": round((stays + learned) / 1e9, 1),
+        "while_sampling_gb": round((stays + sampled) / 1e9, 1),
+        "while_learning_gb": round((stays + learned) / 1e9, 1),
     }), flush=True)  # fmt: skip
 
 

@@ -101,10 +101,12 @@ def grpo_stage(kind: type, policy: Any, engine: Any, work: Work, micro_batch_siz
     noise = {"noise": {"fn": lambda answer, sample: random.random(), "weight": 1.0}}
     return kind(
         policy=policy, grammar=SegR1Points(64), head=NoHead(), engine=engine, reward=RewardMixture(noise),
-        reference=FrozenCopy if work.beta else None, optimizer=partial(torch.optim.AdamW, lr=1e-6, fused=True), schedule=None,
-        max_grad_norm=1.0, seed=0, group_size=work.group, micro_batch_size=micro_batch_size, completions_per_pass=None,
-        updates_per_rollout=1, epochs_per_rollout=1, surrogate=partial(ppo_clip, low=0.2, high=0.2, dual=None),
-        token_weights=partial(per_sequence), divergence=partial(k3), kl_weight=work.beta, kl_reward=0.0, mismatch_cap=None,
+        reference=FrozenCopy if work.beta else None,
+        optimizer=partial(torch.optim.AdamW, lr=1e-6, fused=True), schedule=None, max_grad_norm=1.0, seed=0,
+        group_size=work.group, micro_batch_size=micro_batch_size, completions_per_pass=None,
+        updates_per_rollout=1, epochs_per_rollout=1,
+        surrogate=partial(ppo_clip, low=0.2, high=0.2, dual=None), token_weights=partial(per_sequence),
+        divergence=partial(k3), kl_weight=work.beta, kl_reward=0.0, mismatch_cap=None,
         advantage=partial(group_relative, floor=1e-4), live_samples=None,
     )  # fmt: skip
 
@@ -115,9 +117,9 @@ def fit(stage: Any, batches: Any, steps: int, gpu: bool, half: bool, callback: A
     import torch
 
     trainer = lightning.Trainer(
-        accelerator="gpu" if gpu else "cpu", devices=1, precision="bf16-mixed" if half else "32-true", max_steps=steps, max_epochs=-1,
-        logger=False, callbacks=[callback], enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False,
+        accelerator="gpu" if gpu else "cpu", devices=1, precision="bf16-mixed" if half else "32-true",
+        max_steps=steps, max_epochs=-1, logger=False, callbacks=[callback], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
     )  # fmt: skip
     loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=int(gpu), pin_memory=gpu)
     trainer.fit(stage, loader)
@@ -148,15 +150,17 @@ def trl_trainer(folder: Path, model: Any, work: Work, steps: int, at_once: int, 
         for i in range(steps * work.prompts)
     ]
     settings = trl.GRPOConfig(
-        output_dir=tempfile.mkdtemp(), use_cpu=not gpu, bf16=gpu, fp16=False, per_device_train_batch_size=work.group * at_once,
-        gradient_accumulation_steps=work.prompts // at_once, num_generations=work.group, max_completion_length=work.tokens,
-        beta=work.beta, max_steps=steps, learning_rate=1e-6, gradient_checkpointing=gpu, report_to="none", save_strategy="no",
-        disable_tqdm=True, temperature=1.0, seed=0, generation_kwargs={"suppress_tokens": special}, dataloader_num_workers=0,
-        log_completions=False,
+        output_dir=tempfile.mkdtemp(), use_cpu=not gpu, bf16=gpu, fp16=False,
+        per_device_train_batch_size=work.group * at_once, gradient_accumulation_steps=work.prompts // at_once,
+        num_generations=work.group, max_completion_length=work.tokens, beta=work.beta, max_steps=steps,
+        learning_rate=1e-6, gradient_checkpointing=gpu, report_to="none", save_strategy="no",
+        disable_tqdm=True, temperature=1.0, seed=0, generation_kwargs={"suppress_tokens": special},
+        dataloader_num_workers=0, log_completions=False,
     )  # fmt: skip
     return trl.GRPOTrainer(
-        model=model, reward_funcs=lambda completions, **_: [random.random() for _ in completions], args=settings,
-        train_dataset=datasets.Dataset.from_list(rows), processing_class=processor, callbacks=[callback],
+        model=model, reward_funcs=lambda completions, **_: [random.random() for _ in completions],
+        args=settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=processor,
+        callbacks=[callback],
     )  # fmt: skip
 
 

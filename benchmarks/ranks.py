@@ -19,8 +19,9 @@ SHORT, LONG = 5, 45
 def wall(ranks: int, updates: int, folder: Path) -> float:
     """Of a whole run."""
     command = [
-        sys.executable, "-m", "segrl.train", "+experiment=demo", "logger=csv", "test_before=false", "data.test_length=2", "stage.schedule=null",
-        f"trainer.max_steps={updates}", f"data.batch_size={16 // ranks}", f"trainer.devices={ranks}", "trainer.accelerator=cpu",
+        sys.executable, "-m", "segrl.train", "+experiment=demo", "logger=csv", "test_before=false",
+        "data.test_length=2", "stage.schedule=null", f"trainer.max_steps={updates}",
+        f"data.batch_size={16 // ranks}", f"trainer.devices={ranks}", "trainer.accelerator=cpu",
         f"paths.run={folder}/{ranks}-{updates}", *(["trainer=ddp"] if ranks > 1 else []),
     ]  # fmt: skip
     began = time.monotonic()
@@ -37,7 +38,8 @@ def main() -> None:
         ranks: round((wall(ranks, LONG, folder) - wall(ranks, SHORT, folder)) / (LONG - SHORT), 3) for ranks in (1, 2)
     }
     print(json.dumps({
-        "case": "ranks", "wall_seconds_an_update": seconds, "speedup": round(seconds[1] / seconds[2], 2), "updates": LONG - SHORT,
+        "case": "ranks", "wall_seconds_an_update": seconds, "speedup": round(seconds[1] / seconds[2], 2),
+        "updates": LONG - SHORT,
     }))  # fmt: skip
 
 

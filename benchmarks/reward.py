@@ -97,8 +97,9 @@ def main() -> None:
         seconds[name] = round(time.process_time() - began, 2)
     difference = float(np.abs(np.array(rewards["ours"]) - rewards["released"]).max())
     print(json.dumps({
-        "case": "reward of a group", "group": GROUP, "side": SIDE, "head": "SAM 2.1 tiny", "cpu_seconds": seconds,
-        "ratio": round(seconds["released"] / seconds["ours"], 1), "ratio_remembered": round(seconds["released"] / seconds["ours, remembered"], 1),
+        "case": "reward of a group", "group": GROUP, "side": SIDE, "head": "SAM 2.1 tiny",
+        "cpu_seconds": seconds, "ratio": round(seconds["released"] / seconds["ours"], 1),
+        "ratio_remembered": round(seconds["released"] / seconds["ours, remembered"], 1),
         "largest_difference_of_rewards": difference,
     }))  # fmt: skip
 

@@ -100,8 +100,10 @@ def line(part: str, roof: Roofline, least: float, times: int = 1, **more: object
     """Print a part; `times` as often as counted."""
     seconds = times * sum(roof.seconds.values())
     print(json.dumps({
-        "part": part, **more, "ms": round(1000 * seconds, 1), "floor_ms": round(1000 * least, 1), "times_the_floor": round(seconds / least, 2),
-        "of_it_ms": {kind: round(1000 * times * value, 1) for kind, value in roof.seconds.most_common()}, "kernels": roof.kernels,
+        "part": part, **more, "ms": round(1000 * seconds, 1), "floor_ms": round(1000 * least, 1),
+        "times_the_floor": round(seconds / least, 2),
+        "of_it_ms": {kind: round(1000 * times * value, 1) for kind, value in roof.seconds.most_common()},
+        "kernels": roof.kernels,
     }), flush=True)  # fmt: skip
 
 
@@ -153,8 +155,8 @@ def main() -> None:
     policy = weights(folder, False)
     prefixes = no_contents.prefixes_of(policy, SIDE, PROMPTS)
     work = floor.Work(
-        prompts=PROMPTS, group=GROUP, prefix=len(prefixes[0].token_ids), patches=len(prefixes[0].pixels), tokens=TOKENS, reference=False,
-        kept=False,
+        prompts=PROMPTS, group=GROUP, prefix=len(prefixes[0].token_ids), patches=len(prefixes[0].pixels),
+        tokens=TOKENS, reference=False, kept=False,
     )  # fmt: skip
     least = floor.floor(no_contents.config(no_contents.SIZES["Qwen2.5-VL-3B"]), work, H200)
     with mock.patch.object(F, "rms_norm", lambda hidden, shape, weight, eps: _norm(hidden, weight)):

@@ -61,8 +61,9 @@ def main() -> None:
             found[point] = found.get(point) or seconds(folder, point)
             prompts, group, length, side = point
             print(json.dumps({
-                "axis": axis, "prompts": prompts, "group": group, "completion": length, "side": side, "tokens": tokens(point)[0],
-                "tokens_by_row": tokens(point)[1], "cpu_seconds": round(found[point], 3),
+                "axis": axis, "prompts": prompts, "group": group, "completion": length, "side": side,
+                "tokens": tokens(point)[0], "tokens_by_row": tokens(point)[1],
+                "cpu_seconds": round(found[point], 3),
             }), flush=True)  # fmt: skip
     measured = np.array(list(found.values()))
     fits = {}

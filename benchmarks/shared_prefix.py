@@ -49,8 +49,9 @@ def main() -> None:
         difference = max(difference, float((a - b).abs().max()))
     medians = {name: round(statistics.median(values[1:]), 4) for name, values in seconds.items()}
     print(json.dumps({
-        "samples": SAMPLES, "group": GROUP, "tokens": TOKENS, "prefix": len(prefixes[0].token_ids), "rounds": ROUNDS,
-        "cpu_seconds": medians, "ratio": round(medians["naive"] / medians["shared"], 2), "largest_difference": difference,
+        "samples": SAMPLES, "group": GROUP, "tokens": TOKENS, "prefix": len(prefixes[0].token_ids),
+        "rounds": ROUNDS, "cpu_seconds": medians, "ratio": round(medians["naive"] / medians["shared"], 2),
+        "largest_difference": difference,
     }))  # fmt: skip
 
 

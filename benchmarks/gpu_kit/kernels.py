@@ -44,8 +44,8 @@ class Shapes:
 
 
 TINY = Shapes(
-    patches=64, image=64, tower=128, tower_heads=2, prompts=2, group=2, prefix=16, length=8, heads=4, width=32, hidden=64,
-    inner=64, vocabulary=512,
+    patches=64, image=64, tower=128, tower_heads=2, prompts=2, group=2, prefix=16, length=8, heads=4,
+    width=32, hidden=64, inner=64, vocabulary=512,
 )  # fmt: skip
 
 

@@ -122,10 +122,11 @@ class Turns(lightning.Callback):
         if self.clock.profiler is not None:
             self._say_profile(kind)
         line = {
-            "kind": kind, "first_of_its_kind": batch_idx == 0 or self.plan[batch_idx - 1] != kind, "step_s": round(whole, 4),
-            "waited_s": round(self.began - self.ended, 4) if batch_idx else 0.0, "parts_s": parts,
-            "groups_in_a_pass": stage.micro_batch_size, "recorded": [round(s, 4) for s in self.recorded],
-            "loss": stage.latest.get("policy/loss"), "grad_norm": stage.latest.get("policy/grad_norm"),
+            "kind": kind, "first_of_its_kind": batch_idx == 0 or self.plan[batch_idx - 1] != kind,
+            "step_s": round(whole, 4), "waited_s": round(self.began - self.ended, 4) if batch_idx else 0.0,
+            "parts_s": parts, "groups_in_a_pass": stage.micro_batch_size,
+            "recorded": [round(s, 4) for s in self.recorded], "loss": stage.latest.get("policy/loss"),
+            "grad_norm": stage.latest.get("policy/grad_norm"),
         }  # fmt: skip
         if self.clock.device.type == "cuda":
             line["peaks_gb"] = {name: round(value, 2) for name, value in self.clock.peaks.items()}

@@ -84,16 +84,18 @@ def ref(
     """One ref; its file name is not one of COCO's."""
     return {
         "ref_id": number, "ann_id": ann_id, "image_id": image, "split": split, "category_id": 1,
-        "file_name": f"COCO_train2014_{image:012d}_{number}.jpg", "sent_ids": [number * 10 + i for i in range(len(sentences))],
-        "sentences": [{"sent_id": number * 10 + i, "sent": s, "raw": s, "tokens": s.split()} for i, s in enumerate(sentences)],
+        "file_name": f"COCO_train2014_{image:012d}_{number}.jpg",
+        "sent_ids": [number * 10 + i for i in range(len(sentences))],
+        "sentences": [{"sent_id": number * 10 + i, "sent": s, "raw": s,
+                       "tokens": s.split()} for i, s in enumerate(sentences)],
     }  # fmt: skip
 
 
 def polygon(label: str, *points: tuple[float, float]) -> dict[str, object]:
     """One shape of a ReasonSeg file, with the keys of the real ones."""
     return {
-        "label": label, "labels": [label], "shape_type": "polygon", "image_name": "x.jpg", "points": [list(p) for p in points],
-        "group_id": None, "group_ids": [None], "flags": {},
+        "label": label, "labels": [label], "shape_type": "polygon", "image_name": "x.jpg",
+        "points": [list(p) for p in points], "group_id": None, "group_ids": [None], "flags": {},
     }  # fmt: skip
 
 

@@ -41,8 +41,9 @@ class Letters:
         asked = messages[-1]["content"][-1]["text"]
         ids = torch.tensor([ord(letter) for letter in asked])
         return Prefix(
-            token_ids=ids, token_types=torch.zeros_like(ids), pixels=torch.from_numpy(image.reshape(-1, 3).copy()).float(),
-            positions=ids.expand(3, -1), grid=torch.tensor([[1, *image.shape[:2]]]), frame=absolute_pixels(*image.shape[:2]),
+            token_ids=ids, token_types=torch.zeros_like(ids),
+            pixels=torch.from_numpy(image.reshape(-1, 3).copy()).float(), positions=ids.expand(3, -1),
+            grid=torch.tensor([[1, *image.shape[:2]]]), frame=absolute_pixels(*image.shape[:2]),
         )  # fmt: skip
 
     def answer(self, text: str) -> Tensor:
@@ -242,7 +243,8 @@ def test_all_that_a_device_is_sent_is_pinned(monkeypatch: pytest.MonkeyPatch) ->
     same = batch.pin_memory()
     assert batch.answers is not None and same.answers is not None and same.samples == batch.samples
     before, after = (
-        [getattr(p, name) for p in given.prefixes for name in ("token_ids", "token_types", "pixels", "positions")] + list(given.answers or [])
+        [getattr(p, name) for p in given.prefixes
+         for name in ("token_ids", "token_types", "pixels", "positions")] + list(given.answers or [])
         for given in (batch, same)
     )  # fmt: skip
     assert sorted(map(id, after)) == sorted(map(id, pinned)) and len(pinned) == 10

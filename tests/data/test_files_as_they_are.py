@@ -67,8 +67,9 @@ def test_metadata_behind_the_pixels_may_be_large_too(tmp_path: Path) -> None:
 
 
 BROKEN = [
-    b"Exif\x00\x00", b"Exif\x00\x00II*\x00\xff\xff\xff\xff", b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12",
-    b"no exif at all", b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00\x12\x01\x03\x00\x01\x00\x00\x00",
+    b"Exif\x00\x00", b"Exif\x00\x00II*\x00\xff\xff\xff\xff",
+    b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12", b"no exif at all",
+    b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00\x12\x01\x03\x00\x01\x00\x00\x00",
 ]  # fmt: skip
 
 
@@ -81,9 +82,19 @@ def test_broken_exif_turns_nothing(tmp_path: Path, exif: bytes, suffix: str) -> 
 
 def oriented(value: object, kind: int) -> bytes:
     """EXIF whose orientation is of a TIFF type that it should not have."""
-    stored = {2: str(value).encode() + b"\x00", 7: bytes([int(value) % 256]), 3: int(value).to_bytes(2, "little"), 4: int(value).to_bytes(4, "little")}[kind]  # fmt: skip
+    stored = {
+        2: str(value).encode() + b"\x00",
+        7: bytes([int(value) % 256]),
+        3: int(value).to_bytes(2, "little"),
+        4: int(value).to_bytes(4, "little"),
+    }[kind]
     count = len(stored) if kind in (2, 7) else 1
-    entry = (0x0112).to_bytes(2, "little") + kind.to_bytes(2, "little") + count.to_bytes(4, "little") + stored.ljust(4, b"\x00")  # fmt: skip
+    entry = (
+        (0x0112).to_bytes(2, "little")
+        + kind.to_bytes(2, "little")
+        + count.to_bytes(4, "little")
+        + stored.ljust(4, b"\x00")
+    )
     return b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00" + entry + bytes(4)
 
 
@@ -123,7 +134,10 @@ def test_a_turned_tiff_is_turned_once(tmp_path: Path) -> None:
 
 
 def test_every_mode_of_pillow_is_read_or_refused_by_name() -> None:
-    modes = [*ImageMode.getmode("L").__class__.__mro__[:0], *Image.MODES, "I;16", "I;16L", "I;16B", "La", "RGBa", "PA", "RGBX", "HSV", "LAB"]  # fmt: skip
+    modes = [
+        *ImageMode.getmode("L").__class__.__mro__[:0], *Image.MODES,
+        "I;16", "I;16L", "I;16B", "La", "RGBa", "PA", "RGBX", "HSV", "LAB",
+    ]  # fmt: skip
     for mode in dict.fromkeys(modes):
         image = Image.new(mode, (5, 4))
         for read in (

@@ -192,7 +192,8 @@ def asked(home: Path, form: str) -> Case:
 READERS: dict[str, Callable[[Path], Case]] = {
     **{f"image.{form}": lambda home, form=form: folders(home, form, "image") for form in FORMS},
     **{f"mask.{form}": lambda home, form=form: folders(home, form, "mask") for form in FORMS},
-    "mask16.png": lambda home: folders(home, "png", "mask", "I"), "mask16.tif": lambda home: folders(home, "tif", "mask", "I"),
+    "mask16.png": lambda home: folders(home, "png", "mask", "I"),
+    "mask16.tif": lambda home: folders(home, "tif", "mask", "I"),
     "mask_rgb.png": lambda home: folders(home, "png", "mask", "RGB"),
     "list": lists, "traces": traces,
     "refs": lambda home: refer(home, "refs(unc).p"), "many_refs": many_refs,

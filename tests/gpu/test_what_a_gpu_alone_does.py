@@ -204,12 +204,12 @@ def test_a_batch_out_of_pinned_memory_is_the_batch(gpu):
         assert one.grid.device.type == "cpu"
 
 
-SMALL = ("logger=csv", "data.workers=0", "data.batch_size=2", "data.test_length=4", "test_before=false", "rollout.max_tokens=32",
-         "trainer.max_steps=1")  # fmt: skip
+SMALL = ("logger=csv", "data.workers=0", "data.batch_size=2", "data.test_length=4", "test_before=false",
+         "rollout.max_tokens=32", "trainer.max_steps=1")  # fmt: skip
 STAGES = {
     "grpo": ("+experiment=demo", "stage.micro_batch_size=2"),
-    "ppo": ("+experiment=demo", "stage=ppo", "stage.critic_warmup=0", "reference=frozen_copy", "stage.schedule=null",
-            "stage.updates_per_rollout=1"),
+    "ppo": ("+experiment=demo", "stage=ppo", "stage.critic_warmup=0", "reference=frozen_copy",
+            "stage.schedule=null", "stage.updates_per_rollout=1"),
     "sft": ("+experiment=nano_sft", f"policy.weights={asset('policy_nano')}"),
 }  # fmt: skip
 
@@ -286,8 +286,9 @@ def test_zero_on_one_device_ends_where_plain_training_does(gpu, tmp_path):
     states = {}
     for name in ("single", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"):
         command = [
-            sys.executable, "-m", "segrl.train", *STAGES["grpo"], *SMALL, "stage.optimizer.lr=1e-4", "stage.optimizer.eps=1e-3",
-            "stage.schedule=null", f"trainer.accelerator={accelerator(gpu)}", "trainer.devices=1", f"paths.run={tmp_path}/{name}",
+            sys.executable, "-m", "segrl.train", *STAGES["grpo"], *SMALL, "stage.optimizer.lr=1e-4",
+            "stage.optimizer.eps=1e-3", "stage.schedule=null", f"trainer.accelerator={accelerator(gpu)}",
+            "trainer.devices=1", f"paths.run={tmp_path}/{name}",
             *([] if name == "single" else [f"trainer={name}"]),
         ]  # fmt: skip
         there = {**os.environ, **({"DS_ACCELERATOR": "cpu"} if gpu.type == "cpu" else {})}

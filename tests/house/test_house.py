@@ -20,8 +20,8 @@ LEVELS = {
     "stages": 4,
     "nano": 5, "tracking": 5,
     "runs": 6,
-    "__main__": 7, "train": 7, "evaluate": 7, "score": 7, "prepare": 7, "export": 7, "serve": 7, "track": 7, "chain": 7,
-    "nano.make": 7,
+    "__main__": 7, "train": 7, "evaluate": 7, "score": 7, "prepare": 7, "export": 7, "serve": 7, "track": 7,
+    "chain": 7, "nano.make": 7,
 }  # fmt: skip
 # Third-party packages that have one place.
 HOMES = {

@@ -159,7 +159,8 @@ def test_sampling_waits_for_its_device_at_every_eighth_token_alone(step, policy,
     head = PackedLinear(torch.empty(vocabulary, width, device="cuda"), None)
     pretended = SimpleNamespace(
         device=hidden.device, pad_id=0, temperature=1.0, stop_ids=moved(policy.stop_ids),
-        decoder=lambda *_: decoder, head=lambda: head, logits=lambda *given: HFPolicy.logits(pretended, *given),
+        decoder=lambda *_: decoder, head=lambda: head,
+        logits=lambda *given: HFPolicy.logits(pretended, *given),
     )  # fmt: skip
     prefixes = [SimpleNamespace(token_ids=hidden)] * decoder.groups
     state = SimpleNamespace(last_hidden=hidden)

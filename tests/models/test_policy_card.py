@@ -19,8 +19,9 @@ from segrl.segmenter import Segmenter
 
 CARD = {
     "policy": {
-        "_target_": "segrl.models.hf_vlm.HFPolicy", "image_side": 128, "pixel_budget": None, "temperature": 1.0,
-        "dtype": "float32", "lora": None, "train_vision": True, "gradient_checkpointing": False,
+        "_target_": "segrl.models.hf_vlm.HFPolicy", "image_side": 128, "pixel_budget": None,
+        "temperature": 1.0, "dtype": "float32", "lora": None, "train_vision": True,
+        "gradient_checkpointing": False,
     },
     "grammar": {"_target_": "segrl.prompts.tags.SegR1Tags", "max_boxes": 16, "max_points": 64},
     "head": {
@@ -32,8 +33,8 @@ CARD = {
     "precision": {"passes": "32-true"},
 }  # fmt: skip
 EVAL = (
-    "+suite=synthetic", "testsets.synthetic.samples.length=3", "testsets.synthetic.published=3", "logger=csv", "trainer=cpu",
-    "data.workers=0", "suite.draws=0", "suite.masks=true",
+    "+suite=synthetic", "testsets.synthetic.samples.length=3", "testsets.synthetic.published=3", "logger=csv",
+    "trainer=cpu", "data.workers=0", "suite.draws=0", "suite.masks=true",
 )  # fmt: skip
 
 
@@ -92,8 +93,9 @@ def test_a_mask_has_its_images_size(model):
 @pytest.mark.parametrize(
     "image",
     [
-        np.zeros((4, 5), np.uint8), np.zeros((4, 5, 4), np.uint8), np.zeros((4, 5, 3)), np.zeros((1, 4, 5, 3), np.uint8),
-        np.zeros((3, 4, 5), np.uint8), np.zeros((0, 5, 3), np.uint8), np.zeros((4, 5, 3), bool),
+        np.zeros((4, 5), np.uint8), np.zeros((4, 5, 4), np.uint8), np.zeros((4, 5, 3)),
+        np.zeros((1, 4, 5, 3), np.uint8), np.zeros((3, 4, 5), np.uint8), np.zeros((0, 5, 3), np.uint8),
+        np.zeros((4, 5, 3), bool),
     ],
     ids=lambda a: f"{a.dtype}{a.shape}",
 )  # fmt: skip
@@ -192,22 +194,31 @@ BAD = {
     "a precision that is none": (changed("precision", "passes", value="4-bit"), ["precision.passes"]),
     "a part missing": ({k: v for k, v in CARD.items() if k != "head"}, ["head"]),
     "a part more": ({**CARD, "data": {}}, ["data"]),
-    "a place to write to": (changed("head", "embeddings_folder", value="/srv/theirs"), ["head.embeddings_folder", "/srv/theirs"]),
+    "a place to write to": (changed("head", "embeddings_folder", value="/srv/theirs"),
+                            ["head.embeddings_folder", "/srv/theirs"]),
     "foreign code": (changed("grammar", "_target_", value="os.system"), ["grammar._target_", "os.system"]),
-    "instructions of this machine": (changed("grammar", "instructions", value="/etc/hostname"), ["grammar.instructions", "/etc/hostname"]),
-    "instructions that are none": (changed("grammar", "instructions", value={"seg_r1_tags": {"refer": "x"}}), ["seg_r1_tags.refer", "{query}"]),
-    "another room": (changed("grammar", "_target_", value="segrl.nano.architecture.write"), ["grammar._target_"]),
-    "a longer path": (changed("grammar", "_target_", value="segrl.prompts.tags.re.compile"), ["grammar._target_"]),
-    "what is only imported there": (changed("policy", "_target_", value="segrl.models.hf_vlm.Path"), ["policy._target_"]),
-    "an adapter that is none": (changed("grammar", "_target_", value="segrl.prompts.tags.Nothing"), ["grammar._target_"]),
-    "a module that is none": (changed("rollout", "_target_", value="segrl.rollout.none.X"), ["rollout._target_"]),
+    "instructions of this machine": (changed("grammar", "instructions", value="/etc/hostname"),
+                                     ["grammar.instructions", "/etc/hostname"]),
+    "instructions that are none": (changed("grammar", "instructions", value={"seg_r1_tags": {"refer": "x"}}),
+                                   ["seg_r1_tags.refer", "{query}"]),
+    "another room": (changed("grammar", "_target_", value="segrl.nano.architecture.write"),
+                     ["grammar._target_"]),
+    "a longer path": (changed("grammar", "_target_", value="segrl.prompts.tags.re.compile"),
+                      ["grammar._target_"]),
+    "what is only imported there": (changed("policy", "_target_", value="segrl.models.hf_vlm.Path"),
+                                    ["policy._target_"]),
+    "an adapter that is none": (changed("grammar", "_target_", value="segrl.prompts.tags.Nothing"),
+                                ["grammar._target_"]),
+    "a module that is none": (changed("rollout", "_target_", value="segrl.rollout.none.X"),
+                              ["rollout._target_"]),
     "no class": (changed("policy", value=None), ["policy._target_"]),
     "called with more": (changed("grammar", "_args_", value=[1]), ["grammar", "_args_"]),
     "foreign code inside": (
         changed("policy", "lora", value={"_target_": "pathlib.Path", "_args_": ["x"]}), ["policy", "pathlib"],
     ),
     "foreign code deeper": (
-        changed("policy", "pixel_budget", value=[{"a": {"_target_": "numpy.zeros"}}]), ["policy", "numpy.zeros"],
+        changed("policy", "pixel_budget", value=[{"a": {"_target_": "numpy.zeros"}}]),
+        ["policy", "numpy.zeros"],
     ),
     "a look at the machine": (changed("policy", "image_side", value="${oc.env:HOME}"), ["policy", "oc.env"]),
     "a checkpoint outside": (

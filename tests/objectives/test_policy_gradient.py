@@ -289,8 +289,9 @@ def update_gradient(size: int, shares: Callable[[Tensor], Tensor]) -> tuple[Tens
     mask = torch.arange(width) < torch.randint(1, width + 1, (rows, 1), generator=noise)
     theta = torch.randn(8, vocab, generator=noise).requires_grad_()
     prefix = Prefix(
-        token_ids=torch.zeros(1, dtype=torch.long), token_types=torch.zeros(1, dtype=torch.long), pixels=torch.zeros(1, 1),
-        positions=torch.zeros(3, 1, dtype=torch.long), grid=torch.ones(1, 3, dtype=torch.long), frame=Frame(1, 1),
+        token_ids=torch.zeros(1, dtype=torch.long), token_types=torch.zeros(1, dtype=torch.long),
+        pixels=torch.zeros(1, 1), positions=torch.zeros(3, 1, dtype=torch.long),
+        grid=torch.ones(1, 3, dtype=torch.long), frame=Frame(1, 1),
     )  # fmt: skip
     experience = Experience(
         prefixes=[prefix] * 8,
@@ -358,8 +359,8 @@ def test_an_impossible_token_off_the_mask_poisons_neither_loss_nor_stats(
         0.1,
     )
     poisoned = grpo(
-        new.masked_fill(~mask, float("-inf")), old if with_old else None, reference if with_reference else None,
-        advantages, per_token(mask).double(), CLIP, 0.1,
+        new.masked_fill(~mask, float("-inf")), old if with_old else None,
+        reference if with_reference else None, advantages, per_token(mask).double(), CLIP, 0.1,
     )  # fmt: skip
     assert not mask.all()
     assert poisoned.loss.item() == clean.loss.item()
@@ -377,7 +378,8 @@ def test_an_impossible_token_off_the_mask_poisons_no_gradient(
     if everywhere:  # impossible for the policies that sampled and that anchor, too
         old, reference = (t.masked_fill(~mask, float("-inf")) for t in (old, reference))
     grpo(
-        leaf, old if with_old else None, reference if with_reference else None, advantages, per_token(mask).double(), CLIP, 0.1
+        leaf, old if with_old else None, reference if with_reference else None, advantages,
+        per_token(mask).double(), CLIP, 0.1
     ).loss.backward()  # fmt: skip
     assert (leaf.grad[~mask] == 0).all()
     assert torch.isfinite(leaf.grad[mask]).all()

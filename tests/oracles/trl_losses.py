@@ -127,8 +127,8 @@ def group_advantages(given, trainer_class, module, first, **attributes):
     space = execute(
         origin, first, "advantages = torch.nan_to_num(",
         self=SimpleNamespace(
-            reward_weights=torch.ones(1, dtype=torch.float64), reward_funcs=[None], reward_clip_range=None, beta=0.0,
-            multi_objective_aggregation="sum_then_normalize", **attributes,
+            reward_weights=torch.ones(1, dtype=torch.float64), reward_funcs=[None], reward_clip_range=None,
+            beta=0.0, multi_objective_aggregation="sum_then_normalize", **attributes,
         ),
         rewards_per_func=rewards, unscorable_mask=torch.isnan(rewards).all(dim=1), device="cpu",
         num_generations=given["group_rewards"].shape[1],
@@ -139,8 +139,8 @@ def group_advantages(given, trainer_class, module, first, **attributes):
 def ppo_kl(given, estimator):
     """Per token, padding included."""
     space = execute(
-        PPO, "logr = ", "kl = ",
-        logprobs=given["logprobs"], ref_logprobs=given["reference"], args=SimpleNamespace(kl_estimator=estimator),
+        PPO, "logr = ", "kl = ", logprobs=given["logprobs"], ref_logprobs=given["reference"],
+        args=SimpleNamespace(kl_estimator=estimator),
     )  # fmt: skip
     return space["kl"].tolist()
 
@@ -167,7 +167,8 @@ def ppo_rollout(given, estimator, decay=0.95, kl_coef=0.05):
         PPO, "response_idxs = ", "advantages = torch.masked_fill(",
         responses=given["logprobs"], sequence_lengths=torch.tensor(LENGTHS) - 1, logprobs=given["old"],
         ref_logprobs=given["reference"], values=given["old_values"], scores=given["group_rewards"].view(-1),
-        args=SimpleNamespace(kl_estimator=estimator, kl_coef=kl_coef, whiten_rewards=False, gamma=1.0, lam=decay),
+        args=SimpleNamespace(kl_estimator=estimator, kl_coef=kl_coef, whiten_rewards=False, gamma=1.0,
+                             lam=decay),
     )  # fmt: skip
     found = {name: space[name] for name in ("kl", "rewards", "advantages", "returns")}
     return {**found, "value_mask": ~space["padding_mask_p1"]}
@@ -205,7 +206,8 @@ def main():
     past = {name: rollouts["k1"][name] for name in ("advantages", "returns", "value_mask")}
     grouped = [(f"grpo_{how}", GRPOTrainer, grpo_trainer, "if self.multi_objective", {"scale_rewards": how})
                for how in ("group", "batch", "none")]  # fmt: skip
-    grouped += [(name, RLOOTrainer, rloo_trainer, "rewards = (rewards_per_func", {"normalize_advantages": white})
+    grouped += [(name, RLOOTrainer, rloo_trainer, "rewards = (rewards_per_func",
+                 {"normalize_advantages": white})
                 for name, white in (("rloo", False), ("rloo_normalized", True))]  # fmt: skip
     found = {
         "trl": trl.__version__,
@@ -227,7 +229,8 @@ def main():
         },
         "rloo": {"rloo": rloo(given), "rloo_negated": rloo(given, high=0.1, sign=-1)},
         "group_advantages": {
-            name: group_advantages(given, kind, module, first, **how) for name, kind, module, first, how in grouped
+            name: group_advantages(given, kind, module, first, **how)
+            for name, kind, module, first, how in grouped
         },
         "ppo": {
             "kl": {estimator: ppo_kl(given, estimator) for estimator in rollouts},

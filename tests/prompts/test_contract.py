@@ -200,7 +200,8 @@ def test_tags_say_where_each_box_is_complete_and_each_label(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", [
-    TAGGED.replace("</labels>", ""), TAGGED + "<labels>[1]</labels>", TAGGED.replace("</bbox>, <p", "</bbox>, <bbox>[9,9,1,1]</bbox><p"),
+    TAGGED.replace("</labels>", ""), TAGGED + "<labels>[1]</labels>",
+    TAGGED.replace("</bbox>, <p", "</bbox>, <bbox>[9,9,1,1]</bbox><p"),
 ])  # fmt: skip
 def test_what_a_box_was_worth_does_not_hang_on_the_faults_behind_it(text: str) -> None:
     grammar = CASES["seg_r1_tags"].grammar
@@ -267,11 +268,13 @@ def check_unfolding(grammar: Unfolding, text: str, frame: Frame) -> None:
 
 
 NOISE = [
-    *TAGS, *"[]{},:.-'\"01 \n\t\\", "]]", "[[", "],[", "null", "true", "False", "NaN", "Infinity", "-Infinity", "nan", "inf",
-    "1e999", "-1e999", "1e-999", "1e5", "0x1", "1_0", "-0.0", ".5", "9" * 7, "9" * 25, "1" * 300, "1" * 5000, "[" * 50,
-    "[" * 3000, "{" * 50, '{"bbox":' * 200, "<think>" * 40, "\ud800", "\udfff\ud800", "\u202e", "\u0665\u0661", "\uff11",
-    "\u00b2", "\U0001f41f\u200d\U0001f41f", "\x00", "\r\n", "\ufeff", "\u2028", "```json", "</", "<", ">", '"bbox":', '"points":',
-    '"bbox_2d":[1,2,3,4],', '"points_1":[1,2],', "__import__('os')", '"\\ud800"', "<\\think>", "</think><answer>[]</answer>",
+    *TAGS, *"[]{},:.-'\"01 \n\t\\", "]]", "[[", "],[", "null", "true", "False", "NaN", "Infinity",
+    "-Infinity", "nan", "inf", "1e999", "-1e999", "1e-999", "1e5", "0x1", "1_0", "-0.0", ".5", "9" * 7,
+    "9" * 25, "1" * 300, "1" * 5000, "[" * 50, "[" * 3000, "{" * 50, '{"bbox":' * 200, "<think>" * 40,
+    "\ud800", "\udfff\ud800", "\u202e", "\u0665\u0661", "\uff11", "\u00b2", "\U0001f41f\u200d\U0001f41f",
+    "\x00", "\r\n", "\ufeff", "\u2028", "```json", "</", "<", ">", '"bbox":', '"points":',
+    '"bbox_2d":[1,2,3,4],', '"points_1":[1,2],', "__import__('os')", '"\\ud800"', "<\\think>",
+    "</think><answer>[]</answer>",
 ]  # fmt: skip
 
 

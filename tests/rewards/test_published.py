@@ -80,8 +80,9 @@ def test_what_the_released_code_pays_and_segrl_never_does(text: str) -> None:
 
 
 FRAGMENTS = [
-    "<think>", "</think>", "<bbox>", "</bbox>", "<points>", "</points>", "<labels>", "</labels>", "[", "]", "[[", "]]", ",", ",,",
-    " ", "1", "0", "01", "00", "[1,0]", "[[1,2]]", "10", "\n", "],[", "] [", ",]", ".5", "-1", BOX, POINTS, LABELS,
+    "<think>", "</think>", "<bbox>", "</bbox>", "<points>", "</points>", "<labels>", "</labels>", "[", "]",
+    "[[", "]]", ",", ",,", " ", "1", "0", "01", "00", "[1,0]", "[[1,2]]", "10", "\n", "],[", "] [", ",]",
+    ".5", "-1", BOX, POINTS, LABELS,
 ]  # fmt: skip
 
 

@@ -17,9 +17,9 @@ QUIET = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 GRPO = [
-    "-m", "segrl.train", "+experiment=demo", "rollout.max_tokens=64", "rollout.max_prefix=256", "logger=csv", "data.workers=0",
-    "data.batch_size=2", "stage.group_size=4", "data.test_length=2", "data.train_length=16", "trainer.accelerator=cpu", "trainer.devices=2",
-    "trainer.max_steps=2", "stage.mismatch_cap=2",
+    "-m", "segrl.train", "+experiment=demo", "rollout.max_tokens=64", "rollout.max_prefix=256", "logger=csv",
+    "data.workers=0", "data.batch_size=2", "stage.group_size=4", "data.test_length=2", "data.train_length=16",
+    "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_steps=2", "stage.mismatch_cap=2",
 ]  # fmt: skip
 
 
@@ -80,7 +80,8 @@ def mismatches(run_folder):
 
 def run(arguments, folder):
     done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, cwd=folder, env={**os.environ, **QUIET}, timeout=600
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=folder, env={**os.environ, **QUIET},
+        timeout=600
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
     return done.stdout

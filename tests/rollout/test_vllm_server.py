@@ -111,7 +111,8 @@ def test_what_a_server_refuses_is_told_in_one_line(pretended):
 
 
 NO_ADDRESSES = [
-    ["127.0.0.1:8000"], ["ftp://there:8000"], ["http://there"], ["http://there:80x"], ["http://there:99999"], [], None, "http://there:8000",
+    ["127.0.0.1:8000"], ["ftp://there:8000"], ["http://there"], ["http://there:80x"], ["http://there:99999"],
+    [], None, "http://there:8000",
 ]  # fmt: skip
 
 
@@ -125,7 +126,13 @@ def test_an_address_that_is_none_is_refused(pretended, servers):
 
 def composed(servers, max_prefix=300):
     rollout = {"_target_": "X", "servers": servers, "max_prefix": max_prefix, "max_tokens": 100}
-    return OmegaConf.create({"rollout": rollout, "trainer": {"precision": "bf16-mixed"}, "policy": {"dtype": "float32", "weights": asset("policy_nano")}})  # fmt: skip
+    return OmegaConf.create(
+        {
+            "rollout": rollout,
+            "trainer": {"precision": "bf16-mixed"},
+            "policy": {"dtype": "float32", "weights": asset("policy_nano")},
+        }
+    )
 
 
 def test_a_server_gets_the_settings_of_the_run():
@@ -178,14 +185,16 @@ def test_a_fingerprint_is_of_the_weights(nano_policy, nano_weights):
         assert moved != first
         first = moved
     ranks = [
-        HFPolicy(weights, 112, None, 1.0, "float32", {"rank": 4, "alpha": alpha, "dropout": 0.0}, False, False) for alpha in (8, 16)
+        HFPolicy(weights, 112, None, 1.0, "float32", {"rank": 4, "alpha": alpha, "dropout": 0.0}, False,
+                 False) for alpha in (8, 16)
     ]  # fmt: skip
     assert ranks[0].fingerprint() != ranks[1].fingerprint()
 
 
 def test_a_run_that_samples_elsewhere_needs_no_server():
     done = subprocess.run(
-        [sys.executable, "-m", "segrl.serve", "+experiment=demo", "--", "--enforce-eager"], capture_output=True, text=True
+        [sys.executable, "-m", "segrl.serve", "+experiment=demo", "--", "--enforce-eager"],
+        capture_output=True, text=True
     )  # fmt: skip
     assert done.returncode == 2
     assert "rollout=vllm_server is needed" in done.stderr or "--extra vllm" in done.stderr
@@ -210,8 +219,9 @@ def free_port():
 def started(port, log):
     """`segrl.serve` in a process of its own, ready."""
     command = [
-        sys.executable, "-m", "segrl.serve", "+experiment=demo", "rollout=vllm_server", f"rollout.servers=[http://127.0.0.1:{port}]",
-        f"rollout.max_tokens={LENGTH}", "rollout.max_prefix=400", "--", "--enforce-eager",
+        sys.executable, "-m", "segrl.serve", "+experiment=demo", "rollout=vllm_server",
+        f"rollout.servers=[http://127.0.0.1:{port}]", f"rollout.max_tokens={LENGTH}",
+        "rollout.max_prefix=400", "--", "--enforce-eager",
     ]  # fmt: skip
     process = subprocess.Popen(
         command, env={**os.environ, **QUIET}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -275,7 +285,9 @@ def test_a_server_that_was_left_half_written_is_filled_anew(server, policy, scen
 
 
 @pytest.mark.vllm
-def test_two_runs_with_one_server_do_not_learn_from_each_others_completions(server, policy, scenes, monkeypatch):  # fmt: skip
+def test_two_runs_with_one_server_do_not_learn_from_each_others_completions(
+    server, policy, scenes, monkeypatch
+):
     engine = VLLMServer(LENGTH, 400, [server], 60)
     monkeypatch.setattr(engine, "_follow", lambda *_: None)  # as if the other wrote behind this one's look
     engine._server.post("update_weight_version", new_version="the other's")

@@ -21,7 +21,8 @@ from segrl.runs.schema.kinds import shown
 from segrl.runs.schema.walk import Typed, Walk
 
 NEEDED = {
-    "image_mask": ["data.root=x"], "jsonl": ["data.train=x", "data.test=x"], "traces": ["data.root=x", "data.traces=x"],
+    "image_mask": ["data.root=x"], "jsonl": ["data.train=x", "data.test=x"],
+    "traces": ["data.root=x", "data.traces=x"],
 }  # fmt: skip
 """What a data group does not say itself."""
 

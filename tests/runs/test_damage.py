@@ -8,10 +8,10 @@ import pytest
 import torch
 
 RUN = (
-    "+experiment=demo", "logger=csv", "data.workers=0", "data.batch_size=2", "data.train_length=2", "data.test_length=2",
-    "rollout.max_tokens=4", "stage.group_size=2", "stage.schedule=null", "trainer.max_steps=1", "trainer.accelerator=cpu",
-    "trainer.val_check_interval=1", "callbacks.best.monitor=val/synthetic/sm",
-    "data.val_length=2",
+    "+experiment=demo", "logger=csv", "data.workers=0", "data.batch_size=2", "data.train_length=2",
+    "data.test_length=2", "rollout.max_tokens=4", "stage.group_size=2", "stage.schedule=null",
+    "trainer.max_steps=1", "trainer.accelerator=cpu", "trainer.val_check_interval=1",
+    "callbacks.best.monitor=val/synthetic/sm", "data.val_length=2",
 )  # fmt: skip
 DAMAGES = (
     "bytes",
@@ -34,7 +34,8 @@ def damage(path: Path, kind: str) -> None:
         path.mkdir()
         return
     path.write_bytes({
-        "bytes": bytes(range(128, 256)) * 4, "cut": whole[: len(whole) * 2 // 3 - 3], "empty": b"", "list": b"[1, 2]\n",
+        "bytes": bytes(range(128, 256)) * 4, "cut": whole[: len(whole) * 2 // 3 - 3], "empty": b"",
+        "list": b"[1, 2]\n",
     }[kind])  # fmt: skip
 
 
@@ -89,8 +90,8 @@ def test_a_damaged_file_is_not_exported(cli, run, tmp_path, name, kind):
 
 
 EVALUATION = (
-    "+suite=synthetic", "testsets.synthetic.samples.length=2", "testsets.synthetic.published=2", "logger=csv", "trainer=cpu",
-    "data.workers=0", "suite.draws=0", "rollout.max_tokens=4",
+    "+suite=synthetic", "testsets.synthetic.samples.length=2", "testsets.synthetic.published=2", "logger=csv",
+    "trainer=cpu", "data.workers=0", "suite.draws=0", "rollout.max_tokens=4",
 )  # fmt: skip
 
 

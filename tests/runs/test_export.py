@@ -11,8 +11,9 @@ from segrl.data.synthetic import SyntheticScenes
 from segrl.prompts.instructions import NAME, read
 from segrl.segmenter import Segmenter
 
-SMALL = ("logger=csv", "trainer.accelerator=cpu", "data.train_length=64", "data.test_length=4", "test_before=false",
-         "trainer.max_steps=2", "data.batch_size=2", "stage.group_size=2", "stage.micro_batch_size=2", "data.workers=0")  # fmt: skip
+SMALL = ("logger=csv", "trainer.accelerator=cpu", "data.train_length=64", "data.test_length=4",
+         "test_before=false", "trainer.max_steps=2", "data.batch_size=2", "stage.group_size=2",
+         "stage.micro_batch_size=2", "data.workers=0")  # fmt: skip
 
 
 @pytest.fixture
@@ -74,8 +75,9 @@ def test_plain_transformers_generates_the_same_text(exported, lora):
     assert all(torch.equal(value, ours[name]) for name, value in model.state_dict().items())
     prefix = segmenter.policy.encoder.encode(segmenter.grammar.messages(None), scene.image)
     ids = model.generate(
-        input_ids=prefix.token_ids[None], mm_token_type_ids=prefix.token_types[None], pixel_values=prefix.pixels,
-        image_grid_thw=prefix.grid, attention_mask=torch.ones_like(prefix.token_ids[None]),
+        input_ids=prefix.token_ids[None], mm_token_type_ids=prefix.token_types[None],
+        pixel_values=prefix.pixels, image_grid_thw=prefix.grid,
+        attention_mask=torch.ones_like(prefix.token_ids[None]),
     )  # fmt: skip
     text = processor.tokenizer.decode(ids[0, len(prefix.token_ids) :], skip_special_tokens=True)
     assert text == segmenter.segment(scene.image).text
@@ -143,7 +145,8 @@ def test_the_folder_is_asked_as_the_policy_was_trained_wherever_the_file_went(cl
         "rollout.max_tokens=2",
     )
     code, _, err = cli(
-        "+suite=synthetic", "testsets.synthetic.samples.length=1", "testsets.synthetic.published=1", *scored, module="evaluate",
+        "+suite=synthetic", "testsets.synthetic.samples.length=1", "testsets.synthetic.published=1", *scored,
+        module="evaluate",
     )  # fmt: skip
     assert code == 0, err
     assert "Only {query}" in (tmp_path / "scored" / "config.yaml").read_text()

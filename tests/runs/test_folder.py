@@ -68,14 +68,17 @@ def test_where_others_count_on_the_name_no_other_is_chosen(tmp_path):
 
 
 def test_a_second_resume_of_a_folder_is_one_line(cli, tmp_path):
-    run = ("+experiment=demo", "logger=csv", "data.workers=0", "data.batch_size=2", "data.train_length=2", "data.test_length=1",
-           "rollout.max_tokens=2", "stage.group_size=2", "stage.schedule=null", "trainer.max_steps=1", "test_before=false")  # fmt: skip
+    run = ("+experiment=demo", "logger=csv", "data.workers=0", "data.batch_size=2", "data.train_length=2",
+           "data.test_length=1", "rollout.max_tokens=2", "stage.group_size=2", "stage.schedule=null",
+           "trainer.max_steps=1", "test_before=false")  # fmt: skip
     code, _, err = cli(*run, f"paths.run={tmp_path}/run")
     assert code == 0, err
     files = sorted((tmp_path / "run").rglob("*"))
     assert LOCK not in {path.name for path in files}
     process = subprocess.Popen(
-        [sys.executable, "-c", OWN.replace("create", "own").replace("True", "'resume'").replace("made.name", "1"), str(tmp_path / "run")],
+        [sys.executable, "-c",
+         OWN.replace("create", "own").replace("True", "'resume'").replace("made.name", "1"),
+         str(tmp_path / "run")],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout.readline() == "1\n"

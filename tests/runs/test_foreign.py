@@ -44,18 +44,29 @@ TRAP = {"_target_": "os.system", "command": "touch trapped"}
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("policy._target_", "os.system"), ("policy._target_", "builtins.exec"), ("policy._target_", "hydra.utils.get_method"),
-        ("policy._target_", "segrl.models.policy_card.importlib.import_module"), ("stage.optimizer._target_", "torch.hub.load"),
-        ("stage.optimizer._target_", "torch.optim.adamw.torch.hub.load"), ("stage.schedule._target_", "torch.optim.lr_scheduler.os.system"),
-        ("trainer._target_", "lightning.pytorch.cli.os.system"), ("trainer.strategy", TRAP), ("trainer.extra", TRAP),
-        ("stage.extra", TRAP), ("stage.optimizer", {"_target_": "torch.optim.SGD", "lr": 0.1, "_partial_": True, "extra": TRAP}),
+        ("policy._target_", "os.system"), ("policy._target_", "builtins.exec"),
+        ("policy._target_", "hydra.utils.get_method"),
+        ("policy._target_", "segrl.models.policy_card.importlib.import_module"),
+        ("stage.optimizer._target_", "torch.hub.load"),
+        ("stage.optimizer._target_", "torch.optim.adamw.torch.hub.load"),
+        ("stage.schedule._target_", "torch.optim.lr_scheduler.os.system"),
+        ("trainer._target_", "lightning.pytorch.cli.os.system"), ("trainer.strategy", TRAP),
+        ("trainer.extra", TRAP),
+        ("stage.extra", TRAP),
+        ("stage.optimizer", {"_target_": "torch.optim.SGD", "lr": 0.1, "_partial_": True, "extra": TRAP}),
         ("stage.optimizer", {"_target_": "torch.optim.SGD", "lr": 0.1, "_partial_": True, "extra": [TRAP]}),
-        ("data.module.train", TRAP), ("data.module.test.mine", TRAP), ("data.extra", TRAP), ("data.published", {"a": TRAP}),
-        ("reward.terms.mine", {"fn": {**TRAP, "_partial_": True}, "weight": 1.0}), ("reward.terms.iou.fn._target_", "shutil.rmtree"),
-        ("callbacks.mine", TRAP), ("logger", {**TRAP, "_partial_": True}), ("head._target_", "subprocess.run"),
-        ("head.architecture", "evil.yaml"), ("head.architecture", "configs/sam2.1/../../evil.yaml"), ("sources", {"a": TRAP}),
-        ("name", "${oc.env:HOME}"), ("paths.runs", "${oc.decode:1}"), ("policy.weights", "${hydra:runtime.cwd}"),
-        ("policy._args_", [1]), ("policy._recursive_", False), ("policy._convert_", "all"), ("stage.policy", TRAP),
+        ("data.module.train", TRAP), ("data.module.test.mine", TRAP), ("data.extra", TRAP),
+        ("data.published", {"a": TRAP}),
+        ("reward.terms.mine", {"fn": {**TRAP, "_partial_": True}, "weight": 1.0}),
+        ("reward.terms.iou.fn._target_", "shutil.rmtree"),
+        ("callbacks.mine", TRAP), ("logger", {**TRAP, "_partial_": True}),
+        ("head._target_", "subprocess.run"),
+        ("head.architecture", "evil.yaml"), ("head.architecture", "configs/sam2.1/../../evil.yaml"),
+        ("sources", {"a": TRAP}),
+        ("name", "${oc.env:HOME}"), ("paths.runs", "${oc.decode:1}"),
+        ("policy.weights", "${hydra:runtime.cwd}"),
+        ("policy._args_", [1]), ("policy._recursive_", False), ("policy._convert_", "all"),
+        ("stage.policy", TRAP),
         ("stage.surrogate._target_", "segrl.stages.grpo.GRPOStage"), ("stage.critic", TRAP), ("hydra", TRAP),
     ],
     ids=str,
@@ -109,8 +120,9 @@ def test_an_export_is_made_of_segrls_parts_and_describes_the_others(tmp_path, co
 @pytest.mark.parametrize(
     "change",
     [
-        {"grammar": {"instructions": "${reward.trap}"}}, {"policy": {"lora": "${reward.trap}"}}, {"policy": "${reward.trap}"},
-        {"grammar": "${reward.trap}"}, {"policy": {"mine": "${reward.trap}"}}, {"policy": {"temperature": "${reward}"}},
+        {"grammar": {"instructions": "${reward.trap}"}}, {"policy": {"lora": "${reward.trap}"}},
+        {"policy": "${reward.trap}"}, {"grammar": "${reward.trap}"}, {"policy": {"mine": "${reward.trap}"}},
+        {"policy": {"temperature": "${reward}"}},
     ],
     ids=str,
 )  # fmt: skip
@@ -162,7 +174,8 @@ def test_a_run_whose_schedule_named_its_peak_goes_on(tmp_path, config):
 
 
 @pytest.mark.parametrize(
-    ("steps", "best", "anew"), [([], False, True), ([1, 2, 3], False, True), ([1, 2, 3, 4], False, False), ([1], True, False)]
+    ("steps", "best", "anew"),
+    [([], False, True), ([1, 2, 3], False, True), ([1, 2, 3, 4], False, False), ([1], True, False)]
 )  # fmt: skip
 def test_a_run_whose_checkpoint_is_gone_does_not_begin_anew(tmp_path, config, capsys, steps, best, anew):
     """The third update may be the one that a kill kept from being saved."""

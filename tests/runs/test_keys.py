@@ -25,8 +25,8 @@ from segrl.runs.schema.walk import Walk  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLED_WITH = {
-    "logprobs", "old", "advantages", "mask", "group_size", "tokens", "reference", "rewards", "closes", "policy", "answer", "sample",
-    "optimizer", "total_steps", "truth", "folder", "tags",
+    "logprobs", "old", "advantages", "mask", "group_size", "tokens", "reference", "rewards", "closes",
+    "policy", "answer", "sample", "optimizer", "total_steps", "truth", "folder", "tags",
 }  # fmt: skip
 """What code gives to a part that the configuration leaves to be called."""
 
@@ -63,7 +63,8 @@ def test_the_keys_of_nodes_without_a_constructor_are_those_of_what_reads_them():
 def test_alarms_may_watch_all_that_is_logged_and_nothing_else():
     told = re.search(r"Logged scalars: (.*?)`val/", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)[1]
     documented = {
-        f"{room}/{name}" for room, names in re.findall(r"(\w+)/\{([^}]+)\}", told) for name in names.split(",") if "<" not in name
+        f"{room}/{name}" for room, names in re.findall(r"(\w+)/\{([^}]+)\}", told)
+        for name in names.split(",") if "<" not in name
     } | {"sft/loss"}  # fmt: skip
     assert documented <= SCALARS
     assert {one for one in SCALARS - documented} == {
@@ -102,7 +103,8 @@ def test_every_bad_value_of_every_key_is_told_by_its_key():
 def test_a_line_of_the_table_is_the_line_that_is_printed(cli, tmp_path):
     numbers = [
         (one, value) for name, one, value in values()
-        if name == "train +experiment=demo" and not isinstance(value, dict) and fault(one.model, one.field, "text") is not None
+        if name == "train +experiment=demo" and not isinstance(value, dict)
+        and fault(one.model, one.field, "text") is not None
     ]  # fmt: skip
     for one, value in random.Random(1).sample(numbers, 4):
         line = said_of("train +experiment=demo", {one.key: value})[one.key]

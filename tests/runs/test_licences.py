@@ -13,7 +13,8 @@ def config(weights, loader="SyntheticScenes", **more):
     register_resolvers()
     return OmegaConf.create({
         "policy": {"weights": str(weights)}, "sources": {"policy.weights": QWEN}, "init_from": None,
-        "data": {"module": {"train": {"_target_": f"segrl.data.any.{loader}"}}, **more.pop("data", {})}, **more,
+        "data": {"module": {"train": {"_target_": f"segrl.data.any.{loader}"}}, **more.pop("data", {})},
+        **more,
     })  # fmt: skip
 
 

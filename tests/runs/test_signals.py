@@ -20,9 +20,9 @@ SMALL = (
     "data.workers=1",
 )
 TRAIN = (
-    "+experiment=demo", *SMALL, "data.batch_size=2", "data.train_length=8", "stage.group_size=2", "stage.schedule=null", "trainer.max_steps=8",
-    "callbacks.checkpoint.every_n_steps=3", "trainer.val_check_interval=2",
-    "data.val_length=2",
+    "+experiment=demo", *SMALL, "data.batch_size=2", "data.train_length=8", "stage.group_size=2",
+    "stage.schedule=null", "trainer.max_steps=8", "callbacks.checkpoint.every_n_steps=3",
+    "trainer.val_check_interval=2", "data.val_length=2",
 )  # fmt: skip
 EVALUATE = ("+experiment=demo", *SMALL, "suite.draws=0", "suite.batch_size=1")
 SWEEP = ("-m", *TRAIN, "seed=1,2")
@@ -32,8 +32,8 @@ _seconds: dict[str, float] = {}
 
 def begin(module, arguments, home):
     return subprocess.Popen(
-        [sys.executable, "-m", f"segrl.{module}", *arguments], cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+        [sys.executable, "-m", f"segrl.{module}", *arguments], cwd=home, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
     )  # fmt: skip
 
 

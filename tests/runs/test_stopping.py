@@ -20,10 +20,11 @@ from segrl.stages.policy_gradient import PolicyGradientStage
 from segrl.tracking.callbacks import Progress
 
 RUN = (
-    "+experiment=demo", "logger=csv", "data.workers=0", "data.batch_size=2", "data.train_length=4", "data.test_length=2",
-    "rollout.max_tokens=6", "stage.group_size=2", "stage.schedule=null", "trainer.max_steps=3", "trainer.accelerator=cpu",
-    "trainer.val_check_interval=1", "callbacks.checkpoint.every_n_steps=100", "callbacks.best.monitor=val/synthetic/sm",
-    "data.val_length=2", "stage.optimizer.lr=1e-3",
+    "+experiment=demo", "logger=csv", "data.workers=0", "data.batch_size=2", "data.train_length=4",
+    "data.test_length=2", "rollout.max_tokens=6", "stage.group_size=2", "stage.schedule=null",
+    "trainer.max_steps=3", "trainer.accelerator=cpu", "trainer.val_check_interval=1",
+    "callbacks.checkpoint.every_n_steps=100", "callbacks.best.monitor=val/synthetic/sm", "data.val_length=2",
+    "stage.optimizer.lr=1e-3",
 )  # fmt: skip
 
 
@@ -85,15 +86,18 @@ PHASES = {
     "in a step": ((PolicyGradientStage, "update", 2, signal.SIGTERM), "stopped and saved at step 2", 2),
     "after a step": ((Progress, "on_train_batch_end", 1, signal.SIGINT), "stopped and saved at step 1", 1),
     "in a validation": (
-        (PolicyGradientStage, "evaluate_batch", 2, signal.SIGTERM, validating), "stopped and saved at step 2", 2,
+        (PolicyGradientStage, "evaluate_batch", 2, signal.SIGTERM, validating),
+        "stopped and saved at step 2", 2,
     ),
     "in the last validation": (
-        (PolicyGradientStage, "evaluate_batch", 3, signal.SIGINT, validating), "stopped and saved at step 3", 3,
+        (PolicyGradientStage, "evaluate_batch", 3, signal.SIGINT, validating),
+        "stopped and saved at step 3", 3,
     ),
     "while saving": ((torch, "save", 1, signal.SIGTERM), "stopped and saved at step", None),
     "scoring before": ((Segmenter, "__call__", 1, signal.SIGINT), "stopped before its first update", None),
     "scoring after": (
-        (PolicyGradientStage, "evaluate_batch", 2, signal.SIGTERM, scoring), "trained and saved at step 3, not scored", 3,
+        (PolicyGradientStage, "evaluate_batch", 2, signal.SIGTERM, scoring),
+        "trained and saved at step 3, not scored", 3,
     ),
     "closing figures": ((training, "curves", 1, signal.SIGINT), "trained and saved at step 3, not scored", 3),
     "copying": ((training, "keep", 1, signal.SIGTERM), "trained, saved at step 3 and scored", 3),
@@ -155,8 +159,9 @@ def test_a_sweep_ends_behind_the_job_that_was_stopped(cli, tmp_path, at):
 
 def test_an_evaluation_keeps_what_was_answered(cli, tmp_path, at):
     arguments = (
-        "+suite=synthetic", "testsets.synthetic.samples.length=6", "testsets.synthetic.published=6", "logger=csv",
-        "trainer=cpu", "data.workers=0", "suite.draws=0", "suite.batch_size=2", "rollout.max_tokens=4",
+        "+suite=synthetic", "testsets.synthetic.samples.length=6", "testsets.synthetic.published=6",
+        "logger=csv", "trainer=cpu", "data.workers=0", "suite.draws=0", "suite.batch_size=2",
+        "rollout.max_tokens=4",
     )  # fmt: skip
     at(Segmenter, "__call__", 3, signal.SIGINT)
     code, out, err = cli(*arguments, f"paths.run={tmp_path}/a", module="evaluate")

@@ -11,9 +11,10 @@ from segrl.stages.policy_gradient import PolicyGradientStage
 from segrl.stages.ppo import PPOStage
 
 RUN = (
-    "+experiment=demo", "logger=csv", "data.workers=0", "data.batch_size=4", "data.test_length=2", "data.train_length=16",
-    "rollout.max_tokens=24", "stage.group_size=3", "trainer.accelerator=cpu", "trainer.max_steps=4", "stage.micro_batch_size=2",
-    "stage.optimizer.lr=1e-3", "policy.temperature=1.0", "stage.schedule=null",
+    "+experiment=demo", "logger=csv", "data.workers=0", "data.batch_size=4", "data.test_length=2",
+    "data.train_length=16", "rollout.max_tokens=24", "stage.group_size=3", "trainer.accelerator=cpu",
+    "trainer.max_steps=4", "stage.micro_batch_size=2", "stage.optimizer.lr=1e-3", "policy.temperature=1.0",
+    "stage.schedule=null",
 )  # fmt: skip
 REFERENCE = ("reference=frozen_copy", "stage.kl_weight=0.01")
 OWN = {"dapo": ("stage.live_samples=2",), "rloo": ("stage.kl_weight=0.0", "stage.kl_reward=0.05")}
@@ -131,8 +132,8 @@ def test_dapo_takes_what_can_teach_and_stops_trying_when_it_has_enough(cli, tmp_
 
     monkeypatch.setattr(RewardMixture, "__call__", uneven)
     code, _, err = cli(
-        *RUN, "stage=dapo", "stage.live_samples=2", "data.batch_size=12", "trainer.max_steps=2", "test_before=false",
-        f"paths.run={tmp_path}/run",
+        *RUN, "stage=dapo", "stage.live_samples=2", "data.batch_size=12", "trainer.max_steps=2",
+        "test_before=false", f"paths.run={tmp_path}/run",
     )  # fmt: skip
     assert code == 0, err
     assert 2 <= len(tried) < 12 and len(tried) % 2 == 0

@@ -140,7 +140,8 @@ def test_a_cold_start_trains_on_traces_made_from_masks(cli, tmp_path, experiment
     lines = [json.loads(line) for line in traces.read_text().splitlines()]
     assert lines and set(lines[0]) == {"image", "problem", "thinking", "solution"}
     code, out, err = cli(
-        f"+experiment={experiment}", *NANO, *SMALL, f"data.root={root}", f"data.traces={traces}", "trainer.max_epochs=9"
+        f"+experiment={experiment}", *NANO, *SMALL, f"data.root={root}", f"data.traces={traces}",
+        "trainer.max_epochs=9"
     )  # fmt: skip
     assert code == 0, err
     (run,) = (tmp_path / "runs" / experiment).iterdir()
@@ -269,8 +270,8 @@ def test_a_reference_in_half_precision_is_the_policy_that_it_was(cli, tmp_path, 
 
     monkeypatch.setattr(FrozenCopy, "logprobs", logprobs)
     code, _, err = cli(
-        "+experiment=demo", *SYNTHETIC["demo"], *SMALL, "reference=frozen_copy", "stage.kl_weight=0.1", "test_before=false",
-        "trainer.precision=bf16-mixed", f"paths.run={tmp_path}/run",
+        "+experiment=demo", *SYNTHETIC["demo"], *SMALL, "reference=frozen_copy", "stage.kl_weight=0.1",
+        "test_before=false", "trainer.precision=bf16-mixed", f"paths.run={tmp_path}/run",
     )  # fmt: skip
     assert code == 0, err
     assert set(dtypes) == {(torch.bfloat16, torch.float32)}
@@ -336,9 +337,9 @@ def test_what_saves_memory_does_not_change_the_update(cli, tmp_path, stage):
     states = {}
     for name, way in ways.items():
         code, _, err = cli(
-            "+experiment=demo", f"name={name}", *of_stage, *SYNTHETIC["demo"], *SMALL, "data.batch_size=4", "test_before=false", *way,
-            "stage.optimizer._target_=torch.optim.SGD", "~stage.optimizer.betas", "~stage.optimizer.eps", "trainer.max_steps=2",
-            "stage.schedule=null", "stage.optimizer.lr=0.01",
+            "+experiment=demo", f"name={name}", *of_stage, *SYNTHETIC["demo"], *SMALL, "data.batch_size=4",
+            "test_before=false", *way, "stage.optimizer._target_=torch.optim.SGD", "~stage.optimizer.betas",
+            "~stage.optimizer.eps", "trainer.max_steps=2", "stage.schedule=null", "stage.optimizer.lr=0.01",
         )  # fmt: skip
         assert code == 0, err
         (path,) = (tmp_path / "runs" / name).rglob("last.ckpt")

@@ -14,8 +14,8 @@ SGD = (
 )
 RUN = (
     "+experiment=demo", "logger=csv", "trainer.accelerator=cpu", "data.train_length=64", "data.test_length=5",
-    "trainer.max_steps=4", "stage.group_size=3", "rollout.max_tokens=24", "data.workers=0", "stage.micro_batch_size=1",
-    "policy.temperature=1.0", *SGD,
+    "trainer.max_steps=4", "stage.group_size=3", "rollout.max_tokens=24", "data.workers=0",
+    "stage.micro_batch_size=1", "policy.temperature=1.0", *SGD,
 )  # fmt: skip
 REFERENCE = ("reference=frozen_copy", "stage.kl_weight=0.01")
 # Token weights by sequence; by group, two updates a rollout; by token; a critic with advantages whitened over ranks.

@@ -14,9 +14,10 @@ from segrl.rollout.shared_prefix import SharedPrefixEngine
 from segrl.stages.policy_gradient import PolicyGradientStage
 
 RUN = (
-    "+experiment=demo", "logger=csv", "data.batch_size=2", "data.train_length=8", "data.test_length=2", "rollout.max_tokens=24",
-    "stage.group_size=3", "trainer.max_steps=6", "callbacks.checkpoint.every_n_steps=3", "trainer.accelerator=cpu",
-    "stage.optimizer.lr=1e-3", "stage.schedule=null",
+    "+experiment=demo", "logger=csv", "data.batch_size=2", "data.train_length=8", "data.test_length=2",
+    "rollout.max_tokens=24", "stage.group_size=3", "trainer.max_steps=6",
+    "callbacks.checkpoint.every_n_steps=3", "trainer.accelerator=cpu", "stage.optimizer.lr=1e-3",
+    "stage.schedule=null",
 )  # fmt: skip
 
 
@@ -167,8 +168,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_intact(cli, tmp_path, monkeyp
 
 
 def start(tmp_path, name):
-    command = [sys.executable, "-m", "segrl.train", *RUN, "data.workers=1", f"paths.runs={tmp_path}/runs", f"paths.run={tmp_path}/{name}",
-               "trainer.max_steps=12", "callbacks.checkpoint.every_n_steps=2"]  # fmt: skip
+    command = [sys.executable, "-m", "segrl.train", *RUN, "data.workers=1", f"paths.runs={tmp_path}/runs",
+               f"paths.run={tmp_path}/{name}", "trainer.max_steps=12",
+               "callbacks.checkpoint.every_n_steps=2"]  # fmt: skip
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -199,7 +201,8 @@ def test_a_real_kill_at_any_moment(tmp_path, never_stopped, number):
     process.stdout.read()  # ends only when the loader's process is gone, too
     if not (tmp_path / "cut" / "config.yaml").is_file():
         return  # nothing was written yet, so nothing can be lost
-    done = subprocess.run([sys.executable, "-m", "segrl.train", f"resume={tmp_path}/cut"], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "segrl.train", f"resume={tmp_path}/cut"],
+                          capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert same(state(whole)["state_dict"], state(tmp_path / "cut")["state_dict"])

@@ -17,9 +17,10 @@ from segrl.segmenter import Segmenter
 
 SAMPLES, GROUP, SEED, RATE = 4, 3, 1, 1e-3
 OVERRIDES = (
-    "+experiment=demo", "logger=csv", f"seed={SEED}", "trainer.accelerator=cpu", "trainer.max_steps=1", "test_before=false",
-    f"data.batch_size={SAMPLES}", "data.train_length=16", "data.test_length=1", "data.workers=0", "rollout.max_tokens=24",
-    f"stage.group_size={GROUP}", f"stage.micro_batch_size={SAMPLES}", f"stage.optimizer.lr={RATE}", "stage.schedule=null",
+    "+experiment=demo", "logger=csv", f"seed={SEED}", "trainer.accelerator=cpu", "trainer.max_steps=1",
+    "test_before=false", f"data.batch_size={SAMPLES}", "data.train_length=16", "data.test_length=1",
+    "data.workers=0", "rollout.max_tokens=24", f"stage.group_size={GROUP}",
+    f"stage.micro_batch_size={SAMPLES}", f"stage.optimizer.lr={RATE}", "stage.schedule=null",
 )  # fmt: skip
 
 

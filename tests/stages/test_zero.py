@@ -16,11 +16,16 @@ from segrl.runs.configuration import asset
 
 pytestmark = pytest.mark.zero
 RUN = (
-    "+experiment=demo", "logger=csv", "trainer.accelerator=cpu", "trainer.devices=2", "data.train_length=64", "data.test_length=5",
-    "rollout.max_tokens=24", "data.workers=0", "data.batch_size=2", "stage.micro_batch_size=1",
-    "policy.temperature=1.0", "stage.schedule=null", "test_before=false",
+    "+experiment=demo", "logger=csv", "trainer.accelerator=cpu", "trainer.devices=2", "data.train_length=64",
+    "data.test_length=5", "rollout.max_tokens=24", "data.workers=0", "data.batch_size=2",
+    "stage.micro_batch_size=1", "policy.temperature=1.0", "stage.schedule=null", "test_before=false",
 )  # fmt: skip
-SGD = ("stage.optimizer._target_=torch.optim.SGD", "~stage.optimizer.betas", "~stage.optimizer.eps", "stage.optimizer.lr=0.05")  # fmt: skip
+SGD = (
+    "stage.optimizer._target_=torch.optim.SGD",
+    "~stage.optimizer.betas",
+    "~stage.optimizer.eps",
+    "stage.optimizer.lr=0.05",
+)
 # With a tiny eps rounding decides the step of weights that have no gradient.
 ADAMW = ("stage.optimizer.lr=1e-4", "stage.optimizer.eps=1e-3")
 

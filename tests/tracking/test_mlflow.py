@@ -18,8 +18,8 @@ from segrl.tracking.mlflow_store import CannotTrackError, Place, Run
 MlflowClient = pytest.importorskip("mlflow.tracking").MlflowClient
 
 SMALL = (
-    "+experiment=demo", "trainer.max_steps=2", "data.batch_size=2", "data.workers=0", "data.test_length=2", "test_before=false",
-    "rollout.max_tokens=24", "stage.group_size=2", "trainer.accelerator=cpu",
+    "+experiment=demo", "trainer.max_steps=2", "data.batch_size=2", "data.workers=0", "data.test_length=2",
+    "test_before=false", "rollout.max_tokens=24", "stage.group_size=2", "trainer.accelerator=cpu",
 )  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from segrl.tracking.sweep_parent import Row, SweepParent, _differs, ranked, tabl
 MlflowClient = pytest.importorskip("mlflow.tracking").MlflowClient
 
 SMALL = (
-    "+experiment=demo", "trainer.max_steps=1", "data.batch_size=2", "data.workers=0", "data.test_length=4", "test_before=false",
-    "rollout.max_tokens=24",
+    "+experiment=demo", "trainer.max_steps=1", "data.batch_size=2", "data.workers=0", "data.test_length=4",
+    "test_before=false", "rollout.max_tokens=24",
 )  # fmt: skip
 
 

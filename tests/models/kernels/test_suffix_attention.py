@@ -12,12 +12,30 @@ from segrl.types import Completions
 GROUP, LENGTHS = 3, [5, 1, 7, 2, 7, 3]  # one has no token to be read: its only one is predicted by the prefix
 
 
-def plain_varlen(query, key, value, query_ends, key_ends, most_queries, most_keys, scale, window_size, enable_gqa=True, causal_at="end"):  # fmt: skip
+def plain_varlen(
+    query,
+    key,
+    value,
+    query_ends,
+    key_ends,
+    most_queries,
+    most_keys,
+    scale,
+    window_size,
+    enable_gqa=True,
+    causal_at="end",
+):
     """What torch documents of its kernel: one attention per segment, causality aligned at the end."""
     assert window_size == (-1, 0) and enable_gqa and query.dtype == key.dtype == value.dtype
     assert most_queries == query_ends.diff().max() and most_keys == key_ends.diff().max()
     out = []
-    for q, k, v in zip(*(part.tensor_split(ends[1:-1].tolist()) for part, ends in ((query, query_ends), (key, key_ends), (value, key_ends))), strict=True):  # fmt: skip
+    for q, k, v in zip(
+        *(
+            part.tensor_split(ends[1:-1].tolist())
+            for part, ends in ((query, query_ends), (key, key_ends), (value, key_ends))
+        ),
+        strict=True,
+    ):
         rows, columns = torch.arange(len(q))[:, None], torch.arange(len(k))
         seen = columns <= rows + (len(k) - len(q) if causal_at == "end" else 0)
         shared = q.shape[1] // k.shape[1]
