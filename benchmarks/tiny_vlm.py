@@ -1,7 +1,8 @@
-"""A random Qwen2.5-VL of 9.7 million parameters, for both sides of a benchmark; proportions follow the 3B model.
+"""A random Qwen2.5-VL of 9.7 million parameters, for both sides of a benchmark.
 
-A 392x392 image is 196 tokens of a prompt of about 230, completions have 64; the vision tower costs two thirds of the prompt's trunk.
-Written to a folder, so that every trainer loads it as it loads real weights.
+Its proportions follow the 3B model. A 392x392 image is 196 tokens of a prompt of about 230, and completions
+have 64 tokens. The vision tower costs two thirds of the language model's pass over the prompt. It is written
+to a folder, so that every trainer loads it as it loads real weights.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ SPECIAL = [
     "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
 _TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 def image(number: int, side: int = SIDE) -> np.ndarray:
-    """Noise, uint8 `[side, side, 3]`."""
+    """Return noise, uint8 `[side, side, 3]`."""
     return np.random.default_rng(number).integers(0, 255, (side, side, 3), dtype=np.uint8)
 
 
 def write(folder: Path, real: dict[str, Any] | None = None, side: int = SIDE) -> Path:
-    """Weights (seed 0), tokenizer of bytes and processor.
+    """Write weights (seed 0), a tokenizer of bytes, and a processor.
 
     Args:
         folder: where.
