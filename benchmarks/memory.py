@@ -140,9 +140,9 @@ def sampling(
 def learning(
     ledger: Ledger, policy: Any, prefixes: list[Any], group: int, length: int, shared_out: bool
 ) -> tuple[int, Any]:
-    """Return the most bytes in a pass and its update, including what stays, and the optimizer.
+    """Return the most bytes in a pass and its update, including what stays; and the optimizer.
 
-    The optimizer comes with its moments, or with what is sharded out of it to other ranks.
+    If `shared_out`, gradients are freed as soon as they are whole and the optimizer makes no moments.
     """
     from segrl.types import Completions
 

@@ -42,7 +42,7 @@ def similarity(mask: np.ndarray, truth: np.ndarray) -> float:
 
 
 def s_measure(mask: np.ndarray, truth: np.ndarray) -> float:
-    """Return the S-measure of Fan et al. (ICCV 2017) on whole arrays in float64, as the released reward does."""
+    """Return the S-measure of Fan et al. (ICCV 2017) in float64, as the released reward computes it."""
     mask, truth = mask.astype(np.float64), truth.astype(np.float64)
     share = truth.mean()
     objects = share * object_score(mask[truth == 1]) + (1 - share) * object_score(1 - mask[truth == 0])

@@ -92,7 +92,7 @@ class Roofline(TorchDispatchMode):
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Return the bytes of a tensor's own elements; an expanded view counts what it repeats once."""
+    """Return the bytes of a tensor, at most those of its storage, which an expanded view repeats."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 

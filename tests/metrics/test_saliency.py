@@ -1,4 +1,4 @@
-"""Sets of real maps, through the command line, against what pysodmetrics says of them."""
+"""Scores of sets of real maps, through the command line, are those of pysodmetrics."""
 
 from __future__ import annotations
 

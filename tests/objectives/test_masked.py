@@ -23,7 +23,7 @@ MASK = torch.tensor([[True, True, True, True], [True, True, False, False]])
 
 
 def masks(least: int) -> st.SearchStrategy[torch.Tensor]:
-    """Right-padded masks of 1..6 completions with `least` or more tokens each."""
+    """Draw right-padded masks of 1 to 6 completions with `least` or more tokens each."""
     rows = st.lists(st.integers(least, 7), min_size=1, max_size=6)
     return rows.map(lambda lengths: torch.arange(7) < torch.tensor(lengths)[:, None])
 

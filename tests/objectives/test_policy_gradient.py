@@ -37,7 +37,7 @@ def per_budget(mask: Tensor) -> Tensor:
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """Of ratios, by way of the log-probabilities that make them."""
+    """Return the surrogate of given ratios, through the log-probabilities that give them."""
     mask = torch.ones_like(ratio, dtype=torch.bool)
     gain = advantages[:, None].expand_as(ratio)
     return ppo_clip(ratio.log(), torch.zeros_like(ratio), gain, mask, low=low, high=high).loss
@@ -65,7 +65,7 @@ def double(rows: list[list[float]]) -> Tensor:
 
 
 def ragged(seed: int, rows: int = 6, width: int = 7) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """New, old and reference log-probabilities, advantages, mask."""
+    """Return new, old and reference log-probabilities, advantages, and the mask."""
     noise = torch.Generator().manual_seed(seed)
     old = -3 * torch.rand(rows, width, generator=noise, dtype=torch.float64)
     new = old + 0.4 * torch.randn(rows, width, generator=noise, dtype=torch.float64)
@@ -79,7 +79,10 @@ def ragged(seed: int, rows: int = 6, width: int = 7) -> tuple[Tensor, Tensor, Te
 
 
 def by_hand(kl_weight: float, reference: Tensor | None) -> tuple[dict[str, float], float]:
-    """Ratios 3/2, 1, 1/2 for an advantage of +1 and one of -1, within [0.8, 1.3]; the last token is padding."""
+    """Return ratios 3/2, 1, 1/2 for an advantage of +1 and one of -1.
+
+    The bounds are [0.8, 1.3]; the last token is padding.
+    """
     new = double([[-1.0, -1.0, -1.0], [-1.0, -1.0, -1.0]])
     old = new - double([[1.5, 1.0, 0.5], [1.5, 1.0, 0.5]]).log()
     advantages = torch.tensor([1.0, -1.0], dtype=torch.float64)
@@ -162,7 +165,7 @@ def test_k3_is_never_negative_and_its_mean_under_the_policy_is_the_divergence() 
 def naive(
     new: Tensor, old: Tensor, reference: Tensor | None, advantages: Tensor, weights: Tensor, beta: float
 ) -> tuple[float, dict[str, float]]:
-    """The equation, token by token, in plain numbers."""
+    """Compute the equation token by token in plain numbers."""
     low, high = CLIP
     loss, stats = 0.0, {"ratio": 0.0, "clip_fraction": 0.0, "entropy": 0.0, "kl": 0.0}
     for n in range(len(new)):
@@ -282,7 +285,7 @@ def test_every_completion_twice_gives_the_same_loss() -> None:
 
 
 def update_gradient(size: int, shares: Callable[[Tensor], Tensor]) -> tuple[Tensor, float, dict[str, float]]:
-    """The gradient of one update of 8 samples with groups of 3, cut into parts of `size` samples."""
+    """Return the gradient of one update of 8 samples with groups of 3, in parts of `size` samples."""
     noise = torch.Generator().manual_seed(5)
     rows, width, vocab = 24, 6, 11
     tokens = torch.randint(0, vocab, (rows, width), generator=noise)

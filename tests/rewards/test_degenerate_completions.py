@@ -156,7 +156,8 @@ def test_no_degenerate_completion_earns_what_a_clean_one_earns(reward: str, gram
     assert (total["good"] > total["worse"]) == (reward != "binary"), shown  # whose threshold both pass
     assert total["worse"] > total["bad"], shown
     assert total["worse"] > total["whole image"], shown
-    # What cannot be parsed earns no more than the shortest thing that cannot, and never as much as a clean worse answer.
+    # What cannot be parsed earns no more than the shortest thing that cannot, and never as much as a clean
+    # worse answer.
     for kind in ("bad, ramble behind", "looped, cut off", "cut off"):
         assert total[kind] <= total["bad"], (kind, shown)
     assert total["empty"] <= total["bad"], shown
