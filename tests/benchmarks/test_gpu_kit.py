@@ -1,4 +1,4 @@
-"""The kit of first contact is in step with the code: every part, rehearsed on a CPU at tiny shapes; and its report."""
+"""The GPU kit agrees with the code: every part runs on a CPU at tiny shapes, and so does its report."""
 
 import json
 import os
@@ -26,7 +26,7 @@ SAID = {  # names of findings that a part has to have
 
 
 def check(out, part, code=0, **settings):
-    """Run a part through the script that a GPU machine runs; the findings."""
+    """Run a part through the script that a GPU machine runs; return the findings."""
     there = {
         **os.environ,
         "PYTHON": sys.executable,
@@ -62,10 +62,11 @@ def test_a_part_works(tmp_path, part):
 
 
 def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path):
-    """A Python that fails at once, and one that never ends."""
+    """One Python fails at once, and one never ends."""
     python = tmp_path / "python"
     python.write_text(
-        f'#!/bin/sh\ncase "$*" in *kernels*) exit 7 ;; *agree*) sleep 1000 ;; *) exec {sys.executable} "$@" ;; esac\n'
+        '#!/bin/sh\ncase "$*" in *kernels*) exit 7 ;; *agree*) sleep 1000 ;; '
+        f'*) exec {sys.executable} "$@" ;; esac\n'
     )
     python.chmod(0o755)
     found, _ = check(tmp_path, "kernels agree", 1, PYTHON=str(python), MOST="3")
@@ -242,7 +243,7 @@ def test_a_rehearsal_is_printed_and_never_filed(gpu_report, tmp_path, monkeypatc
 
 
 def test_the_docs_say_what_the_latest_report_says(gpu_report):
-    """README.md and docs/speed.md as they stand; `python benchmarks/gpu_report.py --docs` renews them."""
+    """`python benchmarks/gpu_report.py --docs` updates README.md and docs/speed.md."""
     for page in gpu_report.DOCS:
         assert page.read_text() == gpu_report.renewed(page, gpu_report.FOLDER), page
 

@@ -1,4 +1,4 @@
-"""A folder with a card is used as it was trained, and a card can ask for nothing else."""
+"""A folder with a card is used as its policy was trained, and a card can ask for nothing else."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def changed(*steps: str, value: object) -> dict:
 
 @pytest.fixture
 def model(tmp_path):
-    """A card to a folder of the shipped policy with it."""
+    """Return a function from a card to a folder of the shipped policy with that card."""
 
     def made(card: object, name: str = "model") -> Path:
         folder = tmp_path / name
@@ -154,13 +154,13 @@ def test_the_card_says_how_and_the_command_line_stands_above_it(cli, tmp_path, m
 def test_a_cards_precision_survives_all_but_a_precision_and_a_policy(
     cli, model, monkeypatch, said, precision
 ):
-    """A group of the trainer says where an evaluation runs; how exactly, the card says."""
+    """A group of the trainer says where an evaluation runs; the card says in which precision."""
     from segrl.runs import evaluation
 
     taken = []
 
     class Stub:
-        """In place of an evaluation: what it would have been built from."""
+        """Stands for an evaluation: keeps what it would have been built from."""
 
         @staticmethod
         def build(cfg):
@@ -280,7 +280,7 @@ def test_files_are_named_by_where_they_belong():
 
 
 def test_a_yaml_that_lies_about_is_not_taken_for_one_of_sam2s(model, tmp_path, monkeypatch):
-    """Whoever stands in a foreign folder must not build what its files say."""
+    """In a foreign working directory, segrl must not build what its files say."""
     folder = model(changed("head", "architecture", value="configs/sam2.1/sam2.1_hiera_t.yaml"))
     (folder / "configs" / "sam2.1").mkdir(parents=True)
     bait = "model:\n  _target_: builtins.open\n  file: touched\n  mode: w\n"

@@ -4,8 +4,8 @@
         --with pysodmetrics==1.6.2 --with numpy==2.3.4 --with scipy==1.17.1 \
         --with scikit-image==0.25.2 --with opencv-python-headless==4.14.0.94 tests/oracles/pysod_values.py
 
-writes pysod_values.json beside this file. Tests import `cases` from here to make the same maps again. They are
-made by integer arithmetic alone, so that every version of numpy makes the same ones.
+writes pysod_values.json beside this file. Tests import `cases` from here to make the same maps again. They
+are made by integer arithmetic alone, so that every version of numpy makes the same ones.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What a policy is asked: segrl's texts, a file's, and those that lie beside its weights."""
+"""The instructions that a policy is given: segrl's, a file's, and those beside its weights."""
 
 from __future__ import annotations
 

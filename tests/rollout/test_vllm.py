@@ -37,8 +37,8 @@ def test_without_vllm_one_line_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize("sleep", [True, False])
-def test_what_slept_is_filled_anew_before_it_takes_its_cache_back(sleep, monkeypatch):
-    """Sleep of level 2 forgets the weights; the engine of a pretended GPU says what it was asked."""
+def test_an_engine_that_slept_gets_its_weights_before_its_cache(sleep, monkeypatch):
+    """Sleep of level 2 discards the weights. The engine of a pretended GPU records what it was asked."""
     monkeypatch.setattr(wire, "needs_vllm", lambda extra: None)
     engine, llm = VLLMEngine(8, 100, 0.3, sleep=sleep, eager=True), mock.MagicMock()
     monkeypatch.setattr(engine, "_start", lambda policy: llm)

@@ -1,4 +1,4 @@
-"""Plain vLLM as a server, for real, on a CPU; and what needs no vLLM, against a server that is pretended."""
+"""A plain vLLM server for real, on a CPU; and tests against a pretended server, which need no vLLM."""
 
 import importlib.util
 import json
@@ -46,7 +46,7 @@ if __name__ == "__main__":
 
 
 class Pretended(BaseHTTPRequestHandler):
-    """Says which weights it holds, as long as it is not told others."""
+    """Stands for a server: says which weights it holds, until it is given others."""
 
     held, told = "default", []
 
@@ -117,7 +117,7 @@ NO_ADDRESSES = [
 
 
 @pytest.mark.parametrize("servers", NO_ADDRESSES)
-def test_an_address_that_is_none_is_refused(pretended, servers):
+def test_text_that_is_no_address_is_refused(pretended, servers):
     with pytest.raises(ValueError, match="rollout.servers: .*http://HOST:PORT is needed; got "):
         VLLMServer(8, 64, servers, 30)
     with pytest.raises(ValueError, match="rollout.servers: .*http://HOST:PORT is needed; got "):
@@ -217,7 +217,7 @@ def free_port():
 
 
 def started(port, log):
-    """`segrl.serve` in a process of its own, ready."""
+    """Start `segrl.serve` in a process of its own and wait until it is ready."""
     command = [
         sys.executable, "-m", "segrl.serve", "+experiment=demo", "rollout=vllm_server",
         f"rollout.servers=[http://127.0.0.1:{port}]", f"rollout.max_tokens={LENGTH}",
@@ -243,7 +243,7 @@ def end(process):
 
 @pytest.fixture(scope="module")
 def process(tmp_path_factory):
-    """The server's process, its port, and what starts another in its place."""
+    """Return the server's process, its port, and a function that starts another in its place."""
     port = free_port()
     with (tmp_path_factory.mktemp("vllm") / "log").open("w") as log:
         held = {"start": lambda: held.update(now=started(port, log)), "port": port}
@@ -272,7 +272,7 @@ def test_a_server_follows_its_policy(server, policy, scenes):
 
 @pytest.mark.vllm
 def test_a_server_that_was_left_half_written_is_filled_anew(server, policy, scenes, monkeypatch):
-    """Its trainer was killed in the middle of a layer; the next one starts over."""
+    """Its trainer was killed in the middle of a layer; the next trainer starts over."""
     monkeypatch.setattr(vllm_server, "_ABANDONED", 1.0)
     done = subprocess.run([sys.executable, "-c", KILLED, server], env={**os.environ, **QUIET}, timeout=200)
     assert done.returncode == 9
