@@ -21,7 +21,8 @@ from PIL import Image
 if __name__ == "__main__":
     from vllm import LLM, SamplingParams
     folder, prompt, images, length = sys.argv[1], sys.argv[2], sys.argv[3:-1], int(sys.argv[-1])
-    llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=512, limit_mm_per_prompt={"image": 1})
+    one = {"image": 1}
+    llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=512, limit_mm_per_prompt=one)
     asked = [{"prompt": prompt, "multi_modal_data": {"image": Image.open(i)}} for i in images]
     for answer in llm.generate(asked, SamplingParams(temperature=0, max_tokens=length)):
         print("ANSWER" + json.dumps([list(answer.prompt_token_ids), answer.outputs[0].text]))

@@ -1,4 +1,4 @@
-"""What a user gets wrong costs one line, exit code 2, and nothing on the disk."""
+"""A user's mistake costs one line, exit code 2, and nothing on the disk."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ DEMO = (
 
 
 def refused(cli, tmp_path, *arguments):
-    """The one line of a refused command, after checking that nothing was written."""
+    """Return the one line of a refused command, after checking that nothing was written."""
     before = sorted(p for p in tmp_path.rglob("*"))
     code, out, err = cli(*arguments)
     assert code == 2, (code, out, err)

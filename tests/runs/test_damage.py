@@ -1,4 +1,4 @@
-"""Files of a run's folder that are damaged: one line that names the file, or it is made again."""
+"""A damaged file of a run's folder is named in one line, or is made again."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def run(cli, tmp_path, made):
-    """A finished run of one update, for each test anew."""
+    """Return a copy of a finished run of one update."""
     if not made.exists():
         code, _, err = cli(*RUN, f"paths.run={made}", runs=None)
         assert code == 0, err
@@ -102,7 +102,7 @@ def evaluated(tmp_path_factory):
 
 @pytest.fixture
 def evaluation(cli, tmp_path, evaluated):
-    """A finished evaluation, for each test anew."""
+    """Return a copy of a finished evaluation."""
     if not evaluated.exists():
         code, _, err = cli(*EVALUATION, f"paths.run={evaluated}", module="evaluate", runs=None)
         assert code == 0, err
@@ -139,8 +139,8 @@ def test_one_bit_that_changed_in_a_checkpoint_is_refused(run, place):
 
 
 @pytest.mark.parametrize("place", [0.2, 0.7])
-def test_one_bit_that_changed_in_a_file_of_torch_alone_is_refused(tmp_path, place):
-    """Checkpoints from before the digest: their zip has sums of its own."""
+def test_one_bit_that_changed_in_a_checkpoint_without_a_digest_is_refused(tmp_path, place):
+    """Checkpoints without a digest have only the checksums of their zip."""
     from segrl.tracking.checkpoints import read_checkpoint
 
     path = tmp_path / "old.ckpt"

@@ -1,4 +1,4 @@
-"""What departs from an experiment is said in a line at the start: its batch over all ranks, and counts of test sets."""
+"""A run says at its start where it departs from its experiment: its total batch, and counts of test sets."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_configuration_from_before_has_nothing_to_hold_a_batch_against():
 
 
 class Samples(list):
-    """Stands for a dataset: its length is looked at, no more."""
+    """Stands for a dataset of which only the length is read."""
 
 
 def test_counts_of_an_experiments_own_test_sets_are_held_against_the_published_ones():

@@ -1,4 +1,4 @@
-"""Evaluation through the real command line: every sample once, whatever happens on the way."""
+"""Evaluation through the real command line: every sample is scored once, whatever interrupts it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from segrl.runs.configuration import asset, compose_job
 # --- one evaluation
 
 
-def test_a_line_per_sample_a_table_and_the_scores_of_both(cli, tmp_path):
+def test_an_evaluation_writes_a_line_per_sample_a_table_and_its_scores(cli, tmp_path):
     code, out, err = cli(
         *EVAL, "suite.masks=true", "suite.overlays=true", f"paths.run={tmp_path}/a", module="evaluate"
     )
@@ -126,7 +126,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def heads(monkeypatch):
-    """How many images the mask head has seen; it dies before the one numbered `dies_at`."""
+    """Count the images that the mask head has seen; it raises at the one numbered `dies_at`."""
     segment, state = Sam2Head.segment, {"seen": 0, "dies_at": -1}
 
     def counted(head, images, prompts):
@@ -243,7 +243,7 @@ def test_a_test_set_that_grew_is_finished_by_a_resume(cli, tmp_path):
     assert [row["id"] for row in rows(tmp_path / "grown")] == ["0", "1", "2"]
 
 
-def test_a_list_is_scored_without_one_to_learn_from(cli, tmp_path):
+def test_a_list_is_scored_without_a_training_list(cli, tmp_path):
     from PIL import Image
 
     lines = []

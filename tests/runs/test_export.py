@@ -1,4 +1,4 @@
-"""An exported policy is the checkpoint's: for segrl, for plain transformers, and for whoever reads its card."""
+"""An exported policy is the checkpoint's: for segrl, for plain transformers, and in its card."""
 
 import json
 
@@ -18,7 +18,7 @@ SMALL = ("logger=csv", "trainer.accelerator=cpu", "data.train_length=64", "data.
 
 @pytest.fixture
 def exported(cli, tmp_path):
-    """A run, and the folder made of it."""
+    """Return a run, and the folder made of it."""
 
     def export(*overrides):
         run, out = tmp_path / "run", tmp_path / "policy"

@@ -1,4 +1,4 @@
-"""A run's folder has one owner, for as long as its process lives."""
+"""A run's folder has one owner for as long as the owner's process lives."""
 
 import os
 import subprocess
@@ -84,7 +84,8 @@ def test_a_second_resume_of_a_folder_is_one_line(cli, tmp_path):
     assert process.stdout.readline() == "1\n"
     code, _, err = cli(f"resume={tmp_path}/run", runs=None)
     assert code == 2 and err == (
-        f"segrl: resume: {tmp_path}/run is used by another process (pid {process.pid}): wait for its end, or end it\n"
+        f"segrl: resume: {tmp_path}/run is used by another process (pid {process.pid}): "
+        "wait for its end, or end it\n"
     )
     process.kill()
     process.wait()

@@ -1,4 +1,4 @@
-"""Each key has a type and a range, in one place: what a schema does not allow is refused in a line that names the key."""
+"""Each key has a type and a range in one place; a value outside is refused in a line that names the key."""
 
 import ast
 import inspect
@@ -76,14 +76,14 @@ def test_alarms_may_watch_all_that_is_logged_and_nothing_else():
     }
 
 
-def test_every_bound_is_taken():
+def test_every_bound_of_a_range_is_accepted():
     for one in {one for name in COMPOSED for one in typed(name)}:
         for value in good_values(one.schema):
             assert fault(one.model, one.field, value) is None, (one, value)
 
 
 def test_some_bad_values_are_told_by_their_key():
-    """A sample of all, each alone in its configuration."""
+    """The values are a sample of all, each alone in its configuration."""
     for name, one, value in random.Random(0).sample(list(values()), 60):
         line = said_of(name, {one.key: value}).get(one.key, "TAKEN")
         assert is_told(one.key, value, line), (name, one.key, value, line)
@@ -156,16 +156,18 @@ def test_a_command_line_that_is_refused_by_hand(command, arguments, words):
         ("train", ["+experiment=nano_sft", "reference=none"]),  # nothing is set that nothing reads
     ],
 )
-def test_what_is_read_may_be_set(command, arguments):
+def test_keys_that_the_command_reads_may_be_set(command, arguments):
     assert refusal(command, arguments, only_keys=True) is None
 
 
-def test_there_are_eighty_by_hand():
+def test_the_table_by_hand_has_eighty_command_lines():
     assert len(BY_HAND) >= 80
 
 
 def test_nothing_heavy_is_imported_to_refuse():
-    """`torch` and its like come after the check: no import of them at the head of what a command imports first."""
+    """The first modules that a command imports do not import `torch` or other heavy packages at
+    their head.
+    """
     for file in (
         "host/foreign.py",
         *(f"runs/{name}.py" for name in ("command", "configuration", "messages", "help_text")),

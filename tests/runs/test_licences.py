@@ -1,4 +1,4 @@
-"""A card's licence follows from the base model and the data, and is never asserted where one of them is not known."""
+"""A card's licence follows from the base model and the data; where one is unknown, none is stated."""
 
 import pytest
 from omegaconf import OmegaConf

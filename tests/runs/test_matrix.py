@@ -1,4 +1,7 @@
-"""Every experiment with every option of every group: composed and bound, or refused in a line that says which two do not go together, and what to write."""
+"""Every experiment with every option of every group composes and binds, or is refused in one line.
+
+The line says which two do not go together, and what to write.
+"""
 
 import random
 import re
@@ -36,7 +39,7 @@ ALL = [
 
 
 def held(experiment, choice):
-    """None where the two go together, or the line; what a line says to write is tried."""
+    """Return None if the two go together, or the line; try what a line says to write."""
     arguments = [f"+experiment={experiment}", choice, *NEEDED.get(choice, [])]
     lines = refusal("train", arguments, only_keys=True)
     if lines is None:

@@ -1,4 +1,4 @@
-"""A GPU whose memory runs out is said in one line, with the key that takes less."""
+"""A GPU that runs out of memory costs one line, with the key that takes less."""
 
 import pytest
 import torch

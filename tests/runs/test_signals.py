@@ -1,4 +1,4 @@
-"""A hundred signals at random moments: each is answered by what is on the disk, or by the truth that there is nothing."""
+"""A hundred signals at random moments: what is said of each agrees with what is on the disk."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def begin(module, arguments, home):
 
 
 def lasts(module, arguments, home):
-    """How long it takes, left alone."""
+    """Return the seconds that the command takes when left alone."""
     key = f"{module} {len(arguments)}"
     if key not in _seconds:
         began = time.monotonic()
@@ -54,7 +54,7 @@ def step_of(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(COUNT))
-def test_a_signal_at_any_moment(tmp_path, tmp_path_factory, number):
+def test_after_a_signal_at_any_moment_the_disk_holds_what_is_said(tmp_path, tmp_path_factory, number):
     drawn = random.Random(number)
     module, arguments = drawn.choice(
         [("train", TRAIN)] * 4 + [("evaluate", EVALUATE)] * 2 + [("train", SWEEP)]

@@ -1,4 +1,4 @@
-"""Alarms ring for what they name, once, and not for what is well; the best checkpoint is the one that is scored."""
+"""Alarms report what they name, once, and nothing else; the best checkpoint is the one that is scored."""
 
 import json
 
@@ -81,7 +81,7 @@ def test_a_loss_that_is_no_number_stops_before_it_reaches_the_weights(cli, tmp_p
 
 
 def test_the_best_checkpoint_is_the_one_that_is_scored(cli, tmp_path, monkeypatch):
-    """Validation says that the first of three updates was best."""
+    """Validation scores the first of three updates best."""
     from segrl.stages.base import SegStage
 
     told = iter([0.9, 0.3, 0.2])

@@ -1,4 +1,4 @@
-"""A Hydra multirun is one MLflow parent with a child per job, and a table at the end, whatever becomes of its jobs."""
+"""A Hydra multirun is one MLflow parent with a child per job, and ends with a table, even if jobs fail."""
 
 import json
 
@@ -134,7 +134,7 @@ def test_each_metric_has_its_direction():
 
 
 class Trainer:
-    """What `KeepBest` asks of Lightning's."""
+    """Stands for Lightning's trainer: has what `KeepBest` asks of it."""
 
     sanity_checking = False
 

@@ -189,7 +189,7 @@ class PretendedRecorder(GraphRecorder):
 
 
 def recording(monkeypatch, required=False):
-    """Sample as on a GPU, but without graphs; return what records the steps."""
+    """Let sampling record its steps as on a GPU, with a pretended recorder; return the recorder."""
     recorder = PretendedRecorder(required)
     monkeypatch.setattr(shared_prefix, "_STRIDE", 8)
     monkeypatch.setattr(
