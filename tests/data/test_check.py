@@ -1,4 +1,4 @@
-"""Is a download whole? The report, and its command line."""
+"""The check of a download: its report, and its command line."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_count_that_differs_from_the_published_one_is_wrong(
 
 
 def masks(tmp_path: Path) -> dict[str, Image.Image]:
-    """One of every kind that is published somewhere."""
+    """Return one mask of every kind that is published somewhere."""
     on = np.zeros((16, 24), np.uint8)
     on[4:8, 6:12] = 1
     graded = on * 255
@@ -82,7 +82,7 @@ def masks(tmp_path: Path) -> dict[str, Image.Image]:
     }  # fmt: skip
 
 
-def test_every_kind_of_mask_is_told_apart(tmp_path: Path) -> None:
+def test_every_kind_of_mask_is_recognised(tmp_path: Path) -> None:
     kinds = masks(tmp_path)
     for number, image in enumerate(kinds.values()):
         photograph(tmp_path / "i" / f"{number}.jpg", number)
@@ -94,7 +94,7 @@ def test_every_kind_of_mask_is_told_apart(tmp_path: Path) -> None:
     assert split.share == (24 / 384,) * 3, "all the others are the same object"
 
 
-def test_empty_and_full_masks_are_told_and_are_not_wrong(tmp_path: Path) -> None:
+def test_empty_and_full_masks_are_reported_and_are_not_wrong(tmp_path: Path) -> None:
     folders(tmp_path, "i", "m", ("a", "b", "c"))
     for name, value in (("a", 0), ("b", 255)):
         Image.fromarray(np.full((16, 24), value, np.uint8)).save(tmp_path / "m" / f"{name}.png")
@@ -104,7 +104,7 @@ def test_empty_and_full_masks_are_told_and_are_not_wrong(tmp_path: Path) -> None
     assert split.share == (0, 24 / 384, 1)
 
 
-def test_sizes_that_differ_are_told_and_wrong_unless_the_masks_are_resized(tmp_path: Path) -> None:
+def test_sizes_that_differ_are_reported_and_wrong_unless_the_masks_are_resized(tmp_path: Path) -> None:
     photograph(tmp_path / "i" / "a.jpg", size=(400, 200))
     truth(tmp_path / "m" / "a.png", size=(399, 200))
     (split,) = report({"test": surveyed(tmp_path)}).splits
@@ -113,7 +113,7 @@ def test_sizes_that_differ_are_told_and_wrong_unless_the_masks_are_resized(tmp_p
     assert split.other_size == ["a: image 400x200, mask 399x200"] and not split.wrong
 
 
-def test_a_rotated_photograph_with_an_upright_mask_is_told_and_fits(tmp_path: Path) -> None:
+def test_a_rotated_photograph_with_an_upright_mask_is_reported_and_fits(tmp_path: Path) -> None:
     folders(tmp_path, "i", "m", ("a", "b"))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -122,7 +122,7 @@ def test_a_rotated_photograph_with_an_upright_mask_is_told_and_fits(tmp_path: Pa
     assert (split.turned, split.other_size, split.wrong) == (["a"], [], False)
 
 
-def test_the_same_bytes_in_two_splits_are_told(tmp_path: Path) -> None:
+def test_the_same_bytes_in_two_splits_are_reported(tmp_path: Path) -> None:
     folders(tmp_path / "train", "i", "m", ("COD10K-CAM-1-Aquatic-3-Crab-32", "b"))
     folders(tmp_path / "test", "i", "m", ("x", "y"))
     for name in ("i/x.jpg", "i/y.JPG"):
@@ -313,7 +313,7 @@ def test_real_folders_pass_with_their_own_counts(cli, realdata: Path) -> None:
     assert run(cli, *where, "data.published={train:160,duts_te:40}")[0] == 0
 
 
-def test_real_palette_masks_are_told_with_the_one_that_is_a_pixel_too_narrow(cli, realdata: Path) -> None:
+def test_real_palette_masks_are_reported_with_the_one_that_is_a_pixel_too_narrow(cli, realdata: Path) -> None:
     where = (
         "data=image_mask", f"data.root={realdata / 'davis_like'}", "data.train_images=images",
         "data.train_masks=masks", "data.test_images=images", "data.test_masks=masks",

@@ -20,7 +20,7 @@ from segrl.types import Prefix, Sample
 
 
 class ResumableShuffle(collate.ResumableShuffle):
-    """In batches of one, at the beginning of a given epoch."""
+    """Shuffle in batches of one, at the beginning of a given epoch."""
 
     def __init__(self, length: int, seed: int, rank: int, ranks: int) -> None:
         super().__init__(length, 1, seed, rank, ranks, lambda: self.epoch * len(self))
@@ -159,7 +159,7 @@ def test_ranks_share_an_epoch_equally_and_never_an_index(length: int, ranks: int
     assert set(seen) <= set(range(length))
 
 
-def test_what_does_not_divide_is_left_for_another_epoch() -> None:
+def test_samples_that_do_not_divide_among_ranks_come_in_another_epoch() -> None:
     shares = [ResumableShuffle(17, seed=0, rank=rank, ranks=4) for rank in range(4)]
     seen = set()
     for epoch in range(12):
@@ -215,8 +215,8 @@ def test_a_share_is_in_order() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5])
-def test_wherever_it_stands_what_follows_is_what_would_have_followed(batch_size: int) -> None:
-    """Epoch after epoch from the beginning, against a start at every batch."""
+def test_an_order_that_resumes_at_any_batch_goes_on_as_if_never_stopped(batch_size: int) -> None:
+    """The order is read epoch after epoch from the beginning, and from every batch on."""
     done = 0
 
     def sampler(at: int) -> collate.ResumableShuffle:
@@ -231,7 +231,7 @@ def test_wherever_it_stands_what_follows_is_what_would_have_followed(batch_size:
 
 
 def test_all_that_a_device_is_sent_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's loaders ask a batch for it; what is not pinned is copied while the host waits."""
+    """torch's loaders ask a batch to pin itself; the host waits for the copy of what is not pinned."""
     pinned: list[Tensor] = []
 
     def pin(tensor: Tensor) -> Tensor:
@@ -265,7 +265,7 @@ def test_loaders_pin_for_a_gpu_alone(device: str) -> None:
 
 
 class Refusing(Letters):
-    """A processor that does not take an image, as Qwen's do one that is 300 times as long as wide."""
+    """A processor that refuses an image, as Qwen's do one that is 300 times as long as wide."""
 
     def encode(self, messages: Sequence[Message], image: np.ndarray) -> Prefix:
         return torch.zeros(2).reshape(3)

@@ -1,4 +1,4 @@
-"""Every test set of the literature, composed with its root at a little download of its layout, and read."""
+"""Every test set of the literature is composed and read, from a little download of its layout."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ COUNTS = {
 
 
 def composed(name: str, root: Path, *overrides: str) -> DictConfig:
-    """The node of one test set, as an evaluation composes it."""
+    """Return the node of one test set, as an evaluation composes it."""
     register_resolvers()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         cfg = compose("train", [f"+testset={name}", f"testsets.{name}.root={root}", *overrides])

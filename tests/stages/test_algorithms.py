@@ -1,4 +1,4 @@
-"""Every algorithm on the one loop: it runs, starts at ratio 1, resumes, and does what is its own."""
+"""Every algorithm on the one loop: it runs, starts at ratio 1, resumes, and does what is special to it."""
 
 import json
 
@@ -91,7 +91,10 @@ def test_resume_is_exact_with_a_critic_two_updates_and_a_reward_that_remembers(
         "callbacks.checkpoint.every_n_steps=2",
     )
     arguments += ("stage.critic_warmup=3",) if stage.startswith("ppo") else ()
-    schedule = "stage.schedule={_target_: segrl.stages.schedule.one_cycle, _partial_: true, pct_start: 0.3, cycle_momentum: false}"
+    schedule = (
+        "stage.schedule={_target_: segrl.stages.schedule.one_cycle, _partial_: true, "
+        "pct_start: 0.3, cycle_momentum: false}"
+    )
     arguments = (*arguments, schedule)
     code, _, err = cli(*arguments, f"paths.run={tmp_path}/whole")
     assert code == 0, err
@@ -116,8 +119,8 @@ def test_resume_is_exact_with_a_critic_two_updates_and_a_reward_that_remembers(
     assert histories[0] == histories[1]
 
 
-def test_dapo_takes_what_can_teach_and_stops_trying_when_it_has_enough(cli, tmp_path, monkeypatch):
-    """Samples whose place in the batch is even have groups without spread."""
+def test_dapo_keeps_groups_with_spread_and_stops_sampling_when_it_has_enough(cli, tmp_path, monkeypatch):
+    """Samples at even places of the batch have groups without spread."""
     from segrl.rewards.mixture import RewardMixture
 
     score, tried = RewardMixture.__call__, []
@@ -143,7 +146,7 @@ def test_dapo_takes_what_can_teach_and_stops_trying_when_it_has_enough(cli, tmp_
     assert sum(odd) >= 2 and sum(odd[:-2]) < 2
 
 
-def test_the_critic_is_told_the_truth_and_the_policy_is_not(cli, tmp_path, monkeypatch):
+def test_the_critic_reads_the_ground_truth_and_the_policy_does_not(cli, tmp_path, monkeypatch):
     told = []
     privileged = PPOStage.privileged
     monkeypatch.setattr(
@@ -164,7 +167,10 @@ def test_under_a_schedule_the_critic_peaks_at_its_own_rate(cli, tmp_path, monkey
         return update(self, minibatch)
 
     monkeypatch.setattr(PolicyGradientStage, "update", watched)
-    one_cycle = "stage.schedule={_target_: segrl.stages.schedule.one_cycle, _partial_: true, pct_start: 0.5, cycle_momentum: false}"
+    one_cycle = (
+        "stage.schedule={_target_: segrl.stages.schedule.one_cycle, _partial_: true, "
+        "pct_start: 0.5, cycle_momentum: false}"
+    )
     ppo = (*RUN[:-1], "stage=ppo", *REFERENCE, "stage.critic_lr=1e-2", "trainer.max_steps=8", one_cycle)
     code, _, err = cli(*ppo, f"paths.run={tmp_path}/run")
     assert code == 0, err

@@ -1,4 +1,4 @@
-"""Ranks, like micro-batches, change nothing: two processes on gloo end where one does."""
+"""Ranks, like micro-batches, change nothing: two processes on gloo end with the weights of one."""
 
 import subprocess
 import sys
@@ -97,7 +97,7 @@ main()
     ],
 )
 def test_a_rank_leaves_no_thread_of_its_group_to_the_end_of_python(tmp_path, module, arguments):
-    """A thread that lets go of a tensor while the interpreter ends aborts the process, and with it the run."""
+    """A thread that frees a tensor while the interpreter ends aborts the process, and with it the run."""
     (tmp_path / "main.py").write_text(LEFT.format(module=module))
     command = [sys.executable, tmp_path / "main.py", *arguments, f"paths.run={tmp_path}/run", "trainer=ddp"]
     process = subprocess.run(

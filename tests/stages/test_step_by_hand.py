@@ -1,4 +1,4 @@
-"""One GRPO step, top to bottom, made with segrl's own pieces: the stage does the same, and ends with the same weights."""
+"""One GRPO step written out with segrl's own functions ends with the weights of the stage's step."""
 
 from functools import partial
 
