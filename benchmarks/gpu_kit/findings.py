@@ -38,7 +38,7 @@ class Findings:
         """Return what `work` returns; if it raises, write the error down as a finding and go on."""
         try:
             return work()
-        except Exception as error:  # noqa: BLE001 - at first contact anything may fail, and the rest is still wanted
+        except Exception as error:  # noqa: BLE001 - any error is a finding, and the part goes on
             traceback.print_exc()
             self.say(name=name, error=f"{type(error).__name__}: {str(error)[:400]}")
             return None

@@ -256,7 +256,9 @@ def test_loaders_pin_for_a_gpu_alone(device: str) -> None:
     scenes = SyntheticScenes("train", 8, 0, 64, (0.5, 1.0), (1, 1))
     data = SegDataModule(scenes, {"a": scenes}, {"b": scenes}, 2, 2, 0, 0)
     strategy = SimpleNamespace(root_device=torch.device(device))
-    data.trainer = SimpleNamespace(strategy=strategy, global_rank=0, world_size=1, global_step=0)  # type: ignore[assignment]
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        strategy=strategy, global_rank=0, world_size=1, global_step=0
+    )
     loaders = [data.train_dataloader(), *data.val_dataloader(), *data.test_dataloader()]
     assert [loader.pin_memory for loader in loaders] == [device == "cuda"] * 3
 

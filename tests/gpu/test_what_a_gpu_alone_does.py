@@ -152,7 +152,7 @@ def test_graphs_sample_what_is_sampled_without(gpu, policy_of, half, monkeypatch
             for graphs in (True, False)
         ]
     wide = min(part.shape[1] for part in tokens)
-    # The sides sum in another order, and a token that the noise nearly misses may be the next one.
+    # Both sides sum in another order, so a token on the edge of the noise may become the next one.
     assert (tokens[0][:, :wide] == tokens[1][:, :wide]).float().mean() > (0.8 if half else 0.99)
 
 
@@ -197,7 +197,7 @@ def test_masks_are_those_of_the_cpu_and_encoding_beside_changes_nothing(gpu, nan
             assert (mask == other).mean() > 0.995
 
 
-def test_a_batch_out_of_pinned_memory_is_the_batch(gpu):
+def test_a_batch_copied_from_pinned_memory_is_unchanged(gpu):
     policy = trained()
     batch = Batch(
         samples=[SCENES[i] for i in range(2)], prefixes=asked(policy), answers=[torch.arange(3)] * 2

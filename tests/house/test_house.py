@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "segrl"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-# An arrow may only point down; rooms of one level never import each other.
+# An import may only point down; rooms of one level never import each other.
 LEVELS = {
     "types": 0, "protocols": 0, "host": 0,
     "prompts": 1, "objectives": 1, "metrics.functional": 1, "geometry": 1, "models.kernels": 1,

@@ -39,7 +39,7 @@ def test_a_pair_of_empty_masks_counts_as_the_convention_says(empty, giou, p5) ->
     assert found["giou"] == pytest.approx(giou, abs=1e-15)
     assert found["ciou"] == pytest.approx(
         2 / (4 + 3), abs=1e-15
-    )  # such a pair adds nothing; a false mask all it covers
+    )  # two empty masks add nothing; a false mask adds all its pixels
     assert found["p@.5"] == pytest.approx(p5, abs=1e-15)
     assert "n_acc" not in found and "t_acc" not in found
 
@@ -53,7 +53,7 @@ def test_ignored_pixels_count_as_the_convention_says(ignore, both, either) -> No
     found = table(Referring("one", ignore, False), (mask, truth, open_))
     assert found["giou"] == found["ciou"] == both / either
     plain = table(Referring("one", ignore, False), (mask, truth))
-    assert plain["ciou"] == 2 / 8  # without ignored pixels all are one
+    assert plain["ciou"] == 2 / 8  # without ignored pixels all conventions agree
 
 
 def test_a_mask_within_excluded_pixels_counts_as_empty() -> None:
@@ -68,7 +68,7 @@ def test_grefcoco_by_relas_rules() -> None:
     found = table(
         Referring("one", "exclude", True),
         (NOTHING, FOUR),  # missed: no intersection, the truth in the union
-        (NOTHING, NOTHING),  # rightly left alone: 1, and nothing to cIoU
+        (NOTHING, NOTHING),  # rightly empty: 1, and nothing to cIoU
         (OTHER, NOTHING),  # wrongly drawn: 0, the mask in the union
         (FOUR, FOUR),
         (row(0, 1, 2), FOUR),

@@ -258,7 +258,7 @@ def test_a_card_that_asks_for_something_else_is_refused(cli, tmp_path, model, na
         (changed("head", "checkpoint", value="weights:absent.pt"), ["head.checkpoint", "absent.pt"]),
     ],
 )
-def test_a_card_that_cannot_be_followed_is_one_line(cli, tmp_path, model, card, words):
+def test_a_card_that_cannot_be_followed_is_refused_in_one_line(cli, tmp_path, model, card, words):
     folder = model(card)
     code, _, err = cli(*EVAL, f"model={folder}", module="evaluate")
     assert code == 2 and len(err.splitlines()) == 1 and all(word in err for word in words), err
@@ -268,12 +268,12 @@ def test_a_card_that_cannot_be_followed_is_one_line(cli, tmp_path, model, card, 
     assert all(word in str(refusal.value) for word in words)
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_a_card_that_was_written_is_read_back(tmp_path):
     policy_card.write(tmp_path, CARD)
     assert policy_card.read(tmp_path) == CARD and policy_card.read(tmp_path / "none") == {}
 
 
-def test_files_are_named_by_where_they_belong():
+def test_prefixes_locate_files_in_the_package_or_beside_the_weights():
     assert policy_card.located("asset:sam2_nano.yaml", "w") == asset("sam2_nano.yaml")
     assert policy_card.located("weights:a.pt", Path("w")) == "w/a.pt"
     assert policy_card.located(None, "w") is None and policy_card.located("float32", "w") == "float32"
@@ -304,7 +304,7 @@ def test_a_photograph_is_segmented_as_it_is_shown(model, tmp_path):
     )
 
 
-def test_the_precision_of_the_card_is_that_of_use(model):
+def test_a_segmenter_uses_the_precision_of_its_card(model):
     assert (
         Segmenter.from_pretrained(model(changed("precision", "passes", value="bf16-mixed"))).passes
         is torch.bfloat16

@@ -96,7 +96,7 @@ def test_two_completions_by_hand() -> None:
     stats, loss = by_hand(kl_weight=0.0, reference=None)
     assert loss == pytest.approx(-2.8 / 6 + 2.5 / 4, abs=1e-7)
     assert stats["ratio"] == pytest.approx(3.0 / 6 + 2.5 / 4, abs=1e-7)
-    # held back is 1.5 with A = +1 alone; 1.5 with A = -1 and 0.5 with A = +1 pay their full price
+    # only 1.5 with A = +1 is clipped; 1.5 with A = -1 and 0.5 with A = +1 pay their full price
     assert stats["clip_fraction"] == pytest.approx(1 / 6, abs=1e-7)
     assert stats["entropy"] == pytest.approx(1.0, abs=1e-7)
     assert "kl" not in stats

@@ -53,7 +53,7 @@ def test_beyond_the_dual_clip_there_is_no_gradient():
 
 @pytest.mark.parametrize(("dual", "high"), [(None, 0.1), (1.4, 0.4)])
 def test_clipped_tokens_are_counted_by_side(dual, high):
-    # held: the first above, the second below; with a dual clip at 1.4 the third, too, above
+    # clipped: the first above, the second below; with a dual clip at 1.4 the third, too, above
     new, gain = row(1.5, 0.5, 1.5, 0.5).log(), row(1.0, -1.0, -1.0, 1.0)
     surrogate = partial(ppo_clip, low=0.2, high=0.2, dual=dual)
     old, weights = torch.zeros_like(new), row(0.1, 0.2, 0.3, 0.4)

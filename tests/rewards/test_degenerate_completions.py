@@ -161,7 +161,7 @@ def test_no_degenerate_completion_earns_what_a_clean_one_earns(reward: str, gram
     for kind in ("bad, ramble behind", "looped, cut off", "cut off"):
         assert total[kind] <= total["bad"], (kind, shown)
     assert total["empty"] <= total["bad"], shown
-    # A good answer in bad company still beats a bad one, and never the clean one.
+    # A good answer with other text around it earns more than a bad answer, and never more than a clean one.
     for kind in total.keys() & {"ramble before", "ramble behind", "looped thought", "looped behind"}:
         assert total["bad"] < total[kind] <= total["good"], (kind, shown)
     pays_form = bool({"format", "reasoning"} & terms) and reward != "seg_r1_published"

@@ -86,7 +86,7 @@ def test_an_engine_follows_its_policy(family, scenes, nano_weights):
     policy = HFPolicy(str(weights), side, None, 1.0, "float32", None, True, False).eval()
     prefixes = asks(policy, scenes)
     drawn = follows(VLLMEngine(LENGTH, 1024, 0.2, True, True), policy, prefixes, LENGTH)
-    assert bool(drawn.finished.any()) == ("trained" in family)  # who was never taught does not stop
+    assert bool(drawn.finished.any()) == ("trained" in family)  # an untrained policy does not stop
 
 
 @pytest.mark.vllm

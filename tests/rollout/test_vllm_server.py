@@ -172,7 +172,7 @@ def test_a_server_that_another_run_took_is_not_taken_back(pretended):
         engine._follow(None, "new", time.monotonic() + 5)
 
 
-def test_a_fingerprint_is_of_the_weights(nano_policy, nano_weights):
+def test_a_fingerprint_changes_with_every_weight(nano_policy, nano_weights):
     from segrl.models.hf_vlm import HFPolicy
 
     first = nano_policy("qwen2_5_vl").fingerprint()
@@ -289,7 +289,9 @@ def test_two_runs_with_one_server_do_not_learn_from_each_others_completions(
     server, policy, scenes, monkeypatch
 ):
     engine = VLLMServer(LENGTH, 400, [server], 60)
-    monkeypatch.setattr(engine, "_follow", lambda *_: None)  # as if the other wrote behind this one's look
+    monkeypatch.setattr(
+        engine, "_follow", lambda *_: None
+    )  # as if the other wrote just after this one looked
     engine._server.post("update_weight_version", new_version="the other's")
     with pytest.raises(ValueError, match="one run per server is needed; another has written"):
         engine.greedy(policy, asks(policy, scenes))

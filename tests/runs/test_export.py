@@ -136,7 +136,9 @@ def test_the_folder_is_asked_as_the_policy_was_trained_wherever_the_file_went(cl
     )
     said = Segmenter.from_pretrained(out).grammar.messages("it")
     assert said[-1]["content"][-1]["text"] == "Only it"
-    assert read(out / NAME)["seg_r1_tags"] == texts  # whoever trains on from the folder asks so, too
+    assert (
+        read(out / NAME)["seg_r1_tags"] == texts
+    )  # training that starts from the folder uses the same instructions
     scored = (
         f"model={out}",
         f"paths.run={tmp_path}/scored",

@@ -67,7 +67,7 @@ def test_where_others_count_on_the_name_no_other_is_chosen(tmp_path):
         folder.create(tmp_path / "a", False)
 
 
-def test_a_second_resume_of_a_folder_is_one_line(cli, tmp_path):
+def test_a_second_resume_of_a_folder_is_refused_in_one_line(cli, tmp_path):
     run = ("+experiment=demo", "logger=csv", "data.workers=0", "data.batch_size=2", "data.train_length=2",
            "data.test_length=1", "rollout.max_tokens=2", "stage.group_size=2", "stage.schedule=null",
            "trainer.max_steps=1", "test_before=false")  # fmt: skip
@@ -92,7 +92,7 @@ def test_a_second_resume_of_a_folder_is_one_line(cli, tmp_path):
     assert {path for path in (tmp_path / "run").rglob("*")} - {tmp_path / "run" / LOCK} == set(files)
 
 
-def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
+def test_a_file_is_written_whole_or_left_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     write_whole(path, "1")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))

@@ -82,7 +82,7 @@ def test_every_bound_of_a_range_is_accepted():
             assert fault(one.model, one.field, value) is None, (one, value)
 
 
-def test_some_bad_values_are_told_by_their_key():
+def test_some_bad_values_are_refused_by_their_key():
     """The values are a sample of all, each alone in its configuration."""
     for name, one, value in random.Random(0).sample(list(values()), 60):
         line = said_of(name, {one.key: value}).get(one.key, "TAKEN")
@@ -90,7 +90,7 @@ def test_some_bad_values_are_told_by_their_key():
 
 
 @pytest.mark.slow
-def test_every_bad_value_of_every_key_is_told_by_its_key():
+def test_every_bad_value_of_every_key_is_refused_by_its_key():
     wrong, count = [], 0
     for key, value, line in table():
         count += 1

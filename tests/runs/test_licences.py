@@ -55,7 +55,7 @@ def test_weights_that_state_nothing_are_under_no_known_licence(tmp_path):
     assert licences.of(config(tmp_path)) == ({"license": "apache-2.0"}, "")
 
 
-def test_what_a_run_started_from_counts(qwen, tmp_path):
+def test_a_licence_takes_in_what_the_run_started_from(qwen, tmp_path):
     first = tmp_path / "first"
     (first / "checkpoints").mkdir(parents=True)
     OmegaConf.save(

@@ -26,7 +26,7 @@ from segrl.runs.report import check_same_samples
         ("prepare_traces", ["data.root=a", "out=b.jsonl"], "out"),
     ],
 )
-def test_a_full_disk_is_told_by_the_key_of_what_is_written(command, arguments, key):
+def test_a_full_disk_is_reported_with_the_key_of_what_is_written(command, arguments, key):
     full = OSError(errno.ENOSPC, "No space left on device", "FILE")
     configuration.register_resolvers()
     keys = dotted(configuration.compose_job(command, arguments))
@@ -36,7 +36,7 @@ def test_a_full_disk_is_told_by_the_key_of_what_is_written(command, arguments, k
 
 
 @pytest.mark.parametrize("value", ["null", "[1,2]", "''", "${oc.env:SEGRL_HAS_NO_SUCH_NAME}"])
-def test_weights_that_name_no_folder_are_told_by_their_own_key(value):
+def test_weights_that_name_no_folder_are_refused_by_their_own_key(value):
     (line,) = refusal("train", ["+experiment=demo", f"policy.weights={value}"])
     assert line.startswith("policy.weights: must be text; got "), line
 
@@ -82,6 +82,6 @@ def test_a_broken_pipe_of_a_job_is_not_taken_for_a_closed_stdout(monkeypatch, re
     os.close(writes)
 
 
-def test_samples_that_changed_are_told_by_the_key_of_their_set():
+def test_samples_that_changed_are_reported_with_the_key_of_their_set():
     with pytest.raises(ValueError, match=r"^data\.module\.test\.cod10k: must hold the samples scored before"):
         check_same_samples({"cod10k": {"a": {}}}, {"cod10k": ["b"]})

@@ -192,7 +192,7 @@ def test_of_sixteen_bits_the_upper_eight_count_as_opencv_reads_them(tmp_path):
     assert (read_map(write(tmp_path / "shallow.png", TRUTH.astype(np.uint16))) == TRUTH).all()
 
 
-def test_an_empty_mask_is_one_whatever_the_file(score, folders):
+def test_an_empty_mask_in_a_palette_file_is_read_as_empty(score, folders):
     image = Image.fromarray(TRUTH * 0, "P")
     image.putpalette([0, 0, 0, 255, 255, 255])
     image.save(folders[0] / "a.png")

@@ -69,10 +69,10 @@ def test_after_a_signal_at_any_moment_the_disk_holds_what_is_said(tmp_path, tmp_
     out, err = process.communicate(timeout=120)  # its workers are gone, too: they hold the pipes
     assert process.returncode in (128 + sent, 0, -sent), (out, err)
     assert err == "", err
-    if process.returncode == -sent and not out:  # it came before segrl's handler was there
+    if process.returncode == -sent and not out:  # the signal came before segrl's handler was set
         assert not list(tmp_path.rglob("config.yaml"))
         return
-    if process.returncode in (0, -sent):  # it came when all was done
+    if process.returncode in (0, -sent):  # the signal came after all was done
         assert "results in" in out
         return
     said = [line for line in out.splitlines() if line.startswith(("stopped", "trained", "the sweep"))]

@@ -18,15 +18,15 @@ RUN = (
     "stage.micro_batch_size=1", "policy.temperature=1.0", *SGD,
 )  # fmt: skip
 REFERENCE = ("reference=frozen_copy", "stage.kl_weight=0.01")
-# Token weights by sequence; by group, two updates a rollout; by token; a critic with advantages whitened over
-# ranks.
+# Token weights by sequence; by group, with two updates a rollout; by token; and a critic whose advantages are
+# whitened over ranks.
 ALGORITHMS = {
     "grpo": (),
     "sam_r1": ("stage=sam_r1", *REFERENCE),
     "reinforce_pp": ("stage=reinforce_pp", *REFERENCE),
     "ppo": ("stage=ppo", *REFERENCE, "stage.critic_warmup=1", "stage.critic_lr=0.05"),
-    # Groups in pieces, which meet in their prefix; everything in one pass, which shares the sampler's
-    # reading.
+    # Groups in pieces, whose gradients add up at their prefix; everything in one pass, which shares the
+    # sampler's prefix state.
     "pieces": ("stage.completions_per_pass=2", "stage.micro_batch_size=2"),
     "one_pass": ("stage.micro_batch_size=8",),
 }

@@ -25,8 +25,8 @@ OVERRIDES = (
 
 
 def test_a_step_by_hand_is_the_stages_step(cli, tmp_path):
-    # The parts, as the demo configures them: nano Qwen3-VL, nano SAM 2, Seg-R1's tags, IoU + S-measure +
-    # format.
+    # The parts as the demo configures them: nano Qwen3-VL, nano SAM 2, Seg-R1's tags, and a reward of IoU,
+    # S-measure and format.
     register_resolvers()
     cfg = compose_job("train", [*OVERRIDES, "paths.run=unused"])
     policy, grammar, head = instantiate(cfg.policy), instantiate(cfg.grammar), instantiate(cfg.head)
@@ -37,8 +37,7 @@ def test_a_step_by_hand_is_the_stages_step(cli, tmp_path):
     )
     segmenter = Segmenter(policy, grammar, engine, head)
 
-    # Data: B images and queries; pixels and token ids are made once per sample. The order follows from the
-    # seed.
+    # Data: B images and queries. Pixels and token ids are made once per sample. The seed gives the order.
     order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(SEED * 1_000_003))
     batch = Collate(policy.encoder, grammar)([scenes[i] for i in order[:SAMPLES].tolist()])
 
@@ -56,8 +55,7 @@ def test_a_step_by_hand_is_the_stages_step(cli, tmp_path):
     advantages = group_relative(scores.total, floor=1e-4).flatten()[:, None] * completions.mask
     weights = per_sequence(completions.mask, GROUP, float(completions.mask.sum()))
 
-    # One update: L = sum of -A * ratio over tokens; the ratio is 1, for the policy that sampled is the one
-    # that learns.
+    # One update: L = sum of -A * ratio over tokens. The ratio is 1, because the policy that sampled learns.
     logprobs = policy.logprobs(batch.prefixes, completions)  # [N, T]
     clip = partial(ppo_clip, low=0.2, high=0.2)
     loss = policy_gradient(logprobs, None, None, advantages.float(), weights, clip, k3, kl_weight=0.0).loss
