@@ -1,7 +1,8 @@
-"""The least time that a GRPO step can take: arithmetic and bytes of each of its parts, at the speeds of a machine.
+"""Compute the least time that a GRPO step can take from the arithmetic and the bytes of its parts.
 
-`python benchmarks/floor.py` prints one JSON line per case for the papers' policies on an H200 (790 TFLOP/s in bfloat16 and 4.3 TB/s, both as measured
-on such a GPU by a large product and a large copy), and measures nothing itself. `speeds()` measures the machine it runs on.
+`python benchmarks/floor.py` prints one JSON line per case: the papers' policies on an H200. Its speeds (790
+TFLOP/s in bfloat16, 4.3 TB/s) were measured on such a GPU by a large product and a large copy; the script
+itself measures nothing. `speeds()` measures the machine it runs on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import no_contents
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """One step: B prompts of P tokens, each with an image of so many patches and G completions of T tokens."""
+    """A step: B prompts of P tokens, each with an image of so many patches and G completions of T tokens."""
 
     prompts: int
     group: int
@@ -29,7 +30,10 @@ class Work:
 
 
 def of_noise(work: Any, kept: bool) -> Work:
-    """Return the work of a step of `noise.py`; `kept` is whether the prefix is read once for sampling and learning."""
+    """Return the work of a step of `noise.py`.
+
+    If `kept`, the prefix is read once, for sampling and for learning.
+    """
     return Work(
         prompts=work.prompts, group=work.group, prefix=work.prefix, patches=work.patches, tokens=work.tokens,
         reference=work.beta > 0, kept=kept,
@@ -38,7 +42,10 @@ def of_noise(work: Any, kept: bool) -> Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Speeds:
-    """Of a machine: operations per second in the precision of the passes, bytes per second, and bytes of a number in a pass."""
+    """Speeds of a machine.
+
+    Operations per second in the precision of the passes, bytes per second, and bytes of one number in a pass.
+    """
 
     operations: float
     bytes: float
@@ -46,10 +53,15 @@ class Speeds:
 
 
 def floor(config: Any, work: Work, machine: Speeds) -> dict[str, float]:
-    """Seconds of each part of a step, and of all; a part takes its arithmetic or its bytes, whichever is longer."""
+    """Return the seconds of each part of a step, and of the whole step.
+
+    A part takes as long as its arithmetic or its bytes take, whichever is longer.
+    """
     numbers, text, vision = _numbers(config), config.text_config, config.vision_config
     layers, wide = text.num_hidden_layers, text.hidden_size
-    remembered = 2 * layers * wide // text.num_attention_heads * text.num_key_value_heads * machine.width  # bytes per token
+    remembered = (
+        2 * layers * wide // text.num_attention_heads * text.num_key_value_heads * machine.width
+    )  # bytes per token
     b, g, p, t = work.prompts, work.group, work.prefix, work.tokens
 
     def read(new: float, before: float) -> float:
@@ -74,13 +86,15 @@ def floor(config: Any, work: Work, machine: Speeds) -> dict[str, float]:
         "sample": least(completions, t * (weights + b * (p + g * t / 2) * remembered)),
         "learn": least((2 if work.kept else 3) * prefixes + 3 * completions, 3 * weights),
         "reference": least(prefixes + completions, weights) if work.reference else 0.0,
-        "AdamW": 28 * numbers["all"] / machine.bytes,  # reads weight, gradient and two moments, writes all but the gradient
+        "AdamW": 28
+        * numbers["all"]
+        / machine.bytes,  # reads weight, gradient and two moments, writes all but the gradient
     }
     return {**parts, "step": sum(parts.values())}
 
 
 def _numbers(config: Any) -> dict[str, float]:
-    """Parameters by what they work on; counted without memory."""
+    """Count the parameters by what they work on, without allocating them."""
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -93,13 +107,15 @@ def _numbers(config: Any) -> dict[str, float]:
     visual, language = model.model.visual, model.model.language_model
     merger = count(visual.merger)
     return {
-        "all": count(model), "head": model.lm_head.weight.numel(), "layers": count(language.layers), "merger": merger,
-        "tower": count(visual) - merger,
+        "all": count(model), "head": model.lm_head.weight.numel(), "layers": count(language.layers),
+        "merger": merger, "tower": count(visual) - merger,
     }  # fmt: skip
 
 
 def speeds(device: str) -> Speeds:
-    """Of this machine, the best of several: a large product, and a large copy (which reads and writes)."""
+    """Measure this machine with a large product and a large copy (which reads and writes); the best of
+    several runs.
+    """
     import torch
 
     from segrl.models.kernels.onednn_linear import rows_by_rows  # on a CPU the fastest library at hand
@@ -124,17 +140,24 @@ def speeds(device: str) -> Speeds:
 
 
 def main() -> None:
-    """The papers' policies on an H200."""
+    """Print the floor of a step of the papers' policies on an H200."""
     machine = Speeds(operations=790e12, bytes=4.3e12, width=2)
     for name, size in no_contents.SIZES.items():
         for prompts in (1, 8):
             for reference in (False, True):
                 work = Work(
-                    prompts=prompts, group=8, prefix=1029, patches=54 * 54, tokens=256, reference=reference, kept=False
+                    prompts=prompts,
+                    group=8,
+                    prefix=1029,
+                    patches=54 * 54,
+                    tokens=256,
+                    reference=reference,
+                    kept=False,
                 )
                 parts = floor(no_contents.config(size), work, machine)
                 print(json.dumps({
-                    "model": name, "prompts": prompts, "group": 8, "tokens": 256, "image": "756x756", "reference": reference, "gpu": "H200",
+                    "model": name, "prompts": prompts, "group": 8, "tokens": 256, "image": "756x756",
+                    "reference": reference, "gpu": "H200",
                     "floor_ms": {part: round(1000 * value, 1) for part, value in parts.items()},
                 }))  # fmt: skip
 

@@ -1,15 +1,19 @@
-"""What `gpu_check.sh` asks of a GPU, part by part; every finding is a JSON line as soon as it is there, also in `$OUT/results.jsonl`.
+"""Measure on a GPU what `gpu_check.sh` asks for, part by part.
 
-`python benchmarks/gpu_parts.py PART [--rehearse]`, PART one of
+Every finding is a JSON line, printed at once and appended to `$OUT/results.jsonl`.
+
+    python benchmarks/gpu_parts.py PART [--rehearse]
+
+PART is one of
 
     machine   versions, what the card says of itself, its speeds
-    agree     the nano policy: log-probabilities, gradients and greedy tokens on the GPU beside those of the CPU
-    kernels   single operations whose speed on a GPU is in doubt, at the shapes of 3B
-    steps     GRPO updates of a random policy of 3B's shape: seconds of every part, memory, the floor; the same without graphs,
-              with activations kept; kernels
+    agree     the nano policy on the GPU beside the CPU: log-probabilities, gradients, greedy tokens
+    kernels   single operations whose speed on a GPU is uncertain, at the shapes of 3B
+    steps     GRPO updates of a random policy of 3B's shape: seconds of every part, memory, the floor;
+              the same without graphs, with activations kept; kernels
     peer      the same update by TRL's trainer
 
-`--rehearse` does the same on a CPU at tiny shapes: it shows that the part works, its figures mean nothing.
+`--rehearse` does the same on a CPU at tiny shapes. It shows that the part works; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -28,12 +32,16 @@ PARTS = ("machine", "agree", "kernels", "steps", "peer")
 
 def main() -> int:
     """Run one part."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, at tiny shapes")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--seconds", type=float, default=1e9, help="of steps: begin no other one after so many")
+    parser.add_argument(
+        "--seconds", type=float, default=1e9, help="of steps: begin no other one after so many"
+    )
     asked = parser.parse_args()
     findings, rehearse = Findings(asked.part), asked.rehearse
     if not rehearse and not torch.cuda.is_available():

@@ -1,9 +1,10 @@
-"""A report of what `gpu_check.sh` found on a GPU, beside the one before it.
+"""Write a report of what `gpu_check.sh` found on a GPU, beside the previous report.
 
-`python benchmarks/gpu_report.py results.jsonl` writes benchmarks/gpu/DATE-CARD.md and its figures as DATE-CARD.json, compares them
-with the latest earlier report of the same card (or of any), and puts the figures into README.md and docs/speed.md. `--print` only
-prints. `--docs` renews README.md and docs/speed.md from the latest report. Several files are one report: what a later one holds of a
-part replaces what an earlier one holds.
+`python benchmarks/gpu_report.py results.jsonl` writes benchmarks/gpu/DATE-CARD.md and its figures as
+DATE-CARD.json. It compares them with the latest earlier report of the same card (or of any), and puts the
+figures into README.md and docs/speed.md. `--print` only prints. `--docs` updates README.md and docs/speed.md
+from the latest report. Several files make one report: what a later file holds of a part replaces what an
+earlier one holds.
 """
 
 from __future__ import annotations
@@ -28,16 +29,19 @@ Line = dict[str, Any]
 
 
 def read(paths: list[Path]) -> list[Line]:
-    """Return the findings; of each part those of the last file that has it.
+    """Return the findings; each part comes from the last file that has it.
 
-    Files of another commit, card or rehearsal than the last are left out, and named.
+    Files of another commit, card or rehearsal than the last file's are left out, and named.
     """
     files = [(path, lines_of(path)) for path in paths]
     of_last = _made_by(files[-1][1])
     parts: dict[str, list[Line]] = {}
     for path, lines in files:
         if _made_by(lines) != of_last:
-            print(f"gpu_report: {path} is left out, for it is of another commit, card or rehearsal", file=sys.stderr)
+            print(
+                f"gpu_report: {path} is left out, for it is of another commit, card or rehearsal",
+                file=sys.stderr,
+            )
             continue
         here: dict[str, list[Line]] = defaultdict(list)
         for line in lines:
@@ -54,7 +58,9 @@ def _made_by(lines: list[Line]) -> list[Any]:
 
 
 def lines_of(path: Path) -> list[Line]:
-    """Return the findings in a file; exits with 2 where it holds none. A last line that was cut off is left out."""
+    """Return the findings in a file; a last line that was cut off is left out. Exits with 2 where it holds
+    none.
+    """
     try:
         texts = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -80,8 +86,10 @@ def _refuse(message: str) -> NoReturn:
 
 
 def files_in(paths: list[Path]) -> list[Path]:
-    """Return the files of results, of folders those of all calls in their order."""
-    return [file for path in paths for file in (sorted(path.glob("results*.jsonl")) if path.is_dir() else [path])]
+    """Return the files of results; a folder stands for those of all its calls, in order."""
+    return [
+        file for path in paths for file in (sorted(path.glob("results*.jsonl")) if path.is_dir() else [path])
+    ]
 
 
 def figures(lines: list[Line]) -> dict[str, Any]:
@@ -110,8 +118,14 @@ def figures(lines: list[Line]) -> dict[str, Any]:
         "agreement": {line["name"]: _bare(line) for line in of("agree") if "logprob_off_max" in line},
         "work": one("steps", "built"),
         "steps": medians,
-        "peer": {"steps_s": theirs, "ratio": None if ratio is None else round(ratio, 2), **_peak(of("peer", "step"))},
-        "operations": {line["name"]: _bare(line) for line in of("kernels") if "rc" not in line and "error" not in line},
+        "peer": {
+            "steps_s": theirs,
+            "ratio": None if ratio is None else round(ratio, 2),
+            **_peak(of("peer", "step")),
+        },
+        "operations": {
+            line["name"]: _bare(line) for line in of("kernels") if "rc" not in line and "error" not in line
+        },
         "demo": {line["name"]: _bare(line) for line in lines if line["part"] == "demo"},
         "kernels": {
             name: [_bare(line) for line in of("steps", name) if "kernel" in line]
@@ -123,7 +137,7 @@ def figures(lines: list[Line]) -> dict[str, Any]:
 
 
 def _bare(line: Line, *more: str) -> Line:
-    """Return a finding without what places it."""
+    """Return a finding without the keys that say where it belongs."""
     return {key: value for key, value in line.items() if key in more or key not in ("part", "name", "at_s")}
 
 
@@ -151,7 +165,7 @@ def before(found: dict[str, Any], folder: Path) -> tuple[str, dict[str, Any]] | 
 
 
 def table(head: list[str], rows: list[list[Any]]) -> list[str]:
-    """Return a table; without rows, nothing."""
+    """Return a table, or nothing if there are no rows."""
     if not rows:
         return []
     lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in (head, *rows)]
@@ -171,11 +185,19 @@ def report(found: dict[str, Any], earlier: tuple[str, dict[str, Any]] | None) ->
     if code.get("rehearsal"):
         title += " (a rehearsal on a CPU: its figures mean nothing)"
     lines = [
-        title, "", f"`bash benchmarks/gpu_check.sh`, commit {code.get('commit', 'unknown')}; written by `benchmarks/gpu_report.py`.", "",
-        "Versions: " + ", ".join(f"{name} {value}" for name, value in versions.items() if value not in ("-", None)) + ".", "",
+        title, "",
+        f"`bash benchmarks/gpu_check.sh`, commit {code.get('commit', 'unknown')}; "
+        "written by `benchmarks/gpu_report.py`.", "",
+        "Versions: "
+        + ", ".join(f"{name} {value}" for name, value in versions.items() if value not in ("-", None)) + ".",
+        "",
     ]  # fmt: skip
     if speeds := found["speeds"]:
-        lines += [f"Measured: {speeds['tflops']} TFLOP/s of bfloat16 products, {speeds['tb_per_s']} TB/s of copies.", ""]
+        lines += [
+            f"Measured: {speeds['tflops']} TFLOP/s of bfloat16 products, "
+            f"{speeds['tb_per_s']} TB/s of copies.",
+            "",
+        ]
     if earlier is not None:
         lines += [f"Compared with: [{earlier[0]}]({earlier[0]}.md).", ""]
     sections = (_parts, _tests, _agreement, _steps, _demo, _operations, _kernels, _errors)
@@ -185,7 +207,9 @@ def report(found: dict[str, Any], earlier: tuple[str, dict[str, Any]] | None) ->
 
 
 def _parts(found: dict[str, Any], _: dict[str, Any] | None) -> list[str]:
-    rows = [[part, end.get("rc", end.get("skipped")), end.get("seconds")] for part, end in found["ends"].items()]
+    rows = [
+        [part, end.get("rc", end.get("skipped")), end.get("seconds")] for part, end in found["ends"].items()
+    ]
     return ["## Parts", "", *table(["part", "exit code", "s"], rows)] if rows else []
 
 
@@ -194,7 +218,12 @@ def _tests(found: dict[str, Any], earlier: dict[str, Any] | None) -> list[str]:
     counts = {outcome.lower(): len(names) for outcome, names in tests.items()}
     if not any(counts.values()):
         return []
-    lines = ["## Tests", "", "`pytest -m gpu`: " + ", ".join(f"{n} {name}" for name, n in counts.items()) + ".", ""]
+    lines = [
+        "## Tests",
+        "",
+        "`pytest -m gpu`: " + ", ".join(f"{n} {name}" for name, n in counts.items()) + ".",
+        "",
+    ]
     was = set() if earlier is None else {*earlier["tests"]["FAILED"], *earlier["tests"]["ERROR"]}
     for name in (*tests["FAILED"], *tests["ERROR"]):
         lines.append(f"- {name}" + (" (failed before)" if name in was else ""))
@@ -220,16 +249,32 @@ def _steps(found: dict[str, Any], earlier: dict[str, Any] | None) -> list[str]:
         peaks = row.get("peaks_gb") or {}
         parts, was = row["parts_s"], then.get(kind, {}).get("step_s")
         rows.append([
-            kind, row["step_s"], was, (row.get("floor_s") or {}).get("step"), row.get("times_the_floor"), parts.get("rollout/read prefixes"),
-            parts.get("rollout/sample"), parts.get("learn"), max(peaks.values(), default=None), row.get("reserved_gb"),
-            row.get("groups_in_a_pass"),
+            kind, row["step_s"], was, (row.get("floor_s") or {}).get("step"), row.get("times_the_floor"),
+            parts.get("rollout/read prefixes"), parts.get("rollout/sample"), parts.get("learn"),
+            max(peaks.values(), default=None), row.get("reserved_gb"), row.get("groups_in_a_pass"),
         ])  # fmt: skip
-    head = ["kind", "step s", "before", "floor s", "times", "prefixes s", "sample s", "learn s", "peak GB", "reserved GB", "groups a pass"]
+    head = [
+        "kind",
+        "step s",
+        "before",
+        "floor s",
+        "times",
+        "prefixes s",
+        "sample s",
+        "learn s",
+        "peak GB",
+        "reserved GB",
+        "groups a pass",
+    ]
     lines = ["## Steps", "", "Medians, seconds on the wall.", "", *table(head, rows)] if rows else []
     if found["peer"]["steps_s"]:
         peer = found["peer"]
         taken = ", ".join(f"{value:.3g}" for value in peer["steps_s"])
-        lines += [f"TRL on the same work: {taken} s a step, peak {peer.get('peak_gb', '?')} GB; ours is {peer['ratio']} times as fast.", ""]
+        lines += [
+            f"TRL on the same work: {taken} s a step, peak {peer.get('peak_gb', '?')} GB; "
+            f"ours is {peer['ratio']} times as fast.",
+            "",
+        ]
     return lines
 
 
@@ -239,7 +284,11 @@ def _demo(found: dict[str, Any], _: dict[str, Any] | None) -> list[str]:
          (row.get("metrics") or {}).get("metrics", {}).get("test/synthetic/iou")]
         for name, row in found["demo"].items() if "updates" in row
     ]  # fmt: skip
-    return ["## Demo", "", *table(["precision", "updates", "wall s", "last reward", "IoU"], rows)] if rows else []
+    return (
+        ["## Demo", "", *table(["precision", "updates", "wall s", "last reward", "IoU"], rows)]
+        if rows
+        else []
+    )
 
 
 def _operations(found: dict[str, Any], earlier: dict[str, Any] | None) -> list[str]:
@@ -249,7 +298,15 @@ def _operations(found: dict[str, Any], earlier: dict[str, Any] | None) -> list[s
         rest = {key: value for key, value in row.items() if key not in ("ms", "forward_ms", "backward_ms")}
         said = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in rest.items())
         was = then.get(name, {})
-        rows.append([name, row.get("ms", row.get("forward_ms")), was.get("ms", was.get("forward_ms")), row.get("backward_ms"), said])
+        rows.append(
+            [
+                name,
+                row.get("ms", row.get("forward_ms")),
+                was.get("ms", was.get("forward_ms")),
+                row.get("backward_ms"),
+                said,
+            ]
+        )
     head = ["operation", "forward ms", "before", "backward ms", ""]
     return ["## Operations", "", *table(head, rows)] if rows else []
 
@@ -274,11 +331,15 @@ def sentence(folder: Path) -> str:
         return NOT_YET
     name, found = paths[-1].stem, json.loads(paths[-1].read_text())
     step, peer = found["steps"].get("graphs"), found["peer"]
-    said = [f"On one {found['card'].get('card', 'GPU')} ([report](benchmarks/gpu/{name}.md), {found['code'].get('date')}):"]
+    said = [
+        f"On one {found['card'].get('card', 'GPU')} "
+        f"([report](benchmarks/gpu/{name}.md), {found['code'].get('date')}):"
+    ]
     if step is not None:
         peak, work = max((step.get("peaks_gb") or {}).values(), default=None), found["work"]
         said.append(
-            f"a step of {work['parameters'] / 1e9:.1f} billion weights ({work['prompts']} prompts of {work['side']}x{work['side']}, "
+            f"a step of {work['parameters'] / 1e9:.1f} billion weights "
+            f"({work['prompts']} prompts of {work['side']}x{work['side']}, "
             f"{work['group']} completions of {work['tokens']} tokens) {step['step_s']:.2f} s, "
             f"{step.get('times_the_floor', '?')} times its floor, peak {peak} GB;"
         )
@@ -291,7 +352,7 @@ def sentence(folder: Path) -> str:
 
 
 def renewed(page: Path, folder: Path) -> str:
-    """Return a page of the docs with its figures of a GPU made anew."""
+    """Return a page of the docs with its GPU figures updated."""
     text = page.read_text()
     first, last = text.find(BEGIN), text.find(END)
     if first < 0 or last < first:
@@ -304,10 +365,16 @@ def renewed(page: Path, folder: Path) -> str:
 
 def main() -> int:
     """Write or print a report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="*", type=Path, help="results.jsonl of calls of gpu_check.sh, or their folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "results", nargs="*", type=Path, help="results.jsonl of calls of gpu_check.sh, or their folder"
+    )
     parser.add_argument("--print", action="store_true", help="print the report and write nothing")
-    parser.add_argument("--docs", action="store_true", help="renew README.md and docs/speed.md from the latest report")
+    parser.add_argument(
+        "--docs", action="store_true", help="renew README.md and docs/speed.md from the latest report"
+    )
     parser.add_argument("--to", type=Path, default=FOLDER, help="folder of the reports")
     asked = parser.parse_args()
     if asked.results:
@@ -319,7 +386,11 @@ def main() -> int:
             print(page)
             return 0
         if "card" not in found["card"] or found["code"].get("rehearsal"):
-            print("gpu_report: results must be a GPU's; these are of a rehearsal or name no card (--print prints them)", file=sys.stderr)
+            print(
+                "gpu_report: results must be a GPU's; these are of a rehearsal or name no card "
+                "(--print prints them)",
+                file=sys.stderr,
+            )
             return 2
         asked.to.mkdir(parents=True, exist_ok=True)
         names = (f"{name_of(found)}{more}" for more in ("", *(f"-{i}" for i in range(2, 100))))

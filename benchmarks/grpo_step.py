@@ -1,8 +1,11 @@
-"""One GRPO update on a tiny VLM, side by side with TRL 1.16's GRPOTrainer: CPU seconds of a whole step, one thread.
+"""One GRPO update on a tiny VLM, beside TRL 1.16's GRPOTrainer: CPU seconds of a whole step, one thread.
 
-`python benchmarks/grpo_step.py` prints one JSON line per case: 1 prompt x 8 completions x 64 tokens with and without a reference, and
-2 prompts; AdamW, gradient norm 1, float32, no gradient checkpointing, a reward that is a random number. Medians over the steps of the
-rounds, which take turns; the first step of each process is warm-up. The floor is what a step's arithmetic and bytes take at the thread's measured speeds (`floor.py`). Exits with 1 where a bar is missed. TRL runs in an environment that uv makes of its own.
+`python benchmarks/grpo_step.py` prints one JSON line per case: 1 prompt x 8 completions x 64 tokens with and
+without a reference, and 2 prompts. Both sides use AdamW, gradient norm 1, float32, no gradient checkpointing,
+and a random number as reward. The figures are medians over the steps of all rounds. The two sides take turns,
+and the first step of each process is warm-up. The floor is the time that a step's arithmetic and bytes take
+at the thread's measured speeds (`floor.py`). The script exits with 1 where a bar is missed. TRL runs in an
+environment of its own, which uv makes.
 """
 
 from __future__ import annotations
@@ -66,7 +69,9 @@ def theirs(folder: Path, work: noise.Work) -> list[float]:
 
     ends: list[float] = []
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    noise.trl_trainer(folder, model, work, STEPS + 1, at_once=work.prompts, gpu=False, callback=Clock()).train()
+    noise.trl_trainer(
+        folder, model, work, STEPS + 1, at_once=work.prompts, gpu=False, callback=Clock()
+    ).train()
     return [b - a for a, b in zip(ends, ends[1:], strict=False)]
 
 
@@ -80,16 +85,17 @@ def least(folder: Path, work: noise.Work) -> list[float]:
 
 
 def peers_python() -> list[str]:
-    """What runs a script in an environment of the peer's own."""
+    """Return the command that runs a script in an environment of the peer's own."""
     uv = shutil.which("uv") or str(Path(__file__).resolve().parents[1] / ".uv" / "bin" / "uv")
     packages = [f"--with={name}" for name in PEER]
     return [uv, "run", "--quiet", "--isolated", "--no-project", *packages, "python"]
 
 
 def main() -> int:
-    """Both sides in turn, every case."""
+    """Measure both sides in turn, for every case."""
     alone = {
-        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "",
+        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
     sides = {"ours": [sys.executable], "theirs": peers_python(), "least": [sys.executable]}
     folder, passed = tiny_vlm.write(Path(tempfile.mkdtemp()) / "tiny"), True
@@ -107,8 +113,11 @@ def main() -> int:
         of_floor = medians["ours"] / medians["least"]
         passed = passed and ratio >= bar
         print(json.dumps({
-            "case": name, "prompts": prompts, "group": tiny_vlm.GROUP, "tokens": tiny_vlm.TOKENS, "beta": beta, "peer": PEER[0],
-            "cpu_seconds": {side: round(value, 3) for side, value in medians.items()}, "ratio": round(ratio, 2), "times_the_floor": round(of_floor, 2), "bar": bar, "passed": ratio >= bar,
+            "case": name, "prompts": prompts, "group": tiny_vlm.GROUP, "tokens": tiny_vlm.TOKENS,
+            "beta": beta, "peer": PEER[0],
+            "cpu_seconds": {side: round(value, 3) for side, value in medians.items()},
+            "ratio": round(ratio, 2), "times_the_floor": round(of_floor, 2), "bar": bar,
+            "passed": ratio >= bar,
         }), flush=True)  # fmt: skip
     return 0 if passed else 1
 

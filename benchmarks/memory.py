@@ -1,11 +1,19 @@
-"""What a GPU has to hold: the runs of the papers, sampling and one update, gone through without contents.
+"""Count the memory that a GPU needs for the papers' runs: sampling and one update, on tensors without
+contents.
 
-`python benchmarks/memory.py` prints one JSON line per run, in GB (1e9 bytes); `... "+experiment=grpo_cod10k_lora stage.group_size=16"` of one of your
-own. The product's own code runs on tensors that have shapes and no contents (torch's FakeTensor), forward, backward and AdamW, and the
-bytes of every tensor are counted as it comes and goes: no GPU is needed, and nothing is computed. Counted by hand are only CUDA's own
-gigabyte, and what ZeRO shares out over 8 ranks (ZeRO-3 with torch's own linear layers). Every completion has its full length. Fragments of the allocator and working memory of libraries
-are not in it, nor pieces of groups (`stage.completions_per_pass`), nor the drawing of masks, for which the sampler's memory is free again. `--check` goes through two updates of a tiny policy twice, with
-contents and without: the peaks are the same to one part in 100,000.
+`python benchmarks/memory.py` prints one JSON line per run, in GB (1e9 bytes). With
+`"+experiment=grpo_cod10k_lora stage.group_size=16"` it counts a run of your own.
+
+segrl's own code runs on tensors that have shapes and no contents (torch's FakeTensor): forward pass, backward
+pass and AdamW. The bytes of every tensor are counted as it is made and freed, so no GPU is needed and nothing
+is computed. Only two things are added by hand: CUDA's own gigabyte, and what ZeRO shards over 8 ranks (ZeRO-3
+with torch's own linear layers). Every completion has its full length.
+
+Not counted: fragments of the allocator, working memory of libraries, pieces of groups
+(`stage.completions_per_pass`), and drawing masks, for which the sampler's memory is free again.
+
+`--check` runs two updates of a tiny policy twice, with contents and without: the peaks must agree to one part
+in 100,000.
 """
 
 from __future__ import annotations
@@ -34,11 +42,16 @@ CASES = (
     "+experiment=grpo_cod10k trainer=deepspeed_zero2 data.batch_size=3 policy.gradient_checkpointing=true",
     "+experiment=grpo_cod10k trainer=deepspeed_zero2 data.batch_size=3",
     "+experiment=prerl_dis5k trainer=deepspeed_zero2 data.batch_size=3",
-    "+experiment=seg_zero_refcocog trainer=deepspeed_zero2 data.batch_size=2 policy.gradient_checkpointing=true",
-    "+experiment=sam_r1_refcocog trainer=deepspeed_zero2 data.batch_size=4 policy.gradient_checkpointing=true",
-    "+experiment=vision_reasoner_multi trainer=deepspeed_zero2 data.batch_size=2 policy.gradient_checkpointing=true",
-    "+experiment=sam_r1_refcocog trainer=deepspeed_zero3 data.batch_size=4 policy.gradient_checkpointing=true",
-    "+experiment=vision_reasoner_multi trainer=deepspeed_zero3 data.batch_size=2 policy.gradient_checkpointing=true",
+    "+experiment=seg_zero_refcocog trainer=deepspeed_zero2 data.batch_size=2 "
+    "policy.gradient_checkpointing=true",
+    "+experiment=sam_r1_refcocog trainer=deepspeed_zero2 data.batch_size=4 "
+    "policy.gradient_checkpointing=true",
+    "+experiment=vision_reasoner_multi trainer=deepspeed_zero2 data.batch_size=2 "
+    "policy.gradient_checkpointing=true",
+    "+experiment=sam_r1_refcocog trainer=deepspeed_zero3 data.batch_size=4 "
+    "policy.gradient_checkpointing=true",
+    "+experiment=vision_reasoner_multi trainer=deepspeed_zero3 data.batch_size=2 "
+    "policy.gradient_checkpointing=true",
     "+experiment=sft_fcot policy.gradient_checkpointing=true",
     "+experiment=grpo_cod10k",
     "+experiment=seg_zero_refcocog policy.gradient_checkpointing=true",
@@ -54,7 +67,10 @@ BUCKET, GATHERED = 20e8, 40e8
 
 
 def at_work(_: Tensor, query: Tensor, key: Tensor, *others: Tensor) -> int:
-    """Bytes that FlashAttention 2 takes inside of its backward pass: sums for queries, and gradients of keys and values for each head of queries."""
+    """Return the bytes that FlashAttention 2 takes inside its backward pass.
+
+    These are sums for queries, and gradients of keys and values for each head of queries.
+    """
     heads, width = query.shape[1:]
     segments = next(len(ends) - 1 for ends in others if ends.dtype == torch.int32)
     sums = (len(query) + 128 * segments) * heads * -(-width // 32) * 32 * 4
@@ -62,7 +78,7 @@ def at_work(_: Tensor, query: Tensor, key: Tensor, *others: Tensor) -> int:
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes of the tensors that live, and the most there were."""
+    """Counts the bytes of the tensors that live, and their maximum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +86,7 @@ class Ledger(TorchDispatchMode):
         self.now = self.peak = 0
 
     def note(self, tensor: Tensor) -> None:
-        """Count its storage, once."""
+        """Count the tensor's storage, once."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self.live:
@@ -80,11 +96,11 @@ class Ledger(TorchDispatchMode):
             weakref.finalize(storage, self.forget, key)
 
     def forget(self, key: int) -> None:
-        """Its storage is gone."""
+        """Subtract a storage that was freed."""
         self.now -= self.live.pop(key)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run it, and count what comes out."""
+        """Run the operation, and count what it returns."""
         args = no_contents.with_places(function, args)
         out = function(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
@@ -96,7 +112,7 @@ class Ledger(TorchDispatchMode):
 
 
 def held(module: nn.Module) -> Ledger:
-    """A ledger that begins with what a module holds."""
+    """Return a ledger that begins with what a module holds."""
     ledger = Ledger()
     for tensor in (*module.parameters(), *module.buffers()):
         ledger.note(tensor)
@@ -106,7 +122,7 @@ def held(module: nn.Module) -> Ledger:
 def sampling(
     ledger: Ledger, policy: Any, prefixes: list[Any], group: int, length: int, kernel: bool = True
 ) -> int:
-    """Most bytes while groups are sampled, what stays included."""
+    """Return the most bytes while groups are sampled, including what stays."""
     from segrl.rollout.shared_prefix import sample_tokens
 
     rows = len(prefixes) * group
@@ -124,7 +140,10 @@ def sampling(
 def learning(
     ledger: Ledger, policy: Any, prefixes: list[Any], group: int, length: int, shared_out: bool
 ) -> tuple[int, Any]:
-    """Most bytes in a pass and its update, what stays included, and the optimizer with its moments, or what is shared out of it elsewhere."""
+    """Return the most bytes in a pass and its update, including what stays; and the optimizer.
+
+    If `shared_out`, gradients are freed as soon as they are whole and the optimizer makes no moments.
+    """
     from segrl.types import Completions
 
     learns = [p for p in policy.parameters() if p.requires_grad]
@@ -146,7 +165,10 @@ def learning(
 
 
 def check(folder: Path) -> None:
-    """One JSON line per case: most bytes in an update and in sampling of the tiny policy, with contents and without; they have to be equal, but for a few counters."""
+    """Print one JSON line per case: the most bytes in an update and in sampling of the tiny policy.
+
+    The counts with contents and without must be equal, but for a few counters.
+    """
     from transformers import AutoConfig
 
     from segrl.models.hf_vlm import HFPolicy
@@ -176,7 +198,10 @@ def check(folder: Path) -> None:
 
 
 def mask_head(images: int, kept: int) -> tuple[int, int]:
-    """Bytes of SAM 2.1 Large in float32 with the embeddings that it keeps, and of its encoder at work on so many images."""
+    """Return the bytes of SAM 2.1 Large in float32 with its cached embeddings, and of its encoder.
+
+    The encoder works on so many images at once.
+    """
     from segrl.models.sam2_head import _ENCODED, _build
 
     model = no_contents.emptied(_build("configs/sam2.1/sam2.1_hiera_l.yaml").eval().to("meta"))
@@ -190,7 +215,7 @@ def mask_head(images: int, kept: int) -> tuple[int, int]:
 
 
 def reference(folder: Path, size: dict[str, Any], settings: dict[str, Any]) -> int:
-    """Bytes of a frozen copy."""
+    """Return the bytes of a frozen copy."""
     from segrl.models.reference import FrozenCopy
 
     frozen = FrozenCopy.__new__(FrozenCopy)
@@ -201,7 +226,10 @@ def reference(folder: Path, size: dict[str, Any], settings: dict[str, Any]) -> i
 
 
 def composed(overrides: str) -> tuple[Any, dict[str, Any], int | None]:
-    """The configuration of a command line, the shape of its policy, and its level of ZeRO; exits with 2 for what is not counted here."""
+    """Return the configuration of a command line, the shape of its policy, and its level of ZeRO.
+
+    Exits with 2 for what is not counted here.
+    """
     from segrl.runs.command import refusal
 
     command = [sys.executable, "-m", "segrl.train", *overrides.split(), "--cfg", "job", "--resolve"]
@@ -216,8 +244,8 @@ def composed(overrides: str) -> tuple[Any, dict[str, Any], int | None]:
     zero = strategy.zero_stage if OmegaConf.is_dict(strategy) and "zero_stage" in strategy else None
     refusals = {
         wrong: bool(wrong),
-        f"policy: one of {', '.join(no_contents.SIZES)} is needed: others have not been given a shape here": size
-        is None,
+        f"policy: one of {', '.join(no_contents.SIZES)} is needed: "
+        "others have not been given a shape here": size is None,
         "stage.completions_per_pass: null is needed: groups are counted whole": OmegaConf.select(
             cfg, "stage.completions_per_pass"
         )
@@ -236,7 +264,10 @@ def composed(overrides: str) -> tuple[Any, dict[str, Any], int | None]:
 
 
 def case(folder: Path, overrides: str) -> None:
-    """One JSON line: what a command line of `python -m segrl.train` takes of each GPU, in the update behind the first and in the rollout behind that."""
+    """Print one JSON line: the memory that a command line of `python -m segrl.train` takes of each GPU.
+
+    Counted are the second update and the rollout after it.
+    """
     cfg, size, zero = composed(overrides)
     names = ("lora", "dtype", "train_vision", "gradient_checkpointing")
     settings = {name: OmegaConf.to_container(cfg.policy)[name] for name in names}
@@ -260,7 +291,9 @@ def case(folder: Path, overrides: str) -> None:
     moments = ledger.now - weights
     sampled = sampling(ledger, learner, prefixes[:sampled_at_once], group, length) + head[1]
     del optimizer
-    sampled += copy // 8 if zero == 3 else copy  # ZeRO-3 gathers it behind the rollout, when the policy's weights are shared out again
+    sampled += (
+        copy // 8 if zero == 3 else copy
+    )  # ZeRO-3 gathers it behind the rollout, when the policy's weights are shared out again
     learned += copy // 8 - weights + GATHERED if zero == 3 else copy
     stays = head[0] + CONTEXT + sum(p.pixels.nbytes for p in prefixes)
     if zero:  # of each rank its share of gradients, main weights and two moments
@@ -273,14 +306,16 @@ def case(folder: Path, overrides: str) -> None:
         "what else stays": stays - head[0],
     }
     print(json.dumps({
-        "run": overrides, "prefix": len(prefixes[0].token_ids), "prefixes": batch, "sampled_at_once": sampled_at_once, "group": group, "completion": length,
+        "run": overrides, "prefix": len(prefixes[0].token_ids), "prefixes": batch,
+        "sampled_at_once": sampled_at_once, "group": group, "completion": length,
         "gb": {name: round(value / 1e9, 2) for name, value in parts.items()},
-        "while_sampling_gb": round((stays + sampled) / 1e9, 1), "while_learning_gb": round((stays + learned) / 1e9, 1),
+        "while_sampling_gb": round((stays + sampled) / 1e9, 1),
+        "while_learning_gb": round((stays + learned) / 1e9, 1),
     }), flush=True)  # fmt: skip
 
 
 def main() -> None:
-    """The cases that the documents speak of, or those of the command line."""
+    """Count the cases that the documents name, or those of the command line."""
     if sys.argv[1:] in (["--help"], ["-h"]):
         return print(__doc__)
     logging.disable()

@@ -1,8 +1,9 @@
-"""Scores of 1024x1024 maps, side by side with pysodmetrics 1.6.2: CPU seconds per image, one thread.
+"""Scores of 1024x1024 maps, beside pysodmetrics 1.6.2: CPU seconds per image, one thread.
 
-`python benchmarks/metrics.py` prints one JSON line per claim (medians over maps and repeats, the two sides taken in turn) and
-exits with 1 where a bar is missed or where the two sides' scores differ. Ours runs in this environment, pysodmetrics in one
-that uv makes of its own, as its bounds and ours exclude each other. Of its two F-measures the faster one runs.
+`python benchmarks/metrics.py` prints one JSON line per claim: medians over maps and repeats, the two sides
+measured in turn. It exits with 1 where a bar is missed or where the two sides' scores differ. segrl runs in
+this environment. pysodmetrics runs in one of its own, which uv makes, because the bounds of the two exclude
+each other. Of its two F-measures the faster one runs.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ FOUR, FIVE = BARS
 
 
 def pairs(binary: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Maps and truths: one to five soft discs, noise all over, a false object here and there."""
+    """Return maps and truths: one to five soft discs, noise everywhere, and sometimes a false object."""
     rng, (y, x) = np.random.default_rng(SEED), np.mgrid[:SIDE, :SIDE]
     made = []
     for _ in range(MAPS):
@@ -51,7 +52,7 @@ def pairs(binary: bool) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def ours() -> dict[str, Callable[[np.ndarray, np.ndarray], list[float]]]:
-    """Our claims, by name."""
+    """Return segrl's side of each claim, by name."""
     from segrl.metrics.functional.tally import enhanced, f_measure, mean_absolute_error, structure, tally
     from segrl.metrics.functional.weighted import weighted_f
 
@@ -74,7 +75,7 @@ def ours() -> dict[str, Callable[[np.ndarray, np.ndarray], list[float]]]:
 
 
 def theirs() -> dict[str, Callable[[np.ndarray, np.ndarray], list[float]]]:
-    """The same claims as pysodmetrics makes them."""
+    """Return pysodmetrics' side of each claim, by name."""
     import warnings
 
     import py_sod_metrics as peer
@@ -123,7 +124,7 @@ def measure(side: str) -> None:
 
 
 def run(side: str) -> dict:
-    """`measure` in a process of its own."""
+    """Run `measure` in a process of its own."""
     command = [sys.executable]
     if side == "theirs":
         uv = shutil.which("uv") or str(Path(__file__).resolve().parents[1] / ".uv" / "bin" / "uv")

@@ -1,4 +1,7 @@
-"""Policies of real size on tensors that have shapes and no contents (torch's FakeTensor): what `memory.py` and `roofline.py` go through without a GPU."""
+"""Policies of real size on tensors that have shapes and no contents (torch's FakeTensor).
+
+`memory.py` and `roofline.py` run them without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 VISION = {
-    "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2,
-    "temporal_patch_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+    "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14,
+    "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
 }  # fmt: skip
 SIZES: dict[str, dict[str, Any]] = {
     "Qwen2.5-VL-3B": {
-        "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
-        "vocab_size": 151936, "tie_word_embeddings": True,
+        "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+        "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
     },
     "Qwen2.5-VL-7B": {
-        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-        "vocab_size": 152064, "tie_word_embeddings": False,
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False,
     },
 }  # fmt: skip
 INSTRUCTION = 280  # tokens beside the image's, as Seg-R1's
@@ -36,7 +40,7 @@ _INDEXED = {
 
 
 def config(size: dict[str, Any]) -> Any:
-    """As transformers has it."""
+    """Return the configuration as transformers has it."""
     from transformers import Qwen2_5_VLConfig
 
     text = {
@@ -50,7 +54,10 @@ def config(size: dict[str, Any]) -> Any:
 
 
 def with_places(function: Any, args: Any) -> Any:
-    """The arguments of an operation; an index by a mask becomes one by places: shapes may not hang on contents, and masks have theirs."""
+    """Return the arguments of an operation, with an index by a mask replaced by an index by positions.
+
+    Shapes must not depend on contents, and the shape of an index by a mask does.
+    """
     if function not in _INDEXED:
         return args
     places = [
@@ -62,7 +69,7 @@ def with_places(function: Any, args: Any) -> Any:
 
 
 def emptied(module: Any) -> Any:
-    """The module, its parameters and buffers on `meta` become tensors of a CPU without contents; what is shared stays shared."""
+    """Replace parameters and buffers on `meta` by CPU tensors without contents; shared ones stay shared."""
     mode, made = FakeTensorMode(allow_non_fake_inputs=True), dict[int, Any]()
     for part in module.modules():
         for held in (part._parameters, part._buffers):
@@ -81,7 +88,10 @@ def emptied(module: Any) -> Any:
 
 
 def policy(folder: Path, shape: Any, settings: dict[str, Any]) -> Any:
-    """A policy on `meta`: the processor in `folder`, weights of the configuration `shape`, and `settings` of its constructor."""
+    """Return a policy on `meta`.
+
+    It has the processor in `folder`, weights of the configuration `shape`, and `settings` of its constructor.
+    """
     from transformers import (
         AutoConfig,
         AutoModelForImageTextToText,
@@ -108,7 +118,11 @@ def policy(folder: Path, shape: Any, settings: dict[str, Any]) -> Any:
 
 @contextmanager
 def as_on_a_gpu(kernel: bool = True) -> Iterator[None]:
-    """Bfloat16 passes without a cache of casts, as Lightning has them; layouts as on a GPU, and its kernel, which nothing here computes."""
+    """Run the passes as on a GPU.
+
+    They are bfloat16 without a cache of casts, as Lightning has them, with the layouts and the kernel of a
+    GPU; the kernel computes nothing here.
+    """
     from segrl.models.kernels import decoder
     from segrl.models.kernels import onednn_linear
     from segrl.models.kernels import prefix_pass
@@ -134,7 +148,7 @@ def as_on_a_gpu(kernel: bool = True) -> Iterator[None]:
 
 
 def prefixes_of(policy: Any, side: int, count: int) -> list[Any]:
-    """Noise and an instruction of Seg-R1's length."""
+    """Return prefixes of a noise image and an instruction of Seg-R1's length."""
     content = [{"type": "image"}, {"type": "text", "text": "x" * INSTRUCTION}]
     return [
         policy.encoder.encode([{"role": "user", "content": content}], tiny_vlm.image(i, side))

@@ -1,7 +1,8 @@
-"""A GRPO step of noise, for measuring: random pictures, empty masks, random rewards, completions of one length.
+"""A GRPO step of noise, for measuring: random pictures, empty masks, random rewards, completions of one
+length.
 
-`grpo_stage` with `Pictures` is segrl's own stage; `trl_trainer` is TRL's trainer on the same work. `grpo_step.py`, `scaling.py` and
-the `steps` and `peer` parts of `gpu_parts.py` measure them.
+`grpo_stage` with `Pictures` is segrl's own stage; `trl_trainer` is TRL's trainer on the same work.
+`grpo_step.py`, `scaling.py` and the `steps` and `peer` parts of `gpu_parts.py` measure them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import tiny_vlm
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A step: B prompts with an image each, G completions of T tokens, and the weight of a divergence from a reference."""
+    """A step: B prompts with an image each, G completions of T tokens, and the weight of the divergence."""
 
     prompts: int
     group: int = tiny_vlm.GROUP
@@ -32,12 +33,12 @@ class Work:
 
     @property
     def prefix(self) -> int:
-        """Tokens of a prompt: those of its image and 39 of its query."""
+        """Return the tokens of a prompt: those of its image and 39 of its query."""
         return (self.side // 28) ** 2 + 39
 
     @property
     def patches(self) -> int:
-        """Patches of an image."""
+        """Return the patches of an image."""
         return (self.side // 14) ** 2
 
 
@@ -47,13 +48,16 @@ def chat() -> list[dict[str, Any]]:
 
 
 def pictures(encoder: Any, work: Work, steps: int) -> Any:
-    """Return a dataset of one batch per step; pixels and tokens are made where a batch is asked for, as TRL does."""
+    """Return a dataset of one batch per step.
+
+    Pixels and tokens are made when a batch is asked for, as TRL does.
+    """
     import torch
 
     from segrl.types import Batch, Sample
 
     class Pictures(torch.utils.data.Dataset[Batch]):
-        """Noise."""
+        """Images of noise."""
 
         def __len__(self) -> int:
             return steps
@@ -78,7 +82,10 @@ def policy(folder: Path, side: int, recompute: bool) -> Any:
 
 
 def grpo_stage(kind: type, policy: Any, engine: Any, work: Work, micro_batch_size: int) -> Any:
-    """Return a stage of this kind (`GRPOStage` or a class over it) with AdamW and a reward that is a random number."""
+    """Return a stage of this kind with AdamW and a random number as reward.
+
+    The kind is `GRPOStage` or a class derived from it.
+    """
     import torch
 
     from segrl.models.reference import FrozenCopy
@@ -94,7 +101,7 @@ def grpo_stage(kind: type, policy: Any, engine: Any, work: Work, micro_batch_siz
     from segrl.stages.policy_gradient import Loop
 
     class NoHead(torch.nn.Module):
-        """Empty masks: TRL's reward segments nothing either."""
+        """Returns empty masks: TRL's reward segments nothing either."""
 
         def prepare(self, images: Any) -> None:
             pass
@@ -127,16 +134,20 @@ def fit(stage: Any, batches: Any, steps: int, gpu: bool, half: bool, callback: A
     import torch
 
     trainer = lightning.Trainer(
-        accelerator="gpu" if gpu else "cpu", devices=1, precision="bf16-mixed" if half else "32-true", max_steps=steps, max_epochs=-1,
-        logger=False, callbacks=[callback], enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False,
+        accelerator="gpu" if gpu else "cpu", devices=1, precision="bf16-mixed" if half else "32-true",
+        max_steps=steps, max_epochs=-1, logger=False, callbacks=[callback], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
     )  # fmt: skip
     loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=int(gpu), pin_memory=gpu)
     trainer.fit(stage, loader)
 
 
-def trl_trainer(folder: Path, model: Any, work: Work, steps: int, at_once: int, gpu: bool, callback: Any) -> Any:
-    """Return TRL's trainer on the same work; special tokens are suppressed, so that completions have one length.
+def trl_trainer(
+    folder: Path, model: Any, work: Work, steps: int, at_once: int, gpu: bool, callback: Any
+) -> Any:
+    """Return TRL's trainer on the same work.
+
+    Special tokens are suppressed, so that completions have one length.
 
     Args:
         folder: with the processor.
@@ -160,21 +171,26 @@ def trl_trainer(folder: Path, model: Any, work: Work, steps: int, at_once: int, 
         for i in range(steps * work.prompts)
     ]
     settings = trl.GRPOConfig(
-        output_dir=tempfile.mkdtemp(), use_cpu=not gpu, bf16=gpu, fp16=False, per_device_train_batch_size=work.group * at_once,
-        gradient_accumulation_steps=work.prompts // at_once, num_generations=work.group, max_completion_length=work.tokens,
-        beta=work.beta, max_steps=steps, learning_rate=1e-6, gradient_checkpointing=gpu, report_to="none", save_strategy="no",
-        disable_tqdm=True, temperature=1.0, seed=0, generation_kwargs={"suppress_tokens": special}, dataloader_num_workers=0,
-        log_completions=False,
+        output_dir=tempfile.mkdtemp(), use_cpu=not gpu, bf16=gpu, fp16=False,
+        per_device_train_batch_size=work.group * at_once, gradient_accumulation_steps=work.prompts // at_once,
+        num_generations=work.group, max_completion_length=work.tokens, beta=work.beta, max_steps=steps,
+        learning_rate=1e-6, gradient_checkpointing=gpu, report_to="none", save_strategy="no",
+        disable_tqdm=True, temperature=1.0, seed=0, generation_kwargs={"suppress_tokens": special},
+        dataloader_num_workers=0, log_completions=False,
     )  # fmt: skip
     return trl.GRPOTrainer(
-        model=model, reward_funcs=lambda completions, **_: [random.random() for _ in completions], args=settings,
-        train_dataset=datasets.Dataset.from_list(rows), processing_class=processor, callbacks=[callback],
+        model=model, reward_funcs=lambda completions, **_: [random.random() for _ in completions],
+        args=settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=processor,
+        callbacks=[callback],
     )  # fmt: skip
 
 
 @contextmanager
 def loaded_as(shape: Any, device: Any) -> Iterator[None]:
-    """Inside, a model that is loaded is a random one of this shape, made on the device: no file of 15 GB is written or read."""
+    """Let transformers make a random model of this shape on the device instead of loading one.
+
+    No file of 15 GB is written or read.
+    """
     import torch
     from transformers import (
         AutoModelForImageTextToText,

@@ -1,8 +1,10 @@
-"""What the kernels of a GRPO step would take on a GPU, counted without one: where the step stands above its floor, and why.
+"""Count what the kernels of a GRPO step would take on a GPU, without one.
 
-`python benchmarks/roofline.py` goes through the product's own code on tensors without contents, as `memory.py` does, and gives every kernel its arithmetic or its
-bytes, whichever takes longer, at the speeds that `floor.py` has for an H200; one JSON line per part. That is what the step would take if every kernel ran at full speed
-and nothing was between them: less than it can take, and no measurement. 3B, all weights, bfloat16 passes, 8 prompts of 768x768 pixels, 8 completions of 256 tokens.
+`python benchmarks/roofline.py` runs segrl's own code on tensors without contents, as `memory.py` does. It
+gives every kernel its arithmetic or its bytes, whichever takes longer, at the speeds that `floor.py` has for
+an H200, and prints one JSON line per part beside its floor. This is the time of a step if every kernel ran at
+full speed and nothing lay between kernels: a lower bound, not a measurement. The case: 3B, all weights,
+bfloat16 passes, 8 prompts of 768x768 pixels, 8 completions of 256 tokens.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ _PART = ("index_select", "index.Tensor", "embedding.default", "gather")  # read 
 
 @torch.library.custom_op("roofline::rms_norm", mutates_args=())
 def _norm(hidden: Tensor, weight: Tensor) -> Tensor:
-    """One kernel on a GPU; a CPU makes six of it."""
+    """Count a norm as one kernel, as on a GPU; a CPU makes six of it."""
     return torch.empty_like(hidden)
 
 
@@ -53,27 +55,34 @@ _norm.register_autograd(
 
 
 class Roofline(TorchDispatchMode):
-    """Seconds and kernels by kind."""
+    """Counts seconds and kernels by kind."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seconds, self.kernels = Counter[str](), 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run it without contents, and count."""
+        """Run the operation without contents, and count it."""
         args, kwargs, name = no_contents.with_places(function, args), kwargs or {}, str(function)
         out = function(*args, **kwargs)
         if function.namespace == "prim" or function.is_view or any(word in name for word in _NOTHING):
             return out
-        given, made = ([t for t in tree_iter(part) if isinstance(t, Tensor)] for part in ((args, kwargs), out))
-        moved = sum(map(_bytes, made)) + sum(map(_bytes, made if any(part in name for part in _PART) else given))
+        given, made = (
+            [t for t in tree_iter(part) if isinstance(t, Tensor)] for part in ((args, kwargs), out)
+        )
+        moved = sum(map(_bytes, made)) + sum(
+            map(_bytes, made if any(part in name for part in _PART) else given)
+        )
         if "index_copy_" in name:
             moved = 2 * _bytes(given[-1])
         kind, arithmetic, rate = "the rest", 0.0, H200.operations
         if "attn" in name or "attention" in name:
             kind, arithmetic = "attention", _attention(name, given)
         elif function.overloadpacket in flop_registry:
-            kind, arithmetic = "products", flop_registry[function.overloadpacket](*args, **kwargs, out_val=out)
+            kind, arithmetic = (
+                "products",
+                flop_registry[function.overloadpacket](*args, **kwargs, out_val=out),
+            )
             rate /= 1 if made[0].dtype == torch.bfloat16 else 2  # TF32
         elif "rms_norm" in name:
             kind = "norms"
@@ -83,12 +92,14 @@ class Roofline(TorchDispatchMode):
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Of its own, or of what it shows over and over."""
+    """Return the bytes of a tensor, at most those of its storage, which an expanded view repeats."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 def _attention(name: str, given: list[Tensor]) -> float:
-    """Operations: every query with the keys of its segment, or with half of all where one hides what is ahead."""
+    """Return the operations of attention: every query with the keys of its segment, or half of them if
+    causal.
+    """
     backward = "backward" in name
     query, key, *_ = given[1:] if backward else given
     ends = [tensor for tensor in given if tensor.dtype == torch.int32]
@@ -97,16 +108,18 @@ def _attention(name: str, given: list[Tensor]) -> float:
 
 
 def line(part: str, roof: Roofline, least: float, times: int = 1, **more: object) -> None:
-    """Print a part; `times` as often as counted."""
+    """Print a part, counted `times` times."""
     seconds = times * sum(roof.seconds.values())
     print(json.dumps({
-        "part": part, **more, "ms": round(1000 * seconds, 1), "floor_ms": round(1000 * least, 1), "times_the_floor": round(seconds / least, 2),
-        "of_it_ms": {kind: round(1000 * times * value, 1) for kind, value in roof.seconds.most_common()}, "kernels": roof.kernels,
+        "part": part, **more, "ms": round(1000 * seconds, 1), "floor_ms": round(1000 * least, 1),
+        "times_the_floor": round(seconds / least, 2),
+        "of_it_ms": {kind: round(1000 * times * value, 1) for kind, value in roof.seconds.most_common()},
+        "kernels": roof.kernels,
     }), flush=True)  # fmt: skip
 
 
 def sampling(policy: Any, prefixes: list[Any], least: dict[str, float]) -> None:
-    """The prefixes, and a token of every completion, as many times as there are tokens."""
+    """Count the prefixes, and one token of every completion times the number of tokens."""
     from segrl.rollout.shared_prefix import sample_tokens
 
     rows, roof = PROMPTS * GROUP, Roofline()
@@ -123,7 +136,7 @@ def sampling(policy: Any, prefixes: list[Any], least: dict[str, float]) -> None:
 
 
 def learning(folder: Path, least: dict[str, float], recomputed: bool) -> None:
-    """A pass over all groups and its backward pass."""
+    """Count a pass over all groups and its backward pass."""
     from segrl.types import Completions
 
     policy, roof = weights(folder, recomputed), Roofline()
@@ -137,14 +150,14 @@ def learning(folder: Path, least: dict[str, float], recomputed: bool) -> None:
 
 
 def weights(folder: Path, recomputed: bool) -> Any:
-    """3B, without contents."""
+    """Return the 3B policy without contents."""
     settings = {"lora": None, "dtype": "float32", "train_vision": True, "gradient_checkpointing": recomputed}
     shape = no_contents.config(no_contents.SIZES["Qwen2.5-VL-3B"])
     return no_contents.emptied(no_contents.policy(folder, shape, settings))
 
 
 def main() -> None:
-    """All parts."""
+    """Count all parts."""
     if sys.argv[1:]:
         sys.exit(__doc__)
     logging.disable()
@@ -153,8 +166,8 @@ def main() -> None:
     policy = weights(folder, False)
     prefixes = no_contents.prefixes_of(policy, SIDE, PROMPTS)
     work = floor.Work(
-        prompts=PROMPTS, group=GROUP, prefix=len(prefixes[0].token_ids), patches=len(prefixes[0].pixels), tokens=TOKENS, reference=False,
-        kept=False,
+        prompts=PROMPTS, group=GROUP, prefix=len(prefixes[0].token_ids), patches=len(prefixes[0].pixels),
+        tokens=TOKENS, reference=False, kept=False,
     )  # fmt: skip
     least = floor.floor(no_contents.config(no_contents.SIZES["Qwen2.5-VL-3B"]), work, H200)
     with mock.patch.object(F, "rms_norm", lambda hidden, shape, weight, eps: _norm(hidden, weight)):

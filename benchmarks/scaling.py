@@ -1,7 +1,9 @@
-"""How a GRPO step grows: with the group, the prompts, the completions and the image; one thread, CPU seconds, the tiny VLM of `tiny_vlm.py`.
+"""How a GRPO step grows with the group, the prompts, the completions and the image.
 
-`python benchmarks/scaling.py [--plot FILE.png]` prints one JSON line per point (median of the steps), then the fit: seconds against P + G*T tokens per
-prompt, which is what a step reads, and against G*(P + T), which is what it would read with one row per completion.
+`python benchmarks/scaling.py [--plot FILE.png]` measures CPU seconds of the tiny VLM of `tiny_vlm.py`, one
+thread. It prints one JSON line per point (median of the steps), then the fit of the seconds against P + G*T
+tokens per prompt, which is what a step reads, and against G*(P + T), which is what it would read with one row
+per completion.
 """
 
 from __future__ import annotations
@@ -25,17 +27,21 @@ AXES = {
     "image side": [(1, 8, 64, s) for s in (196, 280, 392, 560)],
 }
 STEP = (
-    "import sys, json; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1); from pathlib import Path; "
-    "import grpo_step, noise; b, g, t, s = map(int, sys.argv[3:7]); work = noise.Work(prompts=b, group=g, tokens=t, side=s); "
+    "import sys, json; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1); "
+    "from pathlib import Path; import grpo_step, noise; b, g, t, s = map(int, sys.argv[3:7]); "
+    "work = noise.Work(prompts=b, group=g, tokens=t, side=s); "
     "print(json.dumps(grpo_step.ours(Path(sys.argv[2]), work)))"
 )
 
 
 def seconds(folder: Path, point: tuple[int, int, int, int]) -> float:
-    """Of one step, in a process of its own."""
+    """Return the CPU seconds of one step, in a process of its own."""
     here = str(Path(__file__).parent)
     done = subprocess.run(
-        [sys.executable, "-c", STEP, here, str(folder), *map(str, point)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", STEP, here, str(folder), *map(str, point)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         sys.exit(done.stderr[-2000:])
@@ -43,14 +49,14 @@ def seconds(folder: Path, point: tuple[int, int, int, int]) -> float:
 
 
 def tokens(point: tuple[int, int, int, int]) -> tuple[int, int]:
-    """What a step reads: prefixes once, and once per completion."""
+    """Return the tokens that a step reads: with prefixes read once, and with one row per completion."""
     prompts, group, length, side = point
     prefix = noise.Work(prompts=prompts, side=side).prefix
     return prompts * (prefix + group * length), prompts * group * (prefix + length)
 
 
 def main() -> None:
-    """Measure, fit, plot."""
+    """Measure, fit, and plot."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--plot", type=Path)
     plot = parser.parse_args().plot
@@ -61,8 +67,9 @@ def main() -> None:
             found[point] = found.get(point) or seconds(folder, point)
             prompts, group, length, side = point
             print(json.dumps({
-                "axis": axis, "prompts": prompts, "group": group, "completion": length, "side": side, "tokens": tokens(point)[0],
-                "tokens_by_row": tokens(point)[1], "cpu_seconds": round(found[point], 3),
+                "axis": axis, "prompts": prompts, "group": group, "completion": length, "side": side,
+                "tokens": tokens(point)[0], "tokens_by_row": tokens(point)[1],
+                "cpu_seconds": round(found[point], 3),
             }), flush=True)  # fmt: skip
     measured = np.array(list(found.values()))
     fits = {}
@@ -80,7 +87,10 @@ def main() -> None:
 
 
 def draw(found: dict[tuple[int, int, int, int], float], fit: dict[str, float], plot: Path) -> None:
-    """One panel per axis, and one against the tokens that are read; dotted, every row reading all of its own at the same speed."""
+    """Draw one panel per axis, and one against the tokens that are read.
+
+    The dotted line has every row reading all of its own tokens at the same speed.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,8 @@
-"""One GRPO update of the nano policy, side by side: every prefix read once, against one row per completion.
+"""One GRPO update of the nano policy: every prefix read once, beside one row per completion.
 
-`python benchmarks/shared_prefix.py` prints one JSON line: CPU seconds of each (median of the rounds, taken in turn), their
-ratio, and the largest difference of the log-probabilities. Both sides sample the same completions' lengths and update all weights.
+`python benchmarks/shared_prefix.py` prints one JSON line: CPU seconds of each side (median of the rounds,
+taken in turn), their ratio, and the largest difference of the log-probabilities. Both sides sample
+completions of the same lengths and update all weights.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SAMPLES, GROUP, TOKENS, ROUNDS = 8, 8, 24, 5
 
 
 def update(policy: HFPolicy, prefixes: list, group: int, repeats: int) -> tuple[float, torch.Tensor]:
-    """CPU seconds of sampling and of a forward and backward pass; and the log-probabilities."""
+    """Return the CPU seconds of sampling and of a forward and backward pass, and the log-probabilities."""
     began = time.process_time()
     rows = [prefix for prefix in prefixes for _ in range(repeats)]
     completions = SharedPrefixEngine(TOKENS).sample(policy, rows, group, range(len(rows) * group))
@@ -49,8 +50,9 @@ def main() -> None:
         difference = max(difference, float((a - b).abs().max()))
     medians = {name: round(statistics.median(values[1:]), 4) for name, values in seconds.items()}
     print(json.dumps({
-        "samples": SAMPLES, "group": GROUP, "tokens": TOKENS, "prefix": len(prefixes[0].token_ids), "rounds": ROUNDS,
-        "cpu_seconds": medians, "ratio": round(medians["naive"] / medians["shared"], 2), "largest_difference": difference,
+        "samples": SAMPLES, "group": GROUP, "tokens": TOKENS, "prefix": len(prefixes[0].token_ids),
+        "rounds": ROUNDS, "cpu_seconds": medians, "ratio": round(medians["naive"] / medians["shared"], 2),
+        "largest_difference": difference,
     }))  # fmt: skip
 
 

@@ -1,8 +1,9 @@
-"""Where a GRPO step on the tiny VLM stands above its floor: CPU seconds by part and by kind of operation, one thread.
+"""Where a GRPO step on the tiny VLM stands above its floor: CPU seconds by part and by kind of operation.
 
-`python benchmarks/step_profile.py [--prompts 2] [--beta 0.04]` prints one JSON line per part with its floor (`floor.py`), and one per kind
-of operation: products, attention, everything elementwise, and what lies between operations (Python and torch's dispatch). The
-work is that of `grpo_step.py`; medians of three steps, the operations of a fourth.
+`python benchmarks/step_profile.py [--prompts 2] [--beta 0.04]` prints one JSON line per part with its floor
+(`floor.py`), and one per kind of operation: products, attention, everything elementwise, and the time between
+operations (Python and torch's dispatch). The work is that of `grpo_step.py`, on one thread. Parts are medians
+of three steps; operations are those of a fourth step.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ PARTS = {  # of the floor: ours
 
 
 class Parts(lightning.Callback):
-    """CPU seconds of methods, step by step; the operations of the last step."""
+    """Measures CPU seconds of methods at each step, and the operations of the last step."""
 
     def __init__(self) -> None:
         self.now, self.steps = Counter[str](), list[Counter[str]]()
@@ -91,7 +92,9 @@ def main() -> None:
     batches = noise.pictures(policy.encoder, work, STEPS)
     noise.fit(stage, batches, STEPS, gpu=False, half=False, callback=parts)
     measured = parts.steps[1:-1]
-    least = floor.floor(AutoConfig.from_pretrained(folder), floor.of_noise(work, kept=True), floor.speeds("cpu"))
+    least = floor.floor(
+        AutoConfig.from_pretrained(folder), floor.of_noise(work, kept=True), floor.speeds("cpu")
+    )
     for name, methods in {**PARTS, "step": ("step",)}.items():
         seconds = statistics.median(sum(step[method] for method in methods) for step in measured)
         line = {"part": name, "cpu_seconds": round(seconds, 4), "floor": round(least[name], 4)}

@@ -1,7 +1,8 @@
-"""A random Qwen2.5-VL of 9.7 million parameters, for both sides of a benchmark; proportions follow the 3B model.
+"""A random Qwen2.5-VL of 9.7 million parameters, for both sides of a benchmark.
 
-A 392x392 image is 196 tokens of a prompt of about 230, completions have 64; the vision tower costs two thirds of the prompt's trunk.
-Written to a folder, so that every trainer loads it as it loads real weights.
+Its proportions follow the 3B model. A 392x392 image is 196 tokens of a prompt of about 230, and completions
+have 64 tokens. The vision tower costs two thirds of the language model's pass over the prompt. It is written
+to a folder, so that every trainer loads it as it loads real weights.
 """
 
 from __future__ import annotations
@@ -14,22 +15,25 @@ import numpy as np
 VOCABULARY, SIDE, GROUP, TOKENS = 4096, 392, 8, 64
 QUERY = "Segment the object"
 SPECIAL = [
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
 _TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 def image(number: int, side: int = SIDE) -> np.ndarray:
-    """Noise, uint8 `[side, side, 3]`."""
+    """Return noise, uint8 `[side, side, 3]`."""
     return np.random.default_rng(number).integers(0, 255, (side, side, 3), dtype=np.uint8)
 
 
 def write(folder: Path, real: dict[str, Any] | None = None, side: int = SIDE) -> Path:
-    """Weights (seed 0), tokenizer of bytes and processor.
+    """Write weights (seed 0), a tokenizer of bytes, and a processor.
 
     Args:
         folder: where.
@@ -61,20 +65,24 @@ def write(folder: Path, real: dict[str, Any] | None = None, side: int = SIDE) ->
     tokenizer.padding_side = "left"
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     text = {
-        "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 1280, "num_hidden_layers": 6, "num_attention_heads": 4,
-        "num_key_value_heads": 1, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+        "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 1280, "num_hidden_layers": 6,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
     }  # fmt: skip
     text = (real or {}).get("text", text) | {
-        "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"],
+        "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
     }  # fmt: skip
     vision = {
-        "depth": 6, "hidden_size": 128, "intermediate_size": 344, "num_heads": 4, "out_hidden_size": 256, "patch_size": 14,
-        "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112, "fullatt_block_indexes": [2, 5],
+        "depth": 6, "hidden_size": 128, "intermediate_size": 344, "num_heads": 4, "out_hidden_size": 256,
+        "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
+        "fullatt_block_indexes": [2, 5],
     }  # fmt: skip
     config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=(real or {}).get("vision", vision), tie_word_embeddings=True, image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+        text_config=text, vision_config=(real or {}).get("vision", vision), tie_word_embeddings=True,
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
     )  # fmt: skip
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(config).float()
@@ -84,7 +92,7 @@ def write(folder: Path, real: dict[str, Any] | None = None, side: int = SIDE) ->
     )
     model.save_pretrained(folder)
     Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=side * side), tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(), chat_template=_TEMPLATE,
+        image_processor=Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=side * side),
+        tokenizer=tokenizer, video_processor=Qwen2VLVideoProcessor(), chat_template=_TEMPLATE,
     ).save_pretrained(folder)  # fmt: skip
     return folder

@@ -1,4 +1,4 @@
-"""What every test stands on: shapes are checked at run time, one thread, and the real data where it is present."""
+"""Fixtures of all tests: one thread, shapes checked at run time, and the real data where it is present."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session")
 def gpu(request) -> torch.device:
-    """The device of a test marked `gpu`."""
+    """Return the device of a test marked `gpu`."""
     if request.config.getoption("--rehearse"):
         return torch.device("cpu")
     assert torch.cuda.is_available(), "no GPU is seen; --rehearse runs these tests on the CPU"
@@ -33,7 +33,10 @@ def gpu(request) -> torch.device:
 
 @pytest.fixture(scope="session")
 def realdata() -> Path:
-    """Photographs, masks and published scores: $SEGRL_REALDATA, or shared/realdata next to the repository."""
+    """Return the folder of photographs, masks and published scores.
+
+    It is $SEGRL_REALDATA, or shared/realdata next to the repository.
+    """
     beside = Path(__file__).resolve().parents[2] / "shared" / "realdata"
     folder = Path(os.environ.get("SEGRL_REALDATA", beside))
     if not folder.is_dir():
@@ -43,7 +46,7 @@ def realdata() -> Path:
 
 @pytest.fixture(scope="session")
 def nano_weights(tmp_path_factory):
-    """By family, an untrained nano checkpoint on the disk, in the format of the real ones."""
+    """Return, by family, an untrained nano checkpoint on the disk, in the format of the real ones."""
     from segrl.nano import architecture
 
     made: dict[str, Path] = {}
@@ -64,7 +67,7 @@ def nano_weights(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def nano_policy(nano_weights):
-    """By family, an untrained policy, loaded by the adapter that loads the real ones."""
+    """Return, by family, an untrained policy, loaded by the adapter that loads the real ones."""
     from segrl.models.hf_vlm import HFPolicy
 
     made: dict[str, HFPolicy] = {}
@@ -80,7 +83,7 @@ def nano_policy(nano_weights):
 
 @pytest.fixture
 def nano_head():
-    """The trained nano SAM 2 that ships with the package."""
+    """Return the trained nano SAM 2 that ships with the package."""
     from segrl.models.sam2_head import Sam2Head
     from segrl.runs.configuration import asset
 
@@ -89,7 +92,10 @@ def nano_head():
 
 @pytest.fixture
 def cli(monkeypatch, capsys, tmp_path):
-    """The real command line, in this process: arguments to (exit code, stdout, stderr); runs go under tmp_path."""
+    """Return a function that runs the real command line in this process.
+
+    It maps arguments to (exit code, stdout, stderr). Runs go under tmp_path.
+    """
     import sys
 
     def run(

@@ -1,4 +1,4 @@
-"""The trained nano policy on the device beside itself in float32 on the CPU: what it says and what it learns."""
+"""Compare the trained nano policy on the device with itself in float32 on the CPU."""
 
 from __future__ import annotations
 
@@ -16,22 +16,27 @@ LENGTHS = (40, 1, 17, 25, 33, 8, 40, 2, 12, 30, 21, 5, 39, 16, 7, 28)
 
 
 def agree(findings: Findings, device: torch.device) -> None:
-    """Say how far log-probabilities, the whole gradient and greedy tokens are from the CPU's, in float32 and in bfloat16.
+    """Say how far log-probabilities, the whole gradient and greedy tokens are from the CPU's.
 
-    The yardstick is the CPU's own bfloat16, as measured by this part with `--rehearse`: log-probabilities off by at most 0.04, the
-    gradient by 1.2% of its norm. Float32 on a GPU should be within 1e-4.
+    Both float32 and bfloat16 are compared. The reference is the CPU's own bfloat16, as this part measures it
+    with `--rehearse`: log-probabilities differ by at most 0.04, the gradient by 1.2% of its norm. Float32 on
+    a GPU should be within 1e-4.
     """
     from segrl.runs.configuration import asset
     from segrl.models.hf_vlm import HFPolicy
 
     torch.manual_seed(0)
     policy = HFPolicy(asset("policy_nano"), 128, None, 1.0, "float32", None, True, False)
-    prefixes = [policy.encoder.encode(_asked(i), tiny_vlm.image(i, 128)) for i in range(len(LENGTHS) // GROUP)]
+    prefixes = [
+        policy.encoder.encode(_asked(i), tiny_vlm.image(i, 128)) for i in range(len(LENGTHS) // GROUP)
+    ]
     said = _completions(policy.never_sampled)
     expected = _learned(policy, prefixes, said, torch.device("cpu"), False)
     for half in (False, True):
         name = "bfloat16" if half else "float32"
-        findings.tried(name, partial(_compare, findings, name, policy, prefixes, said, expected, device, half))
+        findings.tried(
+            name, partial(_compare, findings, name, policy, prefixes, said, expected, device, half)
+        )
 
 
 def _asked(more: int) -> list[dict[str, Any]]:
@@ -51,19 +56,27 @@ def _completions(never: torch.Tensor) -> Any:
 
 
 def _learned(policy: Any, prefixes: list[Any], said: Any, where: torch.device, half: bool) -> tuple[Any, ...]:
-    """Return log-probabilities `[N, T]`, the gradients of a weighted sum of them by name, and greedy tokens; all on the CPU."""
+    """Return log-probabilities `[N, T]`, gradients of a weighted sum of them by name, and greedy tokens.
+
+    All of them are on the CPU.
+    """
     from segrl.rollout.shared_prefix import SharedPrefixEngine
     from segrl.types import Completions
 
     there = Completions(
-        tokens=said.tokens.to(where), mask=said.mask.to(where), texts=said.texts, finished=said.finished.to(where)
+        tokens=said.tokens.to(where),
+        mask=said.mask.to(where),
+        texts=said.texts,
+        finished=said.finished.to(where),
     )
     given = [prefix.to(where) for prefix in prefixes]
     weights = torch.linspace(-1, 1, said.mask.numel()).view_as(said.mask.float()).to(where)
     with torch.autocast(where.type, torch.bfloat16, enabled=half, cache_enabled=False):
         logprobs = policy.logprobs(given, there)
         (logprobs * weights).sum().backward()
-        gradients = {n: p.grad.detach().float().cpu() for n, p in policy.named_parameters() if p.grad is not None}
+        gradients = {
+            n: p.grad.detach().float().cpu() for n, p in policy.named_parameters() if p.grad is not None
+        }
         policy.zero_grad()
         greedy = SharedPrefixEngine(TOKENS).greedy(policy, given).tokens.cpu()
     return logprobs.detach().float().cpu(), gradients, greedy

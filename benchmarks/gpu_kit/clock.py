@@ -1,4 +1,4 @@
-"""Seconds and memory of parts of a step, and the kernels of one of them."""
+"""Measure seconds and memory of the parts of a step, and the kernels of one part."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def milliseconds(work: Callable[[], Any], device: torch.device, times: int = 10)
 
 
 class Clock:
-    """Seconds of parts within parts, each begun and ended with the device at rest, and peak memory of the outermost.
+    """Measures the seconds of nested parts, and the peak memory of the outermost part.
+
+    The device is idle at the beginning and at the end of each part.
 
     Args:
         device: of the work.
@@ -103,7 +105,7 @@ class Clock:
 
 
 def say_kernels(findings: Findings, profiler: Any, device: torch.device, name: str, rows: int = 25) -> None:
-    """Write down the kernels that took longest, and how long the device was at work at all."""
+    """Write down the kernels that took longest, and how long the device was busy in all."""
     taken, times, spans = Counter[str](), Counter[str](), list[tuple[int, int]]()
     for event in profiler.profiler.kineto_results.events():
         on_device = "CUDA" in str(event.device_type())

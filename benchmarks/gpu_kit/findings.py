@@ -1,4 +1,4 @@
-"""Findings of a part: a JSON line each, printed as soon as it is there and appended to `$OUT/results.jsonl`."""
+"""Findings of a part: one JSON line each, printed at once and appended to `$OUT/results.jsonl`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Findings:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the part began."""
+        """Return the seconds since the part began."""
         return time.perf_counter() - self.began
 
     def say(self, **line: Any) -> None:
@@ -35,10 +35,10 @@ class Findings:
                 file.write(text + "\n")
 
     def tried(self, name: str, work: Callable[[], Any]) -> Any:
-        """Return what `work` returns; if it raises, that is a finding, and the part goes on."""
+        """Return what `work` returns; if it raises, write the error down as a finding and go on."""
         try:
             return work()
-        except Exception as error:  # noqa: BLE001 - at first contact anything may fail, and the rest is still wanted
+        except Exception as error:  # noqa: BLE001 - any error is a finding, and the part goes on
             traceback.print_exc()
             self.say(name=name, error=f"{type(error).__name__}: {str(error)[:400]}")
             return None

@@ -1,4 +1,7 @@
-"""Single operations whose speed on a GPU is in doubt, at the shapes of a 3B policy: milliseconds, TFLOP/s, GB/s."""
+"""Time single operations whose speed on a GPU is uncertain, at the shapes of a 3B policy.
+
+Findings are in milliseconds, TFLOP/s and GB/s.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from gpu_kit.findings import Findings
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """Of a step of 3B, or of something tiny."""
+    """Shapes of the arguments: those of a step of a 3B policy, or tiny ones."""
 
     patches: int = 8 * 2916
     image: int = 2916
@@ -39,13 +42,13 @@ class Shapes:
 
     @property
     def rows(self) -> int:
-        """Completions."""
+        """Return the number of completions."""
         return self.prompts * self.group
 
 
 TINY = Shapes(
-    patches=64, image=64, tower=128, tower_heads=2, prompts=2, group=2, prefix=16, length=8, heads=4, width=32, hidden=64,
-    inner=64, vocabulary=512,
+    patches=64, image=64, tower=128, tower_heads=2, prompts=2, group=2, prefix=16, length=8, heads=4,
+    width=32, hidden=64, inner=64, vocabulary=512,
 )  # fmt: skip
 
 
@@ -66,9 +69,17 @@ class Bench:
         return torch.randn(shape, device=self.device, dtype=dtype, requires_grad=learn)
 
     def both(
-        self, name: str, forward: Callable[[], Tensor], learn: list[Tensor], gflop: float = 0, factor: float = 2.5
+        self,
+        name: str,
+        forward: Callable[[], Tensor],
+        learn: list[Tensor],
+        gflop: float = 0,
+        factor: float = 2.5,
     ) -> None:
-        """Say the milliseconds of a forward and a backward pass; the backward pass has `factor` times the arithmetic."""
+        """Say the milliseconds of a forward and a backward pass.
+
+        The backward pass has `factor` times the arithmetic of the forward pass.
+        """
 
         def one() -> None:
             out = forward()
@@ -107,7 +118,10 @@ def kernels(findings: Findings, device: torch.device, rehearse: bool) -> None:
 
 
 def tower(bench: Bench) -> None:
-    """Time the patch embedding (a convolution over patches that touch nothing else, or one product) and the tower's attention."""
+    """Time the vision tower's patch embedding and its attention.
+
+    The patch embedding is timed as a convolution over disjoint patches and as one product.
+    """
     from segrl.models.kernels.window_attention import window_attention
 
     s = bench.shapes
@@ -134,7 +148,9 @@ def tower(bench: Bench) -> None:
 def _prefix(bench: Bench, length: int) -> list[Tensor]:
     """Return queries, keys and values of prefixes."""
     s = bench.shapes
-    return [bench.random(s.prompts, heads, length, s.width, learn=True) for heads in (s.heads, s.shared, s.shared)]
+    return [
+        bench.random(s.prompts, heads, length, s.width, learn=True) for heads in (s.heads, s.shared, s.shared)
+    ]
 
 
 def prefixes(bench: Bench) -> None:
@@ -161,7 +177,7 @@ def _cudnn(on: bool) -> Any:
 
 
 def new_lengths(bench: Bench) -> None:
-    """Time first calls at lengths that were not seen before: cuDNN plans anew for each, forward and backward."""
+    """Time the first call at each new length: cuDNN plans anew, for the forward and the backward pass."""
     s = bench.shapes
     given = [part.detach() for part in _prefix(bench, s.prefix)]
     for cudnn, first in ((True, 9), (False, 4)):
@@ -179,7 +195,7 @@ def new_lengths(bench: Bench) -> None:
 
 
 def completions(bench: Bench) -> None:
-    """Time the attention of completions behind their prefixes: in one call of the kernel, and padded."""
+    """Time the attention of completions to their prefixes: in one call of the kernel, and padded."""
     from segrl.models.kernels import suffix_attention
 
     s = bench.shapes
@@ -199,7 +215,7 @@ def completions(bench: Bench) -> None:
 
 
 def sampling(bench: Bench) -> None:
-    """Time what a token of sampling is made of: products of few rows with all weights, and the draw."""
+    """Time the parts of sampling one token: products of few rows with all weights, and the draw."""
     from segrl.rollout.shared_prefix import sample_tokens
 
     s = bench.shapes
@@ -222,13 +238,18 @@ def sampling(bench: Bench) -> None:
     bench.alone("sampling, head in bfloat16", lambda: F.linear(given, half), 2e-9 * weight.numel())
     logits = bench.random(s.rows, s.vocabulary, dtype=torch.float32)
     noise = torch.rand(s.rows, device=bench.device, dtype=torch.float64)
-    bench.alone("sampling, softmax and draw", lambda: sample_tokens(logits.softmax(-1), noise), 8e-9 * logits.numel())
+    bench.alone(
+        "sampling, softmax and draw", lambda: sample_tokens(logits.softmax(-1), noise), 8e-9 * logits.numel()
+    )
     never = torch.arange(s.vocabulary - 271, s.vocabulary, device=bench.device)
     bench.alone("sampling, index_fill", lambda: logits.index_fill_(-1, never, float("-inf")))
 
 
 def adapters(bench: Bench) -> None:
-    """Time a product with an adapter of rank 64 as sampling has it (its narrow half as more rows of the weight), and with none."""
+    """Time a product with an adapter of rank 64, as sampling computes it, and a product without one.
+
+    The adapter's narrow half is computed as additional rows of the weight.
+    """
     s, rank = bench.shapes, 64
     given, joined = bench.random(s.rows, s.hidden), bench.random(s.inner + rank, s.hidden)
     wide, weight = bench.random(rank, s.inner), bench.random(s.inner, s.hidden)

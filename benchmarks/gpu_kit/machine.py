@@ -17,8 +17,8 @@ from torch.nn.attention.varlen import varlen_attn
 from gpu_kit.findings import Findings
 
 PACKAGES = (
-    "torch", "triton", "transformers", "accelerate", "peft", "lightning", "sam2", "hydra-core", "pydantic", "numpy", "trl", "datasets",
-    "pyarrow", "deepspeed", "vllm",
+    "torch", "triton", "transformers", "accelerate", "peft", "lightning", "sam2", "hydra-core", "pydantic",
+    "numpy", "trl", "datasets", "pyarrow", "deepspeed", "vllm",
 )  # fmt: skip
 
 
@@ -55,8 +55,9 @@ def machine(findings: Findings, device: torch.device, rehearse: bool) -> None:
         card = torch.cuda.get_device_properties(0)
         free, total = torch.cuda.mem_get_info()
         findings.say(
-            name="card", card=card.name, capability=f"{card.major}.{card.minor}", multiprocessors=card.multi_processor_count,
-            free_gb=round(free / 1e9, 1), total_gb=round(total / 1e9, 1), cores=os.cpu_count(),
+            name="card", card=card.name, capability=f"{card.major}.{card.minor}",
+            multiprocessors=card.multi_processor_count, free_gb=round(free / 1e9, 1),
+            total_gb=round(total / 1e9, 1), cores=os.cpu_count(),
         )  # fmt: skip
     if not rehearse:
         speed = floor.speeds(device.type)

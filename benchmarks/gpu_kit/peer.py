@@ -1,4 +1,7 @@
-"""The same update by TRL's trainer: a group at a time, as many as fit beside 60 GB of weights, gradients and moments."""
+"""The same update by TRL's trainer.
+
+One pass takes as many groups as fit beside 60 GB of weights, gradients and moments.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,12 @@ def peer(findings: Findings, device: torch.device, rehearse: bool, work: noise.W
             memory = {"peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)} if gpu else {}
             taken = round(time.perf_counter() - self.began, 3)
             findings.say(
-                name="step", step_s=taken, prompts=work.prompts, tokens=work.tokens, trl=trl.__version__, **memory
+                name="step",
+                step_s=taken,
+                prompts=work.prompts,
+                tokens=work.tokens,
+                trl=trl.__version__,
+                **memory,
             )
 
     with noise.loaded_as(shape, device):

@@ -1,4 +1,7 @@
-"""GRPO updates of a random policy of 3B's shape by segrl's own stage: seconds of every part, memory, kernels, the floor."""
+"""GRPO updates of a random policy of 3B's shape by segrl's own stage.
+
+Findings: seconds of every part, memory, kernels, and the distance from the floor.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,10 @@ PROFILED = {"profile sampling": "sample", "profile learning": "learn"}
 
 
 class TimedStage(GRPOStage):
-    """A stage whose parts are timed; where memory runs out it tries once more with half the groups in a pass."""
+    """A stage whose parts are timed.
+
+    Where memory runs out, it tries once more with half the groups in a pass.
+    """
 
     clock: Clock
     findings: Findings
@@ -48,7 +54,10 @@ class TimedStage(GRPOStage):
             self.zero_grad()
             torch.cuda.empty_cache()
             self.findings.say(
-                name="out of memory", kind=self.plan[batch_idx], groups_in_a_pass=self.micro_batch_size, error=reason
+                name="out of memory",
+                kind=self.plan[batch_idx],
+                groups_in_a_pass=self.micro_batch_size,
+                error=reason,
             )
             if self.micro_batch_size == 1:
                 raise MemoryError("a pass of one group must fit the memory of the GPU, and does not")
@@ -94,7 +103,13 @@ class Turns(lightning.Callback):
     def __init__(
         self, findings: Findings, clock: Clock, plan: tuple[str, ...], tokens: int, seconds: float
     ) -> None:
-        self.findings, self.clock, self.plan, self.tokens, self.seconds = findings, clock, plan, tokens, seconds
+        self.findings, self.clock, self.plan, self.tokens, self.seconds = (
+            findings,
+            clock,
+            plan,
+            tokens,
+            seconds,
+        )
         self.lines, self.recorded = list[dict[str, Any]](), list[float]()
         self.began = self.ended = time.perf_counter()
 
@@ -124,10 +139,11 @@ class Turns(lightning.Callback):
         if self.clock.profiler is not None:
             self._say_profile(kind)
         line = {
-            "kind": kind, "first_of_its_kind": batch_idx == 0 or self.plan[batch_idx - 1] != kind, "step_s": round(whole, 4),
-            "waited_s": round(self.began - self.ended, 4) if batch_idx else 0.0, "parts_s": parts,
-            "groups_in_a_pass": stage.micro_batch_size, "recorded": [round(s, 4) for s in self.recorded],
-            "loss": stage.latest.get("policy/loss"), "grad_norm": stage.latest.get("policy/grad_norm"),
+            "kind": kind, "first_of_its_kind": batch_idx == 0 or self.plan[batch_idx - 1] != kind,
+            "step_s": round(whole, 4), "waited_s": round(self.began - self.ended, 4) if batch_idx else 0.0,
+            "parts_s": parts, "groups_in_a_pass": stage.micro_batch_size,
+            "recorded": [round(s, 4) for s in self.recorded], "loss": stage.latest.get("policy/loss"),
+            "grad_norm": stage.latest.get("policy/grad_norm"),
         }  # fmt: skip
         if self.clock.device.type == "cuda":
             line["peaks_gb"] = {name: round(value, 2) for name, value in self.clock.peaks.items()}
@@ -161,7 +177,10 @@ class Turns(lightning.Callback):
 
 
 def _groups_that_fit(device: torch.device) -> int:
-    """Return the groups of 3B whose activations fit in a pass beside weights, gradients and moments: 2 on 140 GB, 1 on 80 GB."""
+    """Return how many groups of 3B fit in a pass beside weights, gradients and moments.
+
+    Their activations are what must fit: 2 groups on 140 GB, 1 on 80 GB.
+    """
     whole = torch.cuda.get_device_properties(0).total_memory if device.type == "cuda" else float("inf")
     return 2 if whole > 100e9 else 1
 
@@ -192,12 +211,19 @@ def steps(findings: Findings, device: torch.device, rehearse: bool, work: noise.
     turns = Turns(findings, clock, plan, work.tokens, seconds)
     turns.time_recordings()
     batches = noise.pictures(policy.encoder, work, len(plan) + 1)
-    findings.tried("fit", lambda: noise.fit(stage, batches, len(plan), gpu, half=not rehearse, callback=turns))
+    findings.tried(
+        "fit", lambda: noise.fit(stage, batches, len(plan), gpu, half=not rehearse, callback=turns)
+    )
     say_medians(findings, turns.lines, shape, work, speed)
 
 
-def say_medians(findings: Findings, lines: list[dict[str, Any]], shape: Any, work: noise.Work, speed: Any) -> None:
-    """Say medians by kind, and how far they are from the floor; the first step of a kind is left out where others are."""
+def say_medians(
+    findings: Findings, lines: list[dict[str, Any]], shape: Any, work: noise.Work, speed: Any
+) -> None:
+    """Say the medians by kind, and how far they are from the floor.
+
+    The first step of a kind is left out where the kind has others.
+    """
     for kind in dict.fromkeys(line["kind"] for line in lines):
         of_kind = [line for line in lines if line["kind"] == kind]
         some = [line for line in of_kind if not line["first_of_its_kind"]] or of_kind

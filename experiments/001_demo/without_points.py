@@ -1,4 +1,7 @@
-"""Mean IoU of a demo run's answers, before and after, as they are and without their points: `python without_points.py RUN_FOLDER`."""
+"""Print the mean IoU of a demo run's answers, before and after training, with and without their points.
+
+python without_points.py RUN_FOLDER
+"""
 
 import json
 import sys
@@ -31,4 +34,6 @@ for name in ("before", "after"):
         for x, y in row["points"][:1]
     )
     means = {what: round(float(np.mean(values)), 3) for what, values in iou.items()}
-    print(json.dumps({"scenes": name, "iou": means, "places of points": len(places), "points in a box": inside}))
+    print(
+        json.dumps({"scenes": name, "iou": means, "places of points": len(places), "points in a box": inside})
+    )

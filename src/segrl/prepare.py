@@ -22,7 +22,8 @@ def main() -> None:
         return
     if len(sys.argv) < 2 or sys.argv[1] not in jobs:
         print(
-            f"segrl: prepare: must be followed by one of {', '.join(jobs)}: python -m segrl.prepare check --help",
+            f"segrl: prepare: must be followed by one of {', '.join(jobs)}: "
+            "python -m segrl.prepare check --help",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""The kit of first contact is in step with the code: every part, rehearsed on a CPU at tiny shapes; and its report."""
+"""The GPU kit agrees with the code: every part runs on a CPU at tiny shapes, and so does its report."""
 
 import json
 import os
@@ -17,15 +17,16 @@ SAID = {  # names of findings that a part has to have
     "peer": {"built", "step"},
     "demo": {"32-true", "bf16-mixed"},
     "kernels": {
-        "patch embedding, Conv3d", "patch embedding, one product", "tower attention, windows", "prefix attention, causal",
-        "prefix attention, a new length each time", "completions' attention, padded", "sampling, softmax and draw",
-        "sampling, a weight with an adapter", "head of completions, TF32",
+        "patch embedding, Conv3d", "patch embedding, one product", "tower attention, windows",
+        "prefix attention, causal", "prefix attention, a new length each time",
+        "completions' attention, padded", "sampling, softmax and draw", "sampling, a weight with an adapter",
+        "head of completions, TF32",
     },
 }  # fmt: skip
 
 
 def check(out, part, code=0, **settings):
-    """Run a part through the script that a GPU machine runs; the findings."""
+    """Run a part through the script that a GPU machine runs; return the findings."""
     there = {
         **os.environ,
         "PYTHON": sys.executable,
@@ -61,10 +62,11 @@ def test_a_part_works(tmp_path, part):
 
 
 def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path):
-    """A Python that fails at once, and one that never ends."""
+    """One Python fails at once, and one never ends."""
     python = tmp_path / "python"
     python.write_text(
-        f'#!/bin/sh\ncase "$*" in *kernels*) exit 7 ;; *agree*) sleep 1000 ;; *) exec {sys.executable} "$@" ;; esac\n'
+        '#!/bin/sh\ncase "$*" in *kernels*) exit 7 ;; *agree*) sleep 1000 ;; '
+        f'*) exec {sys.executable} "$@" ;; esac\n'
     )
     python.chmod(0o755)
     found, _ = check(tmp_path, "kernels agree", 1, PYTHON=str(python), MOST="3")
@@ -88,10 +90,12 @@ def findings(step=3.0, date="2026-12-01", card="NVIDIA H100 80GB HBM3"):
         line("machine", "speeds", tflops=798, tb_per_s=3.0),
         {"part": "tests", "name": "tests/gpu/test_a.py::test_one", "outcome": "PASSED"},
         {"part": "tests", "name": "tests/gpu/test_a.py::test_two - assert 1 | 2", "outcome": "FAILED"},
-        line("agree", "float32", logprob_off_max=1e-5, logprob_off_mean=1e-6, gradient_off=1e-5, worst_cosine=1.0, greedy_alike=1.0),
+        line("agree", "float32", logprob_off_max=1e-5, logprob_off_mean=1e-6, gradient_off=1e-5,
+             worst_cosine=1.0, greedy_alike=1.0),
         line("steps", "built", parameters=3.75e9, prompts=8, group=8, tokens=256, side=768),
-        line("steps", "median", kind="graphs", steps=3, step_s=step, parts_s=parts, peaks_gb={"learn": 66.5}, reserved_gb=70.0,
-             groups_in_a_pass=8, floor_s={"step": 1.34}, times_the_floor=round(step / 1.34, 2)),
+        line("steps", "median", kind="graphs", steps=3, step_s=step, parts_s=parts, peaks_gb={"learn": 66.5},
+             reserved_gb=70.0, groups_in_a_pass=8, floor_s={"step": 1.34},
+             times_the_floor=round(step / 1.34, 2)),
         line("steps", "kernels, sampling", kernels=10, busy_ms=3.0),
         line("steps", "kernels, sampling", kernel="gemm", ms=2.0, times=5),
         line("peer", "step", step_s=40.0, peak_gb=80.0), line("peer", "step", step_s=30.0, peak_gb=79.0),
@@ -239,7 +243,7 @@ def test_a_rehearsal_is_printed_and_never_filed(gpu_report, tmp_path, monkeypatc
 
 
 def test_the_docs_say_what_the_latest_report_says(gpu_report):
-    """README.md and docs/speed.md as they stand; `python benchmarks/gpu_report.py --docs` renews them."""
+    """`python benchmarks/gpu_report.py --docs` updates README.md and docs/speed.md."""
     for page in gpu_report.DOCS:
         assert page.read_text() == gpu_report.renewed(page, gpu_report.FOLDER), page
 

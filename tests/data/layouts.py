@@ -15,7 +15,7 @@ WIDTH, HEIGHT = 24, 16
 
 
 def photograph(path: Path, seed: int = 0, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Path:
-    """Noise, whatever the case of its extension."""
+    """Write a noise image, whatever the case of its extension."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     with path.open("wb") as file:
@@ -24,7 +24,7 @@ def photograph(path: Path, seed: int = 0, size: tuple[int, int] = (WIDTH, HEIGHT
 
 
 def truth(path: Path, value: int = 255, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Path:
-    """Rows 4 to 7, columns 6 to 11 are the object: 24 pixels."""
+    """Return a mask whose rows 4 to 7 and columns 6 to 11 are the object: 24 pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.zeros((size[1], size[0]), np.uint8)
     pixels[4:8, 6:12] = value
@@ -34,7 +34,7 @@ def truth(path: Path, value: int = 255, size: tuple[int, int] = (WIDTH, HEIGHT))
 
 
 def litter(folder: Path) -> None:
-    """What systems and archives leave behind."""
+    """Write the files that systems and archives leave behind."""
     for name in ("Thumbs.db", ".DS_Store", "._left.jpg", "._left.png", "readme.txt"):
         (folder / name).write_bytes(b"\x00")
 
@@ -47,7 +47,7 @@ def folders(
     image_ext: str = ".jpg",
     mask_ext: str = ".png",
 ) -> None:
-    """Pairs, the last of them with extensions in upper case."""
+    """Write pairs of image and mask, the last of them with extensions in upper case."""
     for number, stem in enumerate(stems):
         last = number == len(stems) - 1
         photograph(root / images / (stem + (image_ext.upper() if last else image_ext)), number)
@@ -57,7 +57,10 @@ def folders(
 
 
 def coco(root: Path, images: str, annotations: str, refs_name: str, refs: list[dict[str, object]]) -> None:
-    """A refer download: pictures 1 and 2, objects 11 (left half), 12 (top half, run lengths) and 21 (of picture 2)."""
+    """Write a refer download: pictures 1 and 2, and objects 11, 12 and 21.
+
+    Object 11 is the left half, 12 the top half in run lengths, and 21 belongs to picture 2.
+    """
     for number in (1, 2):
         photograph(root / images / f"COCO_train2014_{number:012d}.jpg", number)
     left = [[0, 0, 12, 0, 12, 16, 0, 16]]
@@ -83,19 +86,21 @@ def coco(root: Path, images: str, annotations: str, refs_name: str, refs: list[d
 def ref(
     number: int, split: str, ann_id: object, sentences: tuple[str, ...], image: int = 1
 ) -> dict[str, object]:
-    """One ref; its file name is not one of COCO's."""
+    """Return one ref; its file name is not one of COCO's."""
     return {
         "ref_id": number, "ann_id": ann_id, "image_id": image, "split": split, "category_id": 1,
-        "file_name": f"COCO_train2014_{image:012d}_{number}.jpg", "sent_ids": [number * 10 + i for i in range(len(sentences))],
-        "sentences": [{"sent_id": number * 10 + i, "sent": s, "raw": s, "tokens": s.split()} for i, s in enumerate(sentences)],
+        "file_name": f"COCO_train2014_{image:012d}_{number}.jpg",
+        "sent_ids": [number * 10 + i for i in range(len(sentences))],
+        "sentences": [{"sent_id": number * 10 + i, "sent": s, "raw": s,
+                       "tokens": s.split()} for i, s in enumerate(sentences)],
     }  # fmt: skip
 
 
 def polygon(label: str, *points: tuple[float, float]) -> dict[str, object]:
-    """One shape of a ReasonSeg file, with the keys of the real ones."""
+    """Return one shape of a ReasonSeg file, with the keys of the real ones."""
     return {
-        "label": label, "labels": [label], "shape_type": "polygon", "image_name": "x.jpg", "points": [list(p) for p in points],
-        "group_id": None, "group_ids": [None], "flags": {},
+        "label": label, "labels": [label], "shape_type": "polygon", "image_name": "x.jpg",
+        "points": [list(p) for p in points], "group_id": None, "group_ids": [None], "flags": {},
     }  # fmt: skip
 
 
@@ -107,7 +112,7 @@ def reason(
     encoding: str = "utf-8",
     ext: str = ".jpg",
 ) -> None:
-    """A photograph and its JSON."""
+    """Write a photograph and its JSON."""
     photograph(folder / f"{stem}{ext}")
     content = json.dumps({"text": texts, "is_sentence": True, "shapes": shapes}, ensure_ascii=False)
     (folder / f"{stem}.json").write_bytes(content.encode(encoding))

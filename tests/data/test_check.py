@@ -1,4 +1,4 @@
-"""Is a download whole? The report, and its command line."""
+"""The check of a download: its report, and its command line."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_count_that_differs_from_the_published_one_is_wrong(
 
 
 def masks(tmp_path: Path) -> dict[str, Image.Image]:
-    """One of every kind that is published somewhere."""
+    """Return one mask of every kind that is published somewhere."""
     on = np.zeros((16, 24), np.uint8)
     on[4:8, 6:12] = 1
     graded = on * 255
@@ -77,11 +77,12 @@ def masks(tmp_path: Path) -> dict[str, Image.Image]:
         "0/255": Image.fromarray(on * 255), "0/1": Image.fromarray(on), "graded": Image.fromarray(graded),
         "palette": palette, "1 bit": Image.fromarray(on * 255).convert("1"),
         "3 channels, 0/255": Image.fromarray(on * 255).convert("RGB"),
-        "16 bit, 0/65535": Image.fromarray(on.astype(np.uint16) * 65535), "16 bit, 0/1": Image.fromarray(on.astype(np.uint16)),
+        "16 bit, 0/65535": Image.fromarray(on.astype(np.uint16) * 65535),
+        "16 bit, 0/1": Image.fromarray(on.astype(np.uint16)),
     }  # fmt: skip
 
 
-def test_every_kind_of_mask_is_told_apart(tmp_path: Path) -> None:
+def test_every_kind_of_mask_is_recognised(tmp_path: Path) -> None:
     kinds = masks(tmp_path)
     for number, image in enumerate(kinds.values()):
         photograph(tmp_path / "i" / f"{number}.jpg", number)
@@ -93,7 +94,7 @@ def test_every_kind_of_mask_is_told_apart(tmp_path: Path) -> None:
     assert split.share == (24 / 384,) * 3, "all the others are the same object"
 
 
-def test_empty_and_full_masks_are_told_and_are_not_wrong(tmp_path: Path) -> None:
+def test_empty_and_full_masks_are_reported_and_are_not_wrong(tmp_path: Path) -> None:
     folders(tmp_path, "i", "m", ("a", "b", "c"))
     for name, value in (("a", 0), ("b", 255)):
         Image.fromarray(np.full((16, 24), value, np.uint8)).save(tmp_path / "m" / f"{name}.png")
@@ -103,7 +104,7 @@ def test_empty_and_full_masks_are_told_and_are_not_wrong(tmp_path: Path) -> None
     assert split.share == (0, 24 / 384, 1)
 
 
-def test_sizes_that_differ_are_told_and_wrong_unless_the_masks_are_resized(tmp_path: Path) -> None:
+def test_sizes_that_differ_are_reported_and_wrong_unless_the_masks_are_resized(tmp_path: Path) -> None:
     photograph(tmp_path / "i" / "a.jpg", size=(400, 200))
     truth(tmp_path / "m" / "a.png", size=(399, 200))
     (split,) = report({"test": surveyed(tmp_path)}).splits
@@ -112,7 +113,7 @@ def test_sizes_that_differ_are_told_and_wrong_unless_the_masks_are_resized(tmp_p
     assert split.other_size == ["a: image 400x200, mask 399x200"] and not split.wrong
 
 
-def test_a_rotated_photograph_with_an_upright_mask_is_told_and_fits(tmp_path: Path) -> None:
+def test_a_rotated_photograph_with_an_upright_mask_is_reported_and_fits(tmp_path: Path) -> None:
     folders(tmp_path, "i", "m", ("a", "b"))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -121,7 +122,7 @@ def test_a_rotated_photograph_with_an_upright_mask_is_told_and_fits(tmp_path: Pa
     assert (split.turned, split.other_size, split.wrong) == (["a"], [], False)
 
 
-def test_the_same_bytes_in_two_splits_are_told(tmp_path: Path) -> None:
+def test_the_same_bytes_in_two_splits_are_reported(tmp_path: Path) -> None:
     folders(tmp_path / "train", "i", "m", ("COD10K-CAM-1-Aquatic-3-Crab-32", "b"))
     folders(tmp_path / "test", "i", "m", ("x", "y"))
     for name in ("i/x.jpg", "i/y.JPG"):
@@ -178,8 +179,9 @@ def test_test_sets_are_checked_by_name_one_or_several(cli, tmp_path: Path) -> No
     (tmp_path / "rs" / "val" / "b.json").write_text("{")
     photograph(tmp_path / "rs" / "val" / "b.jpg")
     code, out, err = run(
-        cli, "testset=[ecssd,reasonseg_val]", f"testsets.ecssd.root={tmp_path / 'ecssd'}", "testsets.ecssd.published=2",
-        f"testsets.reasonseg_val.root={tmp_path / 'rs'}", "testsets.reasonseg_val.published=1",
+        cli, "testset=[ecssd,reasonseg_val]", f"testsets.ecssd.root={tmp_path / 'ecssd'}",
+        "testsets.ecssd.published=2", f"testsets.reasonseg_val.root={tmp_path / 'rs'}",
+        "testsets.reasonseg_val.published=1",
     )  # fmt: skip
     assert code == 1, err
     assert "ecssd: 2 samples on 2 images (published 2: as it should be)" in out
@@ -211,7 +213,11 @@ def test_all_sentences_of_a_refer_split_are_counted_whatever_a_run_draws(cli, tm
 
 def test_traces_are_checked_without_masks(cli, tmp_path: Path) -> None:
     folders(tmp_path, "test/images", "test/masks", ("a",))
-    good = {"image": "a.jpg", "thinking": "x", "solution": "<bbox>[1,1,9,9]</bbox> <points>[[4,4]]</points> <labels>[1]</labels>"}  # fmt: skip
+    good = {
+        "image": "a.jpg",
+        "thinking": "x",
+        "solution": "<bbox>[1,1,9,9]</bbox> <points>[[4,4]]</points> <labels>[1]</labels>",
+    }
     photograph(tmp_path / "a.jpg")
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, (good, {**good, "image": "lost.jpg"}))))
     where = ("data=traces", f"data.root={tmp_path}", f"data.traces={tmp_path / 't.jsonl'}")
@@ -238,7 +244,8 @@ def test_the_shards_of_fcot_are_checked_as_downloaded(cli, tmp_path: Path) -> No
     pq.write_table(table, shards / "train-00000-of-00001.parquet", row_group_size=1)
     folders(tmp_path / "DUTS", "DUTS-TE/DUTS-TE-Image", "DUTS-TE/DUTS-TE-Mask", ("a",))
     code, out, err = run(
-        cli, "data=fcot", f"data.root={tmp_path / 'DUTS'}", f"data.traces={tmp_path / 'FCoT'}", "data.published={train:2,duts_te:1}",
+        cli, "data=fcot", f"data.root={tmp_path / 'DUTS'}", f"data.traces={tmp_path / 'FCoT'}",
+        "data.published={train:2,duts_te:1}",
     )  # fmt: skip
     assert code == 1, err
     assert "train: 2 samples on 1 images (published 2: as it should be)" in out and "cannot be decoded" in out
@@ -249,11 +256,12 @@ def test_the_shards_of_fcot_are_checked_as_downloaded(cli, tmp_path: Path) -> No
     [
         ((), "data=NAME"),
         (("data=synthetic",), "SyntheticScenes"),
-        (("data=duts",), "data.root: must be a file or folder; datasets/DUTS does not exist (its owners publish it at"),
-        (("testset=nc4k",), "testsets.nc4k.root: must be a file or folder; datasets/NC4K does not exist (its owners publish it at"),
+        (("data=duts",), "data.root: must be a file or folder; datasets/DUTS does not exist (its owners"),
+        (("testset=nc4k",), "testsets.nc4k.root: must be a file or folder; datasets/NC4K does not exist"),
         (("testset=nc4",), "did you mean nc4k?"),
         (("data=image_mask",), "data.root: must be given"),
-        (("data=image_mask", "data.root=.", "data.objects=[1]", "data.background=[0]"), "folders[0].background"),
+        (("data=image_mask", "data.root=.", "data.objects=[1]", "data.background=[0]"),
+         "folders[0].background"),
         (("data=image_mask", "data.root=.", "out=report.txt"), "out: a .json file"),
         (("data=image_mask", "data.root=.", "data.rot=x"), "data.root"),
         (("data.root=.",), "data=NAME, or data=image_mask for folders"),
@@ -284,7 +292,8 @@ def test_a_folder_of_any_name_is_checked(cli, tmp_path: Path, name: str) -> None
         (("out=t.jsonl",), "head.checkpoint: there is no weights/sam2.1_hiera_large.pt"),
         (("out=t.jsonl",), "head=sam2_nano, which ships with segrl"),
         (("out=old.jsonl",), "out: must be a new .jsonl file; old.jsonl exists (overwrite=true"),
-        (("out=old.jsonl", "overwrite=true"), "head.checkpoint"), (("out=t.jsonl", "overwrite=3"), "overwrite: must be true or false"),
+        (("out=old.jsonl", "overwrite=true"), "head.checkpoint"),
+        (("out=t.jsonl", "overwrite=3"), "overwrite: must be true or false"),
         (("out=t.txt",), "out: a .jsonl file"), (("out=3",), "out: a .jsonl file"),
         (("out=t.jsonl", "least_iou=nan"), "least_iou"), (("out=t.jsonl", "least_iou=true"), "least_iou"),
     ],
@@ -304,10 +313,10 @@ def test_real_folders_pass_with_their_own_counts(cli, realdata: Path) -> None:
     assert run(cli, *where, "data.published={train:160,duts_te:40}")[0] == 0
 
 
-def test_real_palette_masks_are_told_with_the_one_that_is_a_pixel_too_narrow(cli, realdata: Path) -> None:
+def test_real_palette_masks_are_reported_with_the_one_that_is_a_pixel_too_narrow(cli, realdata: Path) -> None:
     where = (
-        "data=image_mask", f"data.root={realdata / 'davis_like'}", "data.train_images=images", "data.train_masks=masks",
-        "data.test_images=images", "data.test_masks=masks",
+        "data=image_mask", f"data.root={realdata / 'davis_like'}", "data.train_images=images",
+        "data.train_masks=masks", "data.test_images=images", "data.test_masks=masks",
     )  # fmt: skip
     code, out, _ = run(cli, *where)
     assert code == 1 and "palette in 5" in out and "judo_00005: image 854x480, mask 853x480" in out

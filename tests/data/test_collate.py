@@ -20,7 +20,7 @@ from segrl.types import Prefix, Sample
 
 
 class ResumableShuffle(collate.ResumableShuffle):
-    """In batches of one, at the beginning of a given epoch."""
+    """Shuffle in batches of one, at the beginning of a given epoch."""
 
     def __init__(self, length: int, seed: int, rank: int, ranks: int) -> None:
         super().__init__(length, 1, seed, rank, ranks, lambda: self.epoch * len(self))
@@ -41,8 +41,9 @@ class Letters:
         asked = messages[-1]["content"][-1]["text"]
         ids = torch.tensor([ord(letter) for letter in asked])
         return Prefix(
-            token_ids=ids, token_types=torch.zeros_like(ids), pixels=torch.from_numpy(image.reshape(-1, 3).copy()).float(),
-            positions=ids.expand(3, -1), grid=torch.tensor([[1, *image.shape[:2]]]), frame=absolute_pixels(*image.shape[:2]),
+            token_ids=ids, token_types=torch.zeros_like(ids),
+            pixels=torch.from_numpy(image.reshape(-1, 3).copy()).float(), positions=ids.expand(3, -1),
+            grid=torch.tensor([[1, *image.shape[:2]]]), frame=absolute_pixels(*image.shape[:2]),
         )  # fmt: skip
 
     def answer(self, text: str) -> Tensor:
@@ -158,7 +159,7 @@ def test_ranks_share_an_epoch_equally_and_never_an_index(length: int, ranks: int
     assert set(seen) <= set(range(length))
 
 
-def test_what_does_not_divide_is_left_for_another_epoch() -> None:
+def test_samples_that_do_not_divide_among_ranks_come_in_another_epoch() -> None:
     shares = [ResumableShuffle(17, seed=0, rank=rank, ranks=4) for rank in range(4)]
     seen = set()
     for epoch in range(12):
@@ -214,8 +215,8 @@ def test_a_share_is_in_order() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5])
-def test_wherever_it_stands_what_follows_is_what_would_have_followed(batch_size: int) -> None:
-    """Epoch after epoch from the beginning, against a start at every batch."""
+def test_an_order_that_resumes_at_any_batch_goes_on_as_if_never_stopped(batch_size: int) -> None:
+    """The order is read epoch after epoch from the beginning, and from every batch on."""
     done = 0
 
     def sampler(at: int) -> collate.ResumableShuffle:
@@ -230,7 +231,7 @@ def test_wherever_it_stands_what_follows_is_what_would_have_followed(batch_size:
 
 
 def test_all_that_a_device_is_sent_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's loaders ask a batch for it; what is not pinned is copied while the host waits."""
+    """torch's loaders ask a batch to pin itself; the host waits for the copy of what is not pinned."""
     pinned: list[Tensor] = []
 
     def pin(tensor: Tensor) -> Tensor:
@@ -242,7 +243,8 @@ def test_all_that_a_device_is_sent_is_pinned(monkeypatch: pytest.MonkeyPatch) ->
     same = batch.pin_memory()
     assert batch.answers is not None and same.answers is not None and same.samples == batch.samples
     before, after = (
-        [getattr(p, name) for p in given.prefixes for name in ("token_ids", "token_types", "pixels", "positions")] + list(given.answers or [])
+        [getattr(p, name) for p in given.prefixes
+         for name in ("token_ids", "token_types", "pixels", "positions")] + list(given.answers or [])
         for given in (batch, same)
     )  # fmt: skip
     assert sorted(map(id, after)) == sorted(map(id, pinned)) and len(pinned) == 10
@@ -254,7 +256,9 @@ def test_loaders_pin_for_a_gpu_alone(device: str) -> None:
     scenes = SyntheticScenes("train", 8, 0, 64, (0.5, 1.0), (1, 1))
     data = SegDataModule(scenes, {"a": scenes}, {"b": scenes}, 2, 2, 0, 0)
     strategy = SimpleNamespace(root_device=torch.device(device))
-    data.trainer = SimpleNamespace(strategy=strategy, global_rank=0, world_size=1, global_step=0)  # type: ignore[assignment]
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        strategy=strategy, global_rank=0, world_size=1, global_step=0
+    )
     loaders = [data.train_dataloader(), *data.val_dataloader(), *data.test_dataloader()]
     assert [loader.pin_memory for loader in loaders] == [device == "cuda"] * 3
 
@@ -263,18 +267,22 @@ def test_loaders_pin_for_a_gpu_alone(device: str) -> None:
 
 
 class Refusing(Letters):
-    """A processor that does not take an image, as Qwen's do one that is 300 times as long as wide."""
+    """A processor that refuses an image, as Qwen's do one that is 300 times as long as wide."""
 
     def encode(self, messages: Sequence[Message], image: np.ndarray) -> Prefix:
         return torch.zeros(2).reshape(3)
 
 
 def test_a_sample_that_the_processor_refuses_is_named() -> None:
-    with pytest.raises(ValueError, match="crab: must be an image and a query that the policy's processor takes"):
+    with pytest.raises(
+        ValueError, match="crab: must be an image and a query that the policy's processor takes"
+    ):
         Collate(Refusing(), GRAMMAR)([sample("crab")])
 
 
 def test_a_batch_that_does_not_fill_is_refused_with_the_value_that_fits() -> None:
     scenes = SyntheticScenes("train", 6, 0, 56, (0, 1), (1, 2))
-    with pytest.raises(ValueError, match=r"data\.batch_size: must be at most 6, .*got 16 \(set data\.batch_size=6\)"):
+    with pytest.raises(
+        ValueError, match=r"data\.batch_size: must be at most 6, .*got 16 \(set data\.batch_size=6\)"
+    ):
         SegDataModule(scenes, {}, {}, 16, 4, 0, 0)

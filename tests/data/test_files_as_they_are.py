@@ -1,4 +1,4 @@
-"""Files as the world has them: read right, or refused in one line that names the file."""
+"""Files as they occur in the world: read correctly, or refused in one line that names the file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def save(path: Path, image: Image.Image, **options: object) -> Path:
 
 
 def heavy() -> dict[str, dict[str, object]]:
-    """PNG metadata beyond what Pillow reads."""
+    """Return PNG metadata larger than Pillow reads."""
     text = PngImagePlugin.PngInfo()
     text.add_itxt("workflow", "node" * 500_000, zip=True)
     late = PngImagePlugin.PngInfo()
@@ -67,8 +67,9 @@ def test_metadata_behind_the_pixels_may_be_large_too(tmp_path: Path) -> None:
 
 
 BROKEN = [
-    b"Exif\x00\x00", b"Exif\x00\x00II*\x00\xff\xff\xff\xff", b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12",
-    b"no exif at all", b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00\x12\x01\x03\x00\x01\x00\x00\x00",
+    b"Exif\x00\x00", b"Exif\x00\x00II*\x00\xff\xff\xff\xff",
+    b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12", b"no exif at all",
+    b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00\x12\x01\x03\x00\x01\x00\x00\x00",
 ]  # fmt: skip
 
 
@@ -80,10 +81,20 @@ def test_broken_exif_turns_nothing(tmp_path: Path, exif: bytes, suffix: str) -> 
 
 
 def oriented(value: object, kind: int) -> bytes:
-    """EXIF whose orientation is of a TIFF type that it should not have."""
-    stored = {2: str(value).encode() + b"\x00", 7: bytes([int(value) % 256]), 3: int(value).to_bytes(2, "little"), 4: int(value).to_bytes(4, "little")}[kind]  # fmt: skip
+    """Return EXIF data whose orientation has a wrong TIFF type."""
+    stored = {
+        2: str(value).encode() + b"\x00",
+        7: bytes([int(value) % 256]),
+        3: int(value).to_bytes(2, "little"),
+        4: int(value).to_bytes(4, "little"),
+    }[kind]
     count = len(stored) if kind in (2, 7) else 1
-    entry = (0x0112).to_bytes(2, "little") + kind.to_bytes(2, "little") + count.to_bytes(4, "little") + stored.ljust(4, b"\x00")  # fmt: skip
+    entry = (
+        (0x0112).to_bytes(2, "little")
+        + kind.to_bytes(2, "little")
+        + count.to_bytes(4, "little")
+        + stored.ljust(4, b"\x00")
+    )
     return b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00" + entry + bytes(4)
 
 
@@ -123,7 +134,10 @@ def test_a_turned_tiff_is_turned_once(tmp_path: Path) -> None:
 
 
 def test_every_mode_of_pillow_is_read_or_refused_by_name() -> None:
-    modes = [*ImageMode.getmode("L").__class__.__mro__[:0], *Image.MODES, "I;16", "I;16L", "I;16B", "La", "RGBa", "PA", "RGBX", "HSV", "LAB"]  # fmt: skip
+    modes = [
+        *ImageMode.getmode("L").__class__.__mro__[:0], *Image.MODES,
+        "I;16", "I;16L", "I;16B", "La", "RGBa", "PA", "RGBX", "HSV", "LAB",
+    ]  # fmt: skip
     for mode in dict.fromkeys(modes):
         image = Image.new(mode, (5, 4))
         for read in (
@@ -144,7 +158,7 @@ def test_a_mode_without_a_reading_is_refused_by_its_name(tmp_path: Path, mode: s
 
 
 def inks(black: bool) -> Image.Image:
-    """The mask in cyan, magenta and yellow, or in black ink alone."""
+    """Return the mask in cyan, magenta and yellow, or in black ink alone."""
     if not black:
         return Image.fromarray(np.kron(GREY, np.ones((4, 4), np.uint8))).convert("RGB").convert("CMYK")
     ink = np.zeros((48, 64, 4), np.uint8)
@@ -306,7 +320,7 @@ def test_a_name_that_is_no_text_is_refused_in_letters_that_can_be_printed(tmp_pa
         pair(tmp_path / "i", tmp_path / "m", "")
 
 
-def test_other_suffixes_are_read_or_said(tmp_path: Path) -> None:
+def test_files_with_other_suffixes_are_read_or_named(tmp_path: Path) -> None:
     for number, suffix in enumerate((".webp", ".tif", ".JPG", ".TIFF")):
         path = tmp_path / "i" / f"{number}{suffix}"
         save(path.with_suffix(path.suffix.lower()), Image.fromarray(PHOTO)).rename(path)

@@ -174,7 +174,7 @@ def test_side_resizes_image_and_mask_together(tmp_path: Path) -> None:
 
 
 def one_good_pair_and(tmp_path: Path) -> tuple[Path, Path]:
-    """The image and the mask of the second of two pairs."""
+    """Write two pairs; return the image and the mask of the second."""
     write(tmp_path / "i", "a.png", "b.png")
     write(tmp_path / "m", "a.png", "b.png")
     return tmp_path / "i" / "b.png", tmp_path / "m" / "b.png"
@@ -210,7 +210,7 @@ def test_damage_inside_a_mask_is_refused_by_name_when_it_is_read(tmp_path: Path)
         dataset[1]
 
 
-def test_what_is_fit_is_let_through(tmp_path: Path) -> None:
+def test_a_sound_mask_of_every_mode_is_accepted(tmp_path: Path) -> None:
     _, mask = one_good_pair_and(tmp_path)
     for mode in ("1", "L", "RGB", "RGBA"):
         Image.fromarray(VALUES).convert(mode).save(mask)
@@ -218,7 +218,7 @@ def test_what_is_fit_is_let_through(tmp_path: Path) -> None:
         assert (dataset[1].mask == (VALUES > 0)).all()
 
 
-def test_a_photograph_turned_by_its_camera_is_let_through_with_an_upright_mask(tmp_path: Path) -> None:
+def test_a_photograph_turned_by_its_camera_is_accepted_with_an_upright_mask(tmp_path: Path) -> None:
     image, _ = one_good_pair_and(tmp_path)
     exif = Image.Exif()
     exif[0x0112] = 6

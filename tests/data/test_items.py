@@ -1,4 +1,4 @@
-"""The contract of every loader of files: one listing, for `prepare check` and for training, opens no image."""
+"""The contract of every loader of files: one listing, for check and training, which opens no image."""
 
 from __future__ import annotations
 

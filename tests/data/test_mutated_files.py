@@ -1,4 +1,7 @@
-"""Damaged files of every reader: read, or one ValueError that names the file; nothing else, in bounded time and memory."""
+"""Damaged files of every reader are read or refused, in bounded time and memory.
+
+A refusal is one ValueError that names the file.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ PHOTO = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
 
 
 def mutated(content: bytes, rng: np.random.Generator) -> bytes:
-    """Some bytes changed, the end cut off, bytes put in or taken out, or a run of them doubled."""
+    """Change some bytes, cut off the end, insert or remove bytes, or double a run of them."""
     data = bytearray(content)
     for _ in range(int(rng.integers(1, 4))):
         at = int(rng.integers(0, max(1, len(data))))
@@ -65,7 +68,7 @@ def stored(path: Path, pixels: np.ndarray, **options: object) -> Path:
 
 
 def mask_of(mode: str) -> np.ndarray:
-    """24 pixels of 384, in 8 bits, 16 bits or colour."""
+    """Return a mask with 24 of 384 pixels set, in 8 bits, 16 bits or colour."""
     grey = np.zeros((16, 24), np.uint8)
     grey[4:8, 6:12] = 255
     return {"L": grey, "I": grey.astype(np.uint16) * 257, "RGB": np.stack([grey] * 3, -1)}[mode]
@@ -138,7 +141,7 @@ def refer(home: Path, target: str, name: str = "refs(unc).p") -> Case:
 
 
 def many_refs(home: Path) -> Case:
-    """So many that places of the pickle's table take four bytes."""
+    """Write so many refs that indices of the pickle's table take four bytes."""
     target, read = refer(home, "refs(unc).p")
     refs = [ref(number, "val", 11, (f"the {number}.",)) for number in range(60)]
     target.write_bytes(pickle.dumps(refs, protocol=2))
@@ -166,11 +169,11 @@ def maps(home: Path, form: str, mode: str) -> Case:
 
 
 class Seen(Exception):
-    """The pixels have come to the policy."""
+    """Raised when the pixels reach the policy."""
 
 
 def asked(home: Path, form: str) -> Case:
-    """`Segmenter.segment` up to the policy, by file and by PIL image."""
+    """Run `Segmenter.segment` up to the policy, by file and by PIL image."""
 
     def encode(messages: object, image: np.ndarray) -> None:
         assert image.dtype == np.uint8 and image.shape[2] == 3
@@ -192,7 +195,8 @@ def asked(home: Path, form: str) -> Case:
 READERS: dict[str, Callable[[Path], Case]] = {
     **{f"image.{form}": lambda home, form=form: folders(home, form, "image") for form in FORMS},
     **{f"mask.{form}": lambda home, form=form: folders(home, form, "mask") for form in FORMS},
-    "mask16.png": lambda home: folders(home, "png", "mask", "I"), "mask16.tif": lambda home: folders(home, "tif", "mask", "I"),
+    "mask16.png": lambda home: folders(home, "png", "mask", "I"),
+    "mask16.tif": lambda home: folders(home, "tif", "mask", "I"),
     "mask_rgb.png": lambda home: folders(home, "png", "mask", "RGB"),
     "list": lists, "traces": traces,
     "refs": lambda home: refer(home, "refs(unc).p"), "many_refs": many_refs,
@@ -205,14 +209,14 @@ READERS: dict[str, Callable[[Path], Case]] = {
 
 
 def named(refusal: ValueError, target: Path) -> None:
-    """The line names the damaged file, or one that it names."""
+    """Check that the line names the damaged file, or one that it names."""
     line = str(refusal)
     beside = {target.name, target.stem, *(path.name for path in target.parent.iterdir())}
     assert "\n" not in line and any(name in line for name in beside), line
 
 
 def survives(home: Path, name: str, first: int, count: int) -> int:
-    """Mutations `first` to `first + count` of a reader's file; how many could be read."""
+    """Apply mutations `first` to `first + count` to a reader's file; return how many could be read."""
     target, read = READERS[name](home)
     whole, could = target.read_bytes(), 0
     read()

@@ -107,7 +107,8 @@ def refer(tmp_path, *refs, name="refs(unc).p", split="val"):
 
 def test_every_sentence_of_a_split_is_a_sample_stripped_and_in_lower_case(tmp_path):
     found = refer(
-        tmp_path, ref(1, "val", 11, (" The LEFT ", "left")), ref(2, "testA", 12, ("top",)), ref(3, "val", 12, ("top",)),
+        tmp_path, ref(1, "val", 11, (" The LEFT ", "left")), ref(2, "testA", 12, ("top",)),
+        ref(3, "val", 12, ("top",)),
     )  # fmt: skip
     assert [found[i].query for i in range(3)] == ["the left", "left", "top"]
     assert found.ids == ["1-10", "1-11", "3-30"]
@@ -118,8 +119,9 @@ def test_every_sentence_of_a_split_is_a_sample_stripped_and_in_lower_case(tmp_pa
 
 def test_grefcoco_names_one_object_several_or_none_and_refs_without_a_sentence_are_skipped(tmp_path):
     found = refer(
-        tmp_path, ref(1, "val", [11], ("left",)), ref(2, "val", [11, 12], ("left and top",)), ref(3, "val", [-1], ("a cow",)),
-        ref(4, "val", -1, ("a dog",)), ref(5, "val", [11], ()), name="grefs(unc).json",
+        tmp_path, ref(1, "val", [11], ("left",)), ref(2, "val", [11, 12], ("left and top",)),
+        ref(3, "val", [-1], ("a cow",)), ref(4, "val", -1, ("a dog",)), ref(5, "val", [11], ()),
+        name="grefs(unc).json",
     )  # fmt: skip
     assert len(found) == 4
     assert [int(found[i].mask.sum()) for i in range(4)] == [192, 288, 0, 0]
@@ -245,7 +247,8 @@ def traces(tmp_path, *lines):
 
 
 GOOD = {
-    "image": "a.png", "problem": "?", "thinking": "left", "solution": "<bbox>[8,4,40,20]</bbox>, <points>[[20,10]]</points>, <labels>[1]</labels>",
+    "image": "a.png", "problem": "?", "thinking": "left",
+    "solution": "<bbox>[8,4,40,20]</bbox>, <points>[[20,10]]</points>, <labels>[1]</labels>",
 }  # fmt: skip
 
 
@@ -364,13 +367,17 @@ SQUARE = [10, 10, 40, 10, 40, 30, 10, 30]
 @pytest.mark.parametrize(
     ("drawn", "words"),
     [
-        (None, "polygons or run lengths"), ([], "three corners"), ([[]], "three corners"), ([[1, 2, 3, 4]], "three corners"),
-        ([[10, 10, float("nan"), 10, 40, 30]], "coordinates must be within"), ([[1e12, 10, 20, 30, 40, 50]], "coordinates must be within"),
-        ([[10, 10, 20]], "two numbers"), ([["a"] * 6], "list of numbers"), (["abcdef"], "list of numbers"), (7, "polygons or run"),
+        (None, "polygons or run lengths"), ([], "three corners"), ([[]], "three corners"),
+        ([[1, 2, 3, 4]], "three corners"), ([[10, 10, float("nan"), 10, 40, 30]], "must be within"),
+        ([[1e12, 10, 20, 30, 40, 50]], "coordinates must be within"), ([[10, 10, 20]], "two numbers"),
+        ([["a"] * 6], "list of numbers"), (["abcdef"], "list of numbers"), (7, "polygons or run"),
         ([[*[99_000, 0, 0, 99_000] * 20]], "outline"), ({}, "size"), ({"size": [60, 100]}, "add up"),
-        ({"size": [60, 100], "counts": [-1, 6001]}, "add up"), ({"size": [60, 100], "counts": [1, 2]}, "add up"),
-        ({"size": [60, 100], "counts": "\u00e9"}, "text of run lengths"), ({"size": [60, 100], "counts": "oooo"}, "cut off"),
-        ({"size": [60, 99], "counts": [5940]}, "60 rows and 100 columns"), ({"size": [60, 100], "counts": [2**70]}, "add up"),
+        ({"size": [60, 100], "counts": [-1, 6001]}, "add up"),
+        ({"size": [60, 100], "counts": [1, 2]}, "add up"),
+        ({"size": [60, 100], "counts": "\u00e9"}, "text of run lengths"),
+        ({"size": [60, 100], "counts": "oooo"}, "cut off"),
+        ({"size": [60, 99], "counts": [5940]}, "60 rows and 100 columns"),
+        ({"size": [60, 100], "counts": [2**70]}, "add up"),
     ],
 )  # fmt: skip
 def test_a_segmentation_that_draws_nothing_is_refused_and_nothing_dies(drawn, words):

@@ -18,7 +18,7 @@ def pictures(dataset: SyntheticScenes) -> list[bytes]:
 
 
 def distance(image: np.ndarray, mask: np.ndarray) -> float:
-    """Between the mean colours inside and outside, in levels of 255."""
+    """Return the distance of the mean colours inside and outside, in levels of 255."""
     return float(np.linalg.norm(image[mask].mean(0) - image[~mask].mean(0)))
 
 
@@ -32,7 +32,7 @@ def test_the_same_index_is_the_same_scene_in_any_order_and_process() -> None:
         assert (one.mask == other.mask).all()
 
 
-def test_more_scenes_keep_the_first_ones() -> None:
+def test_a_longer_split_begins_with_the_scenes_of_a_shorter_one() -> None:
     assert pictures(scenes(length=3)) == pictures(scenes(length=5))[:3]
 
 
@@ -41,7 +41,7 @@ def test_no_scene_of_one_split_is_a_scene_of_another_or_of_itself() -> None:
     assert len(set(train) | set(test)) == 400
 
 
-def test_another_seed_is_another_world() -> None:
+def test_another_seed_draws_other_scenes() -> None:
     assert not set(pictures(scenes(length=20))) & set(pictures(scenes(length=20, seed=1)))
 
 
@@ -127,6 +127,6 @@ def test_an_index_beyond_the_end_ends_a_loop() -> None:
         ({"objects": (3, 2)}, r"data\.objects"),
     ],
 )
-def test_an_impossible_world_is_refused_by_its_key(change: dict[str, object], message: str) -> None:
+def test_impossible_settings_are_refused_by_their_key(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         scenes(**change)

@@ -1,4 +1,4 @@
-"""Every test set of the literature, composed with its root at a little download of its layout, and read."""
+"""Every test set of the literature is composed and read, from a little download of its layout."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from segrl.runs.configuration import conf_folder, register_resolvers
 HASH = "1#Accessories#1#Bag#24_8c3_o"
 # the images' folder, the masks', stems, extension of images
 FOLDERS = {
-    "cod10k": ("Test/Image", "Test/GT_Object", ("COD10K-CAM-1-Aquatic-3-Crab-32", "COD10K-CAM-2-Terrestrial-23-Cat-1506"), ".jpg"),
+    "cod10k": ("Test/Image", "Test/GT_Object",
+               ("COD10K-CAM-1-Aquatic-3-Crab-32", "COD10K-CAM-2-Terrestrial-23-Cat-1506"), ".jpg"),
     "camo": ("Images/Test", "GT", ("camourflage_00012", "camourflage_00013"), ".jpg"),
     "nc4k": ("Imgs", "GT", ("1", "2"), ".jpg"),
     "chameleon": ("Imgs", "GT", ("animal-1", "animal-2"), ".jpg"),
-    "duts_te": ("DUTS-TE/DUTS-TE-Image", "DUTS-TE/DUTS-TE-Mask", ("ILSVRC2012_test_00000003", "sun_aaaenaoynzhoyheo"), ".jpg"),
+    "duts_te": ("DUTS-TE/DUTS-TE-Image", "DUTS-TE/DUTS-TE-Mask",
+                ("ILSVRC2012_test_00000003", "sun_aaaenaoynzhoyheo"), ".jpg"),
     "dut_omron": ("DUT-OMRON-image", "pixelwiseGT-new-PNG", ("im005", "sun_aaax"), ".jpg"),
     "hku_is": ("imgs", "gt", ("0004", "0005"), ".png"),
     "ecssd": ("images", "ground_truth_mask", ("0001", "0002"), ".jpg"),
@@ -34,23 +36,26 @@ FOLDERS = {
 REFER = {
     "refcoco_val": ("refcoco", "refs(unc).p", "val"), "refcoco_testa": ("refcoco", "refs(unc).p", "testA"),
     "refcoco_testb": ("refcoco", "refs(unc).p", "testB"), "refcocop_val": ("refcoco+", "refs(unc).p", "val"),
-    "refcocop_testa": ("refcoco+", "refs(unc).p", "testA"), "refcocop_testb": ("refcoco+", "refs(unc).p", "testB"),
+    "refcocop_testa": ("refcoco+", "refs(unc).p", "testA"),
+    "refcocop_testb": ("refcoco+", "refs(unc).p", "testB"),
     "refcocog_val": ("refcocog", "refs(umd).p", "val"), "refcocog_test": ("refcocog", "refs(umd).p", "test"),
-    "grefcoco_val": ("grefcoco", "grefs(unc).json", "val"), "grefcoco_testa": ("grefcoco", "grefs(unc).json", "testA"),
+    "grefcoco_val": ("grefcoco", "grefs(unc).json", "val"),
+    "grefcoco_testa": ("grefcoco", "grefs(unc).json", "testA"),
     "grefcoco_testb": ("grefcoco", "grefs(unc).json", "testB"),
 }  # fmt: skip
 REASON = {"reasonseg_val": "val", "reasonseg_test": "test"}
 COUNTS = {
-    "cod10k": 2026, "camo": 250, "nc4k": 4121, "chameleon": 76, "duts_te": 5019, "dut_omron": 5168, "hku_is": 4447,
-    "ecssd": 1000, "pascal_s": 850, "dis_vd": 470, "dis_te1": 500, "dis_te2": 500, "dis_te3": 500, "dis_te4": 500,
-    "refcoco_val": 10834, "refcoco_testa": 5657, "refcoco_testb": 5095, "refcocop_val": 10758, "refcocop_testa": 5726,
-    "refcocop_testb": 4889, "refcocog_val": 4896, "refcocog_test": 9602, "reasonseg_val": 200, "reasonseg_test": 779,
-    "grefcoco_val": None, "grefcoco_testa": None, "grefcoco_testb": None,
+    "cod10k": 2026, "camo": 250, "nc4k": 4121, "chameleon": 76, "duts_te": 5019, "dut_omron": 5168,
+    "hku_is": 4447, "ecssd": 1000, "pascal_s": 850, "dis_vd": 470, "dis_te1": 500, "dis_te2": 500,
+    "dis_te3": 500, "dis_te4": 500, "refcoco_val": 10834, "refcoco_testa": 5657, "refcoco_testb": 5095,
+    "refcocop_val": 10758, "refcocop_testa": 5726, "refcocop_testb": 4889, "refcocog_val": 4896,
+    "refcocog_test": 9602, "reasonseg_val": 200, "reasonseg_test": 779, "grefcoco_val": None,
+    "grefcoco_testa": None, "grefcoco_testb": None,
 }  # fmt: skip
 
 
 def composed(name: str, root: Path, *overrides: str) -> DictConfig:
-    """The node of one test set, as an evaluation composes it."""
+    """Return the node of one test set, as an evaluation composes it."""
     register_resolvers()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         cfg = compose("train", [f"+testset={name}", f"testsets.{name}.root={root}", *overrides])

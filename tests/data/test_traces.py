@@ -14,7 +14,7 @@ from segrl.types import MaskPrompt
 
 
 def blocks(*corners: tuple[int, int, int, int], shape: tuple[int, int] = (40, 60)) -> np.ndarray:
-    """Rectangles by top, left, bottom, right."""
+    """Return a mask of rectangles given by top, left, bottom, right."""
     mask = np.zeros(shape, bool)
     for top, left, bottom, right in corners:
         mask[top:bottom, left:right] = True
@@ -23,7 +23,7 @@ def blocks(*corners: tuple[int, int, int, int], shape: tuple[int, int] = (40, 60
 
 @st.composite
 def masks(draw: st.DrawFn) -> np.ndarray:
-    """One to four ellipses in an image of any shape, at least one pixel."""
+    """Draw one to four ellipses in an image of any shape; the mask has at least one pixel."""
     height, width = draw(st.integers(3, 50)), draw(st.integers(3, 50))
     rng, (y, x) = np.random.default_rng(draw(st.integers(0, 10**6))), np.mgrid[:height, :width]
     mask = np.zeros((height, width), bool)
@@ -40,7 +40,7 @@ def masks(draw: st.DrawFn) -> np.ndarray:
 
 
 def shows(mask: np.ndarray, point: np.ndarray) -> bool:
-    """Whether a unit point lies on a true pixel."""
+    """Return whether a unit point lies on a true pixel."""
     height, width = mask.shape
     return bool(mask[min(int(point[1] * height), height - 1), min(int(point[0] * width), width - 1)])
 
@@ -67,7 +67,7 @@ def test_a_tight_box_holds_every_pixel_and_touches_one_on_each_side(mask: np.nda
         assert side.any()
 
 
-def test_nothing_has_no_box() -> None:
+def test_an_empty_mask_has_no_tight_box() -> None:
     with pytest.raises(ValueError, match="mask is empty"):
         tight_box(np.zeros((4, 4), bool))
 
@@ -172,7 +172,7 @@ def test_looseness_is_drawn_anew_for_every_side_and_trace() -> None:
 
 
 @given(masks(), st.sampled_from([4, 10, 1000]), st.sampled_from([0.0, 0.5]))
-def test_a_box_never_closes_however_coarse_the_grid(mask: np.ndarray, grid: int, looseness: float) -> None:
+def test_a_box_is_at_least_one_grid_step_wide_and_high(mask: np.ndarray, grid: int, looseness: float) -> None:
     boxes = trace(mask, looseness=looseness, grid=grid).boxes
     assert (boxes[:, 2:] - boxes[:, :2] >= 1 / grid - 1e-6).all()
     assert ((boxes >= 0) & (boxes <= 1)).all()
@@ -211,7 +211,7 @@ def test_the_thought_tells_of_every_part_largest_first() -> None:
     )
 
 
-def test_nothing_has_no_trace() -> None:
+def test_an_empty_mask_has_no_trace() -> None:
     with pytest.raises(ValueError, match="mask is empty"):
         trace(np.zeros((9, 9), bool))
 

@@ -23,7 +23,7 @@ OBJECT[1:3, 2:7] = True
 
 
 def save(path: Path, values: np.ndarray, mode: str | None = None, **options: object) -> Path:
-    """Written as the array's own mode, or converted to `mode`."""
+    """Write an array in its own mode, or converted to `mode`."""
     image = Image.fromarray(values)
     (image if mode is None else image.convert(mode)).save(path, **options)
     return path

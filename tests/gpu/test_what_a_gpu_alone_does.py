@@ -1,7 +1,8 @@
-"""Each path that a GPU alone takes, beside the plain path and the CPU.
+"""Each path that only a GPU takes gives the results of the plain path and of the CPU.
 
-`pytest -m gpu` runs these tests, and those of single kernels in tests/models, on a GPU; `pytest -m gpu --rehearse` runs the same
-code on a CPU. Neither MLflow nor vLLM nor DeepSpeed is needed; what needs one of them is skipped without it.
+`pytest -m gpu` runs these tests, and those of single kernels in tests/models, on a GPU; `pytest -m gpu
+--rehearse` runs the same code on a CPU. MLflow, vLLM and DeepSpeed are not needed; a test that needs one of
+them is skipped without it.
 """
 
 import copy
@@ -31,7 +32,9 @@ HALF = pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"
 
 
 def trained(lora=None, recompute=False, weights=None, side=128):
-    """The nano policy that ships, a Qwen3-VL, or that of a folder; an adapter says something."""
+    """Return the shipped nano policy, a Qwen3-VL, or that of a folder, with an adapter that changes its
+    output.
+    """
     torch.manual_seed(0)  # an adapter begins with noise
     folder = str(weights or asset("policy_nano"))
     policy = HFPolicy(folder, side, None, 1.0, "float32", lora, lora is None, recompute)
@@ -42,7 +45,7 @@ def trained(lora=None, recompute=False, weights=None, side=128):
 
 
 def asked(policy):
-    """Two prefixes of unequal length."""
+    """Return two prefixes of unequal length."""
     chats = SegR1Tags(4, 8).messages(None), SegR1Points(8).messages("the left fish")
     return [policy.encoder.encode(chat, SCENES[i].image) for i, chat in enumerate(chats)]
 
@@ -60,7 +63,7 @@ def passes(device, half):
 
 
 def learned(policy, device, half):
-    """Log-probabilities, and the gradient of a weighted sum of them, on the CPU."""
+    """Return log-probabilities, and the gradient of a weighted sum of them, on the CPU."""
     policy, given = policy.to(device), [prefix.to(device) for prefix in asked(policy)]
     weights = torch.linspace(-1, 1, len(LENGTHS) * TOKENS, device=device).view(len(LENGTHS), TOKENS)
     with passes(device, half):
@@ -72,7 +75,10 @@ def learned(policy, device, half):
 
 @pytest.fixture(scope="module", params=["qwen3_vl", "qwen2_5_vl"])
 def policy_of(request, nano_weights):
-    """Makes policies of a family: the one that ships, and an untrained Qwen2.5-VL, whose tower has windows."""
+    """Return a function that makes policies of a family.
+
+    The families are the one that ships, and an untrained Qwen2.5-VL, whose tower has windows.
+    """
 
     def make(rank=0, recompute=False):
         if request.param == "qwen3_vl":
@@ -84,7 +90,7 @@ def policy_of(request, nano_weights):
 
 @pytest.fixture(scope="module")
 def expected(policy_of):
-    """What the CPU learns in float32, with and without an adapter."""
+    """Return what the CPU computes in float32, with and without an adapter."""
     cpu = torch.device("cpu")
     return {rank: learned(policy_of(rank), cpu, False) for rank in (0, 4)}
 
@@ -93,8 +99,8 @@ def lora_of(rank):
     return {"rank": rank, "alpha": 8, "dropout": 0.0} if rank else None
 
 
-def test_the_kernels_are_believed_here(gpu):
-    """Where one fell back, the other tests would hold the plain path against itself."""
+def test_no_kernel_falls_back_here(gpu):
+    """If one fell back, the other tests would compare the plain path with itself."""
     if gpu.type == "cpu":
         assert not suffix_attention.has_kernel(gpu, torch.bfloat16)
         return
@@ -121,7 +127,7 @@ def test_what_is_learned_is_what_the_cpu_learns(gpu, policy_of, expected, half, 
 @HALF
 @pytest.mark.parametrize("rank", [0, 4], ids=["weights", "adapter"])
 def test_what_is_sampled_is_what_the_training_pass_finds_likely(gpu, policy_of, half, rank):
-    """Greedily, with graphs, which must record."""
+    """Sampling is greedy and uses graphs, which must record."""
     policy = policy_of(rank).to(gpu)
     given = [prefix.to(gpu) for prefix in asked(policy)]
     with torch.no_grad(), passes(gpu, half):
@@ -134,7 +140,9 @@ def test_what_is_sampled_is_what_the_training_pass_finds_likely(gpu, policy_of, 
 
 @HALF
 def test_graphs_sample_what_is_sampled_without(gpu, policy_of, half, monkeypatch):
-    """Over places at which steps are recorded anew, and with stop tokens so frequent that completions leave."""
+    """Completions pass places at which steps are recorded anew, and stop tokens are so frequent that rows
+    leave.
+    """
     policy = policy_of().to(gpu)
     monkeypatch.setitem(policy._buffers, "stop_ids", torch.arange(0, 400, 40, device=gpu))
     given = [prefix.to(gpu) for prefix in asked(policy)]
@@ -144,12 +152,12 @@ def test_graphs_sample_what_is_sampled_without(gpu, policy_of, half, monkeypatch
             for graphs in (True, False)
         ]
     wide = min(part.shape[1] for part in tokens)
-    # The sides sum in another order, and a token that the noise nearly misses may be the next one.
+    # Both sides sum in another order, so a token on the edge of the noise may become the next one.
     assert (tokens[0][:, :wide] == tokens[1][:, :wide]).float().mean() > (0.8 if half else 0.99)
 
 
 def test_memory_of_graphs_is_used_again(gpu):
-    """The fourth rollout reserves no more than the second, up to a segment of the allocator's."""
+    """The fourth rollout reserves no more than the second, up to one segment of the allocator."""
     policy, reserved = trained().to(gpu), []
     given = [prefix.to(gpu) for prefix in asked(policy)]
     engine = SharedPrefixEngine(20, graphs=True)
@@ -160,7 +168,7 @@ def test_memory_of_graphs_is_used_again(gpu):
 
 
 @HALF
-def test_references_say_what_the_policy_said(gpu, half):
+def test_references_give_the_logprobs_that_the_policy_gave(gpu, half):
     policy = trained(lora_of(4)).to(gpu)
     given, completions = [prefix.to(gpu) for prefix in asked(policy)], said(policy, gpu)
     copy_of = FrozenCopy(policy)
@@ -189,7 +197,7 @@ def test_masks_are_those_of_the_cpu_and_encoding_beside_changes_nothing(gpu, nan
             assert (mask == other).mean() > 0.995
 
 
-def test_a_batch_out_of_pinned_memory_is_the_batch(gpu):
+def test_a_batch_copied_from_pinned_memory_is_unchanged(gpu):
     policy = trained()
     batch = Batch(
         samples=[SCENES[i] for i in range(2)], prefixes=asked(policy), answers=[torch.arange(3)] * 2
@@ -204,12 +212,12 @@ def test_a_batch_out_of_pinned_memory_is_the_batch(gpu):
         assert one.grid.device.type == "cpu"
 
 
-SMALL = ("logger=csv", "data.workers=0", "data.batch_size=2", "data.test_length=4", "test_before=false", "rollout.max_tokens=32",
-         "trainer.max_steps=1")  # fmt: skip
+SMALL = ("logger=csv", "data.workers=0", "data.batch_size=2", "data.test_length=4", "test_before=false",
+         "rollout.max_tokens=32", "trainer.max_steps=1")  # fmt: skip
 STAGES = {
     "grpo": ("+experiment=demo", "stage.micro_batch_size=2"),
-    "ppo": ("+experiment=demo", "stage=ppo", "stage.critic_warmup=0", "reference=frozen_copy", "stage.schedule=null",
-            "stage.updates_per_rollout=1"),
+    "ppo": ("+experiment=demo", "stage=ppo", "stage.critic_warmup=0", "reference=frozen_copy",
+            "stage.schedule=null", "stage.updates_per_rollout=1"),
     "sft": ("+experiment=nano_sft", f"policy.weights={asset('policy_nano')}"),
 }  # fmt: skip
 
@@ -221,7 +229,7 @@ def first_update(folder):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_stage_begins_as_on_the_cpu(gpu, cli, tmp_path, stage):
-    """Through the command line; the first update in float32 beside the CPU's, and one in half precision."""
+    """Through the command line: the first update in float32 beside the CPU's, and one in half precision."""
     runs = {
         "cpu": ("trainer.accelerator=cpu", "trainer.precision=32-true"),
         "float32": (f"trainer.accelerator={accelerator(gpu)}", "trainer.precision=32-true"),
@@ -267,7 +275,7 @@ def test_evaluation_scores_as_on_the_cpu(gpu, cli, tmp_path):
     assert scores[accelerator(gpu)] == pytest.approx(scores["cpu"], abs=0.03)
 
 
-def test_what_is_exported_answers_as_it_did(gpu, cli, tmp_path):
+def test_an_exported_policy_answers_as_before(gpu, cli, tmp_path):
     run, out = tmp_path / "run", tmp_path / "policy"
     code, _, err = cli(*STAGES["grpo"], *SMALL, f"trainer.accelerator={accelerator(gpu)}", f"paths.run={run}")
     assert code == 0, err
@@ -286,8 +294,9 @@ def test_zero_on_one_device_ends_where_plain_training_does(gpu, tmp_path):
     states = {}
     for name in ("single", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"):
         command = [
-            sys.executable, "-m", "segrl.train", *STAGES["grpo"], *SMALL, "stage.optimizer.lr=1e-4", "stage.optimizer.eps=1e-3",
-            "stage.schedule=null", f"trainer.accelerator={accelerator(gpu)}", "trainer.devices=1", f"paths.run={tmp_path}/{name}",
+            sys.executable, "-m", "segrl.train", *STAGES["grpo"], *SMALL, "stage.optimizer.lr=1e-4",
+            "stage.optimizer.eps=1e-3", "stage.schedule=null", f"trainer.accelerator={accelerator(gpu)}",
+            "trainer.devices=1", f"paths.run={tmp_path}/{name}",
             *([] if name == "single" else [f"trainer={name}"]),
         ]  # fmt: skip
         there = {**os.environ, **({"DS_ACCELERATOR": "cpu"} if gpu.type == "cpu" else {})}
@@ -305,7 +314,7 @@ def apart(one, other):
     return max((value - other[name]).abs().max() for name, value in one.items() if name in other)
 
 
-def test_vllm_in_process_says_what_the_policy_says(gpu, tmp_path):
+def test_vllm_in_process_samples_what_the_policy_samples(gpu, tmp_path):
     pytest.importorskip("vllm")
     from segrl.rollout.vllm import VLLMEngine
 

@@ -1,4 +1,4 @@
-"""Digests beside weights are segrl's, or anybody's."""
+"""Digests beside weights are read whether segrl or somebody else wrote them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_files_of_a_mirror_need_not_be_there_and_those_of_an_export_must(weights
         digests.check(weights.parent, "key")
 
 
-def test_a_list_one_folder_above_is_nobodys_business(weights: Path) -> None:
+def test_a_list_one_folder_above_is_not_read(weights: Path) -> None:
     (weights.parent.parent / digests.NAME).write_text(f"{WRONG}  set/model.pt\nno digest  model.pt\n")
     digests.check(weights, "key")
     digests.check(weights.parent, "key")

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "segrl"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-# An arrow may only point down; rooms of one level never import each other.
+# An import may only point down; rooms of one level never import each other.
 LEVELS = {
     "types": 0, "protocols": 0, "host": 0,
     "prompts": 1, "objectives": 1, "metrics.functional": 1, "geometry": 1, "models.kernels": 1,
@@ -20,8 +20,8 @@ LEVELS = {
     "stages": 4,
     "nano": 5, "tracking": 5,
     "runs": 6,
-    "__main__": 7, "train": 7, "evaluate": 7, "score": 7, "prepare": 7, "export": 7, "serve": 7, "track": 7, "chain": 7,
-    "nano.make": 7,
+    "__main__": 7, "train": 7, "evaluate": 7, "score": 7, "prepare": 7, "export": 7, "serve": 7, "track": 7,
+    "chain": 7, "nano.make": 7,
 }  # fmt: skip
 # Third-party packages that have one place.
 HOMES = {

@@ -1,4 +1,4 @@
-"""Pairs of map and truth with the scores that others gave them."""
+"""Fixtures: pairs of map and truth with the scores that other implementations gave them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SETS = {
 
 @dataclass(frozen=True)
 class Pair:
-    """A map, its truth, and what pysodmetrics says of them."""
+    """A map, its truth, and the scores that pysodmetrics gave them."""
 
     saliency: np.ndarray
     truth: np.ndarray
@@ -35,7 +35,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Published:
-    """A set of pairs, with what pysodmetrics says of all together."""
+    """A set of pairs, with the scores that pysodmetrics gave the whole set."""
 
     pairs: dict[str, Pair]
     dataset: dict[str, float]
@@ -43,7 +43,7 @@ class Published:
 
 
 def read(path: Path) -> np.ndarray:
-    """An 8-bit grey map; of a 16-bit one the upper byte, as OpenCV reads it."""
+    """Read an 8-bit grey map; of a 16-bit one the upper byte, as OpenCV reads it."""
     image = Image.open(path)
     return (
         (np.asarray(image) >> 8).astype(np.uint8) if image.mode == "I;16" else np.asarray(image.convert("L"))
@@ -52,7 +52,7 @@ def read(path: Path) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def published(realdata: Path) -> dict[str, Published]:
-    """The real sets, by name; 338 pairs."""
+    """Return the real sets by name; they hold 338 pairs."""
     expected = json.loads((realdata / "pysod_expected.json").read_text())["sets"]
     assert expected.keys() == SETS.keys()
     sets = {}
@@ -72,7 +72,7 @@ def published(realdata: Path) -> dict[str, Published]:
 
 @pytest.fixture(scope="session")
 def edges(realdata: Path) -> dict[str, Pair]:
-    """Each published edge case of 40 x 60 pixels."""
+    """Return each published edge case of 40 x 60 pixels."""
     scores = json.loads((realdata / "pysod_expected.json").read_text())["edge_cases_40x60"]["cases"]
     maps = edge_maps()
     assert scores.keys() == maps.keys()
@@ -80,7 +80,7 @@ def edges(realdata: Path) -> dict[str, Pair]:
 
 
 def edge_maps() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Map and 8-bit truth of each published edge case."""
+    """Return the map and the 8-bit truth of each published edge case."""
 
     def drawn(rows: slice, columns: slice, value: int = 255) -> np.ndarray:
         canvas = np.zeros((40, 60), np.uint8)
@@ -123,7 +123,7 @@ def edge_maps() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 @pytest.fixture(scope="session")
 def small_maps() -> ModuleType:
-    """The script that made tests/oracles/pysod_values.json."""
+    """Return the script that made tests/oracles/pysod_values.json."""
     spec = importlib.util.spec_from_file_location("pysod_values", ORACLES / "pysod_values.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -132,7 +132,7 @@ def small_maps() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def small(small_maps: ModuleType) -> dict[str, Pair]:
-    """Each committed small map with what pysodmetrics said of it."""
+    """Return each committed small map with the scores that pysodmetrics gave it."""
     scores = json.loads((ORACLES / "pysod_values.json").read_text())["cases"]
     maps = small_maps.cases()
     assert scores.keys() == maps.keys()

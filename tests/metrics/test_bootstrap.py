@@ -38,14 +38,14 @@ def test_pairing_removes_what_differs_between_samples() -> None:
     assert 0.45 < low < high < 0.55
 
 
-def test_a_higher_level_is_wider() -> None:
+def test_a_higher_confidence_level_gives_a_wider_interval() -> None:
     before, after = np.random.default_rng(6).random((2, 60))
     low, high = paired_bootstrap(before, after, seed=7, draws=1000, level=0.5)
     wide_low, wide_high = paired_bootstrap(before, after, seed=7, draws=1000, level=0.99)
     assert wide_low < low < (after - before).mean() < high < wide_high
 
 
-def test_before_and_after_exchanged_turn_the_interval_around() -> None:
+def test_exchanging_before_and_after_negates_the_interval() -> None:
     before, after = np.random.default_rng(8).random((2, 40))
     low, high = paired_bootstrap(before, after, seed=9, draws=500)
     assert paired_bootstrap(after, before, seed=9, draws=500) == pytest.approx((-high, -low), abs=1e-12)
@@ -81,7 +81,7 @@ def test_one_sample_always_weighs_everything() -> None:
     assert (bootstrap_weights(1, 5, seed=0) == 1.0).all()
 
 
-def test_two_samples_are_drawn_as_two_coins() -> None:
+def test_weights_of_two_samples_follow_two_fair_coins() -> None:
     first = bootstrap_weights(2, 8000, seed=1)[:, 0]
     assert [np.mean(first == share) for share in (0, 0.5, 1)] == pytest.approx([0.25, 0.5, 0.25], abs=0.02)
 
@@ -113,7 +113,7 @@ def test_weights_are_a_function_of_the_seed() -> None:
     assert (bootstrap_weights(9, 20, seed=6) != bootstrap_weights(9, 20, seed=7)).any()
 
 
-def test_no_sample_is_refused() -> None:
+def test_weights_for_zero_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="samples: must be at least one"):
         bootstrap_weights(0, 10, seed=0)
 

@@ -26,7 +26,7 @@ def rectangle(top: int, left: int, height: int, width: int) -> np.ndarray:
 
 
 def discs(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A mask and a truth of 150 x 170 pixels, alike but for a shift and the radius."""
+    """Draw a mask and a truth of 150 x 170 pixels that differ by a shift and by their radius."""
     rng, (y, x) = np.random.default_rng(seed), np.mgrid[:150, :170]
     (cy, cx), radius = rng.uniform((20, 20), (130, 150)), rng.uniform(6, 40)
     truth = np.hypot(y - cy, x - cx) < radius
@@ -39,8 +39,8 @@ def discs(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_boundary_iou_of_a_smaller_square_by_hand() -> None:
-    # 2 % of hypot(80, 100) = 128.06 is 2.56, rounded 3: rims 3 pixels wide. Shrunk by one pixel all around, the inner
-    # rim shares 2 of them
+    # 2 % of hypot(80, 100) = 128.06 is 2.56, rounded 3: rims are 3 pixels wide. The inner square is smaller
+    # by one pixel on each side, so its rim shares 2 of the 3.
     outer, inner = rectangle(20, 30, 20, 30), rectangle(21, 31, 18, 28)
     rim_outer, rim_inner = 20 * 30 - 14 * 24, 18 * 28 - 12 * 22
     shared = 18 * 28 - 14 * 24
@@ -88,8 +88,8 @@ def test_boundary_iou_is_symmetric_and_knows_no_direction(pair: tuple[np.ndarray
 
 
 def test_boundary_accuracy_of_a_wrong_pixel_by_hand() -> None:
-    # (80 + 100) / 300 < 1: all five radii are 1. An ellipse of 3 x 3 is a cross: the band around 10 x 10 has 36 pixels
-    # inside and 40 outside
+    # (80 + 100) / 300 < 1: all five radii are 1. An ellipse of 3 x 3 is a cross: the band around 10 x 10 has
+    # 36 pixels inside and 40 outside.
     truth = rectangle(20, 30, 10, 10)
     one_out = truth.copy()
     one_out[20, 40] = True
@@ -115,7 +115,7 @@ def test_a_truth_without_outline_is_matched_or_not(mask: np.ndarray, truth: np.n
 
 
 def ellipse(radius: int) -> np.ndarray:
-    """OpenCV's: per row, the half-width of the circle, rounded."""
+    """Build OpenCV's ellipse: in each row the half-width of the circle, rounded."""
     footprint = np.zeros((2 * radius + 1, 2 * radius + 1), bool)
     for dy in range(-radius, radius + 1):
         reach = round(math.sqrt(radius**2 - dy**2))
@@ -146,10 +146,11 @@ def test_boundary_accuracy_is_a_share(pair: tuple[np.ndarray, np.ndarray]) -> No
 # --- human correction effort
 
 
-def test_a_missed_square_takes_its_outline_and_a_lone_false_one_a_click() -> None:
+def test_a_missed_square_costs_its_outline_and_a_false_one_a_click() -> None:
     truth = rectangle(10, 10, 50, 40) | rectangle(10, 70, 20, 20)
     assert correction_effort(truth, truth) == 0
-    # eroded to 10 x 10 and grown by a diamond of 5 it is an octagon; an outline is an open line, closed by a ninth point
+    # Eroded to 10 x 10 and grown by a diamond of 5, the square is an octagon. An outline is an open line,
+    # which a ninth point closes.
     assert correction_effort(rectangle(10, 10, 50, 40), truth) == 9
     assert correction_effort(truth | rectangle(60, 60, 15, 30), truth) == 1
 
@@ -178,7 +179,7 @@ def test_every_real_map_costs_what_pysodmetrics_says(published: dict) -> None:
 
 
 @given(PAIRS)
-def test_arrays_are_read_as_they_lie(pair: tuple[np.ndarray, np.ndarray]) -> None:
+def test_strided_arrays_score_as_their_contiguous_copies(pair: tuple[np.ndarray, np.ndarray]) -> None:
     for score in (boundary_accuracy, correction_effort, boundary_iou):
         for turn in (np.s_[::-1, ::-1], np.s_[::2]):
             packed = [np.ascontiguousarray(m[turn]) for m in pair]

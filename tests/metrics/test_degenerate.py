@@ -1,4 +1,4 @@
-"""Scores and degenerate answers: whatever a fault gains by its empty mask, it is not a right answer's score."""
+"""Scores of degenerate answers: the empty mask of a fault never scores as much as a right answer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ FAMILIES = {
 
 
 def valued(family, truth: np.ndarray, answer: str, ignore: np.ndarray | None = None) -> dict[str, float]:
-    """Scores of one answer, errors turned around so that more is better; scores that have nothing to divide by are left out."""
+    """Return the scores of one answer, with errors negated so that more is better.
+
+    Scores without a denominator are left out.
+    """
     mask = truth if answer == "right" else ANSWERS[answer]
     parts = family.parts(mask.astype(np.uint8) * 255, truth, ignore, answer == "fault")
     table = scores(family, [parts], 0, 0)

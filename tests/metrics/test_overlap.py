@@ -56,7 +56,9 @@ def test_a_square_of_400_in_2400_pixels(
 
 
 @given(PAIRS)
-def test_both_agree_with_a_count_over_sets_of_pixels(pair: tuple[np.ndarray, np.ndarray]) -> None:
+def test_iou_and_mean_absolute_error_agree_with_a_count_over_sets_of_pixels(
+    pair: tuple[np.ndarray, np.ndarray],
+) -> None:
     mask, truth = pair
     a, b = ({tuple(at) for at in np.argwhere(m).tolist()} for m in pair)
     assert iou(mask, truth) == (len(a & b) / len(a | b) if a | b else 1.0)
@@ -64,7 +66,7 @@ def test_both_agree_with_a_count_over_sets_of_pixels(pair: tuple[np.ndarray, np.
 
 
 @given(PAIRS)
-def test_neither_cares_which_of_the_two_is_the_truth(pair: tuple[np.ndarray, np.ndarray]) -> None:
+def test_iou_and_mean_absolute_error_are_symmetric(pair: tuple[np.ndarray, np.ndarray]) -> None:
     mask, truth = pair
     assert iou(mask, truth) == iou(truth, mask)
     assert mean_absolute_error(mask, truth) == mean_absolute_error(truth, mask)
@@ -80,7 +82,7 @@ def test_one_pixel_put_right_never_lowers_the_overlap(pair: tuple[np.ndarray, np
         assert mean_absolute_error(better, truth) < mean_absolute_error(mask, truth)
 
 
-def test_ignored_pixels_are_in_neither_by_hand() -> None:
+def test_ignored_pixels_are_in_neither_intersection_nor_union() -> None:
     mask = np.array([[True, True, False], [True, False, False]])
     truth = np.array([[True, False, False], [True, True, False]])
     ignore = np.array([[True, False, True], [False, True, False]])
@@ -90,7 +92,7 @@ def test_ignored_pixels_are_in_neither_by_hand() -> None:
 
 
 @given(PAIRS, st.integers(0, 10**6))
-def test_what_is_ignored_may_be_anything(pair: tuple[np.ndarray, np.ndarray], seed: int) -> None:
+def test_values_of_ignored_pixels_change_no_count(pair: tuple[np.ndarray, np.ndarray], seed: int) -> None:
     mask, truth = pair
     ignore, other = np.random.default_rng(seed).random((2, *mask.shape)) < 0.4
     found = intersection_union(mask, truth, ignore)

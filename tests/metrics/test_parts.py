@@ -1,4 +1,4 @@
-"""Scores of a set: functions of mean parts, their intervals, and the means over any shares of the samples."""
+"""Scores of a set: functions of mean parts, their intervals, and means over shares of the samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EPS = np.spacing(1)
 
 
 def pairs(count: int = 5) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Grey maps that reach from 0 to 255, so that nothing is stretched, and truths of growing size."""
+    """Draw grey maps that reach from 0 to 255, so that nothing is stretched, and truths of growing size."""
     rng, made = np.random.default_rng(3), []
     for k in range(count):
         truth = np.zeros((12, 17), bool)
@@ -40,7 +40,7 @@ def f_at(saliency: np.ndarray, truth: np.ndarray, threshold: int) -> float:
 
 
 def e_at(saliency: np.ndarray, truth: np.ndarray, threshold: int) -> float:
-    """Pixel by pixel, as in the paper's equations."""
+    """Compute the E-measure pixel by pixel, as in the paper's equations."""
     found = (saliency >= threshold).astype(float)
     a, b = found - found.mean(), truth - truth.mean()
     return float((((2 * a * b / (a * a + b * b + EPS) + 1) ** 2) / 4).sum() / (truth.size - 1))
@@ -57,7 +57,7 @@ def test_mean_and_largest_e_and_f_are_of_the_mean_curve() -> None:
 
 
 def two_squares() -> list[tuple[np.ndarray, np.ndarray]]:
-    """IoU 2 of 4, and 30 of 40."""
+    """Return two pairs with IoU 2 of 4 and 30 of 40."""
     made = []
     for both, either in ((2, 4), (30, 40)):
         mask, truth = np.zeros((2, 20), np.uint8), np.zeros((2, 20), bool)
@@ -103,7 +103,7 @@ def test_without_draws_there_is_no_interval_and_of_one_sample_it_has_no_width() 
         assert one[name].interval == pytest.approx((one[name].value,) * 2, abs=1e-12)
 
 
-def test_nothing_to_divide_by_is_not_a_number_and_no_warning() -> None:
+def test_a_score_without_a_denominator_is_nan_without_a_warning() -> None:
     empty, object_ = np.zeros((3, 3), np.uint8), np.eye(3, dtype=bool)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -120,7 +120,7 @@ def test_nothing_to_divide_by_is_not_a_number_and_no_warning() -> None:
         assert math.isnan(table["n_acc"].value) and table["t_acc"].value == 0.0
 
 
-def test_a_draw_without_what_is_divided_by_does_not_count_as_zero() -> None:
+def test_a_draw_without_a_denominator_does_not_count_as_zero() -> None:
     family, full = Referring("one", "exclude", True), np.full((3, 3), 255, np.uint8)
     rows = [family.parts(full, full > 0, None)] * 9 + [family.parts(full * 0, full < 0, None)]
     for seed in range(5):  # a third of the draws has no sample without a target
@@ -142,7 +142,7 @@ def filled(rows: list[dict[str, np.ndarray]]) -> SetMeans:
     return metric
 
 
-def test_two_uneven_shares_are_as_one() -> None:
+def test_means_of_two_unequal_shares_merge_to_the_mean_of_all_samples() -> None:
     values = np.random.default_rng(1).random((11, 4))
     whole, shares = filled(rows_of(values)), [filled(rows_of(values[:2])), filled(rows_of(values[2:]))]
     merged = SetMeans({"one": 1, "curve": 3})

@@ -15,14 +15,14 @@ from segrl.metrics.referring import Referring
 
 
 def row(*pixels: int) -> np.ndarray:
-    """A mask of 1 x 20 pixels: those that are named."""
+    """Return a mask of 1 x 20 pixels with the given ones set."""
     mask = np.zeros((1, 20), bool)
     mask[0, list(pixels)] = True
     return mask
 
 
 def table(family: Referring, *samples: tuple) -> dict[str, float]:
-    """Samples are mask, truth, ignored pixels."""
+    """Return the scores of samples, each of them mask, truth and ignored pixels."""
     rows = [family.parts(m.astype(np.uint8) * 255, t, i[0] if i else None) for m, t, *i in samples]
     return {name: score.value for name, score in scores(family, rows, 0, 0).items()}
 
@@ -34,12 +34,12 @@ NOTHING, TWO, FOUR, OTHER = row(), row(0, 1), row(0, 1, 2, 3), row(8, 9, 10)
     ("empty", "giou", "p5"),
     [("one", (1 + 0.5 + 0) / 3, 2 / 3), ("zero", 0.5 / 3, 1 / 3), ("skip", 0.5 / 2, 1 / 2)],
 )
-def test_truth_and_mask_both_empty(empty, giou, p5) -> None:
+def test_a_pair_of_empty_masks_counts_as_the_convention_says(empty, giou, p5) -> None:
     found = table(Referring(empty, "exclude", False), (NOTHING, NOTHING), (TWO, FOUR), (OTHER, NOTHING))
     assert found["giou"] == pytest.approx(giou, abs=1e-15)
     assert found["ciou"] == pytest.approx(
         2 / (4 + 3), abs=1e-15
-    )  # such a pair adds nothing; a false mask all it covers
+    )  # two empty masks add nothing; a false mask adds all its pixels
     assert found["p@.5"] == pytest.approx(p5, abs=1e-15)
     assert "n_acc" not in found and "t_acc" not in found
 
@@ -47,16 +47,16 @@ def test_truth_and_mask_both_empty(empty, giou, p5) -> None:
 @pytest.mark.parametrize(
     ("ignore", "both", "either"), [("exclude", 2, 5), ("background", 2, 8), ("target", 5, 10)]
 )
-def test_ignored_pixels(ignore, both, either) -> None:
-    # truth 0-3, mask 0, 1, 4 and 10-12; of 10-14, which nobody looked at, the mask has three
+def test_ignored_pixels_count_as_the_convention_says(ignore, both, either) -> None:
+    # Truth 0-3, mask 0, 1, 4 and 10-12; of 10-14, which are ignored, the mask has three.
     mask, truth, open_ = row(0, 1, 4, 10, 11, 12), FOUR, row(10, 11, 12, 13, 14)
     found = table(Referring("one", ignore, False), (mask, truth, open_))
     assert found["giou"] == found["ciou"] == both / either
     plain = table(Referring("one", ignore, False), (mask, truth))
-    assert plain["ciou"] == 2 / 8  # without ignored pixels all are one
+    assert plain["ciou"] == 2 / 8  # without ignored pixels all conventions agree
 
 
-def test_a_mask_inside_what_is_excluded_is_no_mask_to_the_score() -> None:
+def test_a_mask_within_excluded_pixels_counts_as_empty() -> None:
     sample = (row(10, 11), NOTHING, row(10, 11, 12))
     assert table(Referring("one", "exclude", False), sample)["giou"] == 1.0
     assert table(Referring("one", "background", False), sample)["giou"] == 0.0
@@ -68,7 +68,7 @@ def test_grefcoco_by_relas_rules() -> None:
     found = table(
         Referring("one", "exclude", True),
         (NOTHING, FOUR),  # missed: no intersection, the truth in the union
-        (NOTHING, NOTHING),  # rightly left alone: 1, and nothing to cIoU
+        (NOTHING, NOTHING),  # rightly empty: 1, and nothing to cIoU
         (OTHER, NOTHING),  # wrongly drawn: 0, the mask in the union
         (FOUR, FOUR),
         (row(0, 1, 2), FOUR),
@@ -103,13 +103,15 @@ def test_a_convention_of_another_name_is_refused(key, given) -> None:
         Referring(*given, False)
 
 
-def test_the_convention_is_told() -> None:
+def test_the_description_of_the_convention_names_both_choices() -> None:
     assert "zero" in Referring("zero", "target", False).convention
     assert "target" in Referring("zero", "target", False).convention
 
 
 def test_reasonseg_under_each_convention(realdata: Path) -> None:
-    """Areas from LISA's own script: who predicts the truth, or the truth with all that is ignored."""
+    """The areas come from LISA's script. One answer is the truth, the other the truth with all ignored
+    pixels.
+    """
     areas = json.loads((realdata / "reasonseg_style/expected_mask_areas_lisa.json").read_text())
     samples = ReasonSeg(str(realdata / "reasonseg_style"), "val", False, None)
     samples = [samples[i] for i in range(len(samples))]

@@ -1,4 +1,4 @@
-"""Sets of real maps, through the command line, against what pysodmetrics says of them."""
+"""Scores of sets of real maps, through the command line, are those of pysodmetrics."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_every_value_of_a_set_is_pysodmetrics(cli, tmp_path: Path, realdata: Pat
     wanted = [OURS.get(key, key) for key in expected["dataset"]]
     out = tmp_path / "scores.json"
     code, _, err = cli(
-        f"pred={tmp_path}/pred", f"gt={tmp_path}/gt", f"out={out}", f"metrics=[{','.join(wanted)}]", "draws=0",
-        module="score", runs=None,
+        f"pred={tmp_path}/pred", f"gt={tmp_path}/gt", f"out={out}", f"metrics=[{','.join(wanted)}]",
+        "draws=0", module="score", runs=None,
     )  # fmt: skip
     assert code == 0, err
     found = json.loads(out.read_text())

@@ -21,7 +21,7 @@ EPS = np.spacing(1)
 
 
 def oracle(map_: np.ndarray, truth: np.ndarray) -> float:
-    """S-measure of a grey map in [0, 1]; quadrants without a pixel contribute nothing."""
+    """Compute the S-measure of a grey map in [0, 1]; quadrants without a pixel contribute nothing."""
     share = truth.astype(np.float64).mean()
     if share == 0:
         return 1 - map_.mean()
@@ -62,14 +62,17 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def stretched(grey: np.ndarray) -> np.ndarray:
-    """pysodmetrics' preparation of an 8-bit map: its smallest value to 0, its largest to 1, unless it is constant."""
+    """Prepare an 8-bit map as pysodmetrics does.
+
+    Its smallest value becomes 0 and its largest 1, unless it is constant.
+    """
     values = grey / 255
     low, high = values.min(), values.max()
     return (values - low) / (high - low) if high > low else values
 
 
 def read(path: Path) -> np.ndarray:
-    """An 8-bit grey map; of a 16-bit one the upper byte, as OpenCV reads it."""
+    """Read an 8-bit grey map; of a 16-bit one the upper byte, as OpenCV reads it."""
     image = Image.open(path)
     return (
         (np.asarray(image) >> 8).astype(np.uint8) if image.mode == "I;16" else np.asarray(image.convert("L"))
@@ -136,7 +139,8 @@ def test_alpha_blends_the_object_and_the_region_term(alpha: float) -> None:
 
 
 def test_the_object_term_by_hand() -> None:
-    # truth 4 pixels, 3 found: m = 3/4, deviation sqrt(4 * 3/16 / 3) = 1/2; outside 4 pixels, all left alone: 1
+    # The truth has 4 pixels, 3 are found: m = 3/4, deviation sqrt(4 * 3/16 / 3) = 1/2. None of the 4 pixels
+    # outside is marked: 1.
     truth = np.array([[True] * 4, [False] * 4])
     mask = np.array([[True, True, True, False], [False] * 4])
     assert structure(mask, truth, alpha=1.0) == pytest.approx(
@@ -145,8 +149,9 @@ def test_the_object_term_by_hand() -> None:
 
 
 def test_the_region_term_by_hand() -> None:
-    # columns 0 and 1 of 4 hold the truth: mean row 0.5, rounded to even 0, cut 1; mean column 0.5, cut 1.
-    # The mask misses column 1: its two quadrants have y = 1/3 and an empty prediction, 0; the others are constant, 1.
+    # Columns 0 and 1 of 4 hold the truth: mean row 0.5, rounded to even 0, cut 1; mean column 0.5, cut 1.
+    # The mask misses column 1: its two quadrants have y = 1/3 and an empty prediction, 0. The other quadrants
+    # are constant, 1.
     truth = np.array([[True, True, False, False]] * 2)
     mask = np.array([[True, False, False, False]] * 2)
     assert structure(mask, truth, alpha=0.0) == pytest.approx(2 / 8, abs=1e-12)
@@ -294,7 +299,7 @@ def test_quadrants_meet_behind_the_centroid() -> None:
     assert quadrants_of(EMPTY)[0] == np.s_[:40, :60]
 
 
-def test_masks_are_read_as_they_lie() -> None:
+def test_strided_masks_score_as_their_contiguous_copies() -> None:
     for turn in (np.s_[::-1, ::-1], np.s_[::2, 1::3]):
         packed = np.ascontiguousarray(SHIFTED[turn]), np.ascontiguousarray(SQUARE[turn])
         assert structure(SHIFTED[turn], SQUARE[turn]) == structure(*packed)

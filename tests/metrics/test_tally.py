@@ -35,7 +35,7 @@ PAIRS = SHAPES.flatmap(
 
 
 def scores(t: Tally) -> dict[str, float]:
-    """Under the names of pysod_expected.json."""
+    """Return the scores under their names in pysod_expected.json."""
     (adaptive_e, e), (adaptive_f, f) = enhanced(t), f_measure(t)
     return {
         "mae": mean_absolute_error(t), "sm": structure(t),
@@ -82,8 +82,8 @@ def test_f_measure_by_hand() -> None:
 
 
 def test_e_measure_by_hand() -> None:
-    # one hit: map mean 1/4, truth mean 1/2; hit 2 * 3/8 / (9/16 + 1/4) = 12/13, its opposite for the missed one,
-    # right background 2 * 1/8 / (1/16 + 1/4) = 4/5
+    # One hit: map mean 1/4, truth mean 1/2. The hit gives 2 * 3/8 / (9/16 + 1/4) = 12/13, the missed pixel
+    # -4/5, right background 2 * 1/8 / (1/16 + 1/4) = 4/5.
     adaptive, curve = enhanced(tally(FOUR, LOWER))
     hit, missed, left = (((x + 1) ** 2 / 4) for x in (12 / 13, -4 / 5, 4 / 5))
     assert adaptive == pytest.approx((hit + missed + 2 * left) / 3, abs=1e-12)
@@ -91,15 +91,16 @@ def test_e_measure_by_hand() -> None:
     assert curve[128] == pytest.approx(4 / 3, abs=1e-12)  # perfect, of 4 pixels: n / (n - 1)
 
 
-def test_the_adaptive_threshold_reaches_what_equals_it() -> None:
-    # levels 0, 1/2, 1/2, 1/2, 1, 0, 0, 0: mean 5/16; twice that is above 1/2. With two more zeros it is exactly 1/2
+def test_a_value_equal_to_the_adaptive_threshold_is_foreground() -> None:
+    # Levels 0, 1/2, 1/2, 1/2, 1, 0, 0, 0 have the mean 5/16; twice that is above 1/2. With two more zeros it
+    # is exactly 1/2.
     saliency = np.array([[0, 50, 50, 50, 100, 0, 0, 0, 0, 0]], np.uint8)
     truth = saliency >= 50
     assert f_measure(tally(saliency, truth))[0] == 1.0
     assert f_measure(tally(saliency[:, :8], truth[:, :8]))[0] < 1.0
 
 
-def test_the_half_is_that_of_the_stretched_map() -> None:
+def test_above_half_is_taken_after_stretching_the_map() -> None:
     assert above_half(FOUR).tolist() == [[False, False], [False, True]]
     assert above_half(np.array([[0, 127, 128]], np.uint8)).tolist() == [[False, True, True]]
     assert above_half(np.array([[0, 127, 128, 255]], np.uint8)).tolist() == [[False, False, True, True]]
@@ -138,8 +139,9 @@ def test_small_maps_score_as_pysodmetrics_says(small: dict, small_maps: ModuleTy
 
 
 def test_a_quadrant_where_both_maps_are_constant_is_alike_whatever_rounding_says(small: dict) -> None:
-    # rows 1 and 2, columns 1 to 3 of 24 x 30: cuts 3 and 3, so that the third quadrant, 21 x 3, has neither object nor
-    # contrast. It is worth its share of the area, but there the mean of 63 times 77/255 is not quite 77/255
+    # Rows 1 and 2, columns 1 to 3 of 24 x 30: cuts 3 and 3, so that the third quadrant, 21 x 3, has neither
+    # object nor contrast. It should count by its share of the area, but the mean of 63 times 77/255 is not
+    # quite 77/255 there.
     pair = small["upper_constant_77"]
     ours = structure(tally(pair.saliency, pair.truth))
     assert ours - pair.expected["sm"] == pytest.approx(0.5 * 63 / 720, abs=1e-9)
@@ -214,7 +216,7 @@ def test_curves_are_those_of_a_loop_over_thresholds(pair: tuple[np.ndarray, np.n
 
 
 def of_e(mask: np.ndarray, truth: np.ndarray) -> float:
-    """E-measure, pixel by pixel."""
+    """Compute the E-measure pixel by pixel."""
     if not truth.any():
         aligned = 1.0 - mask
     elif truth.all():
@@ -244,7 +246,7 @@ def test_scores_stay_in_their_ranges(pair: tuple[np.ndarray, np.ndarray]) -> Non
 
 
 @given(PAIRS, st.randoms(use_true_random=False))
-def test_where_pixels_lie_is_nothing_to_error_alignment_and_precision(
+def test_error_e_measure_and_f_measure_do_not_depend_on_the_order_of_pixels(
     pair: tuple[np.ndarray, np.ndarray], random: object
 ) -> None:
     order = list(range(pair[1].size))
@@ -259,7 +261,7 @@ def test_where_pixels_lie_is_nothing_to_error_alignment_and_precision(
 
 
 @given(PAIRS)
-def test_rows_and_columns_exchanged_change_nothing(pair: tuple[np.ndarray, np.ndarray]) -> None:
+def test_transposing_both_maps_changes_no_score(pair: tuple[np.ndarray, np.ndarray]) -> None:
     turned = tally(pair[0].T, pair[1].T)  # neither is contiguous
     assert scores(turned) == pytest.approx(scores(tally(*pair)), abs=1e-12)
 

@@ -16,7 +16,10 @@ EPS = np.spacing(1)
 
 
 def published_definition(saliency: np.ndarray, truth: np.ndarray) -> float:
-    """Margolin's code, on whole float images, with SciPy's transform to find the nearest object pixel."""
+    """Compute Margolin's code on whole float images.
+
+    SciPy's distance transform finds the nearest object pixel.
+    """
     if not truth.any():
         return 0.0
     grey = saliency / 255
@@ -62,7 +65,7 @@ def test_a_missed_pixel_inside_the_object_weighs_as_much_as_the_middle_of_the_ke
     assert weighted_f(grey(mask), truth) == pytest.approx(2 * recall / (recall + 1), abs=1e-12)
 
 
-def test_nothing_found_is_nothing_and_everything_found_is_one() -> None:
+def test_a_perfect_map_scores_one_and_a_map_that_finds_nothing_zero() -> None:
     truth = np.zeros((30, 40), bool)
     truth[8:20, 10:30] = True
     assert weighted_f(grey(truth), truth) == pytest.approx(1.0, abs=1e-12)
@@ -123,9 +126,9 @@ def test_scattered_objects_score_as_the_published_definition(seed: int, share: f
     assert weighted_f(saliency, truth) == pytest.approx(published_definition(saliency, truth), abs=1e-12)
 
 
-def test_ties_decide_digits_that_are_tested() -> None:
-    # between two object pixels at equal distance the left one, which has no error, is the nearest: with the right one
-    # the score of the same map, mirrored, is another
+def test_of_two_equally_near_object_pixels_the_same_one_counts_as_in_the_published_code() -> None:
+    # Of two object pixels at equal distance the left one, which has no error, counts as the nearest. In the
+    # mirrored map it is the one with the error, so the score differs.
     truth = np.zeros((9, 9), bool)
     truth[4, 3] = truth[4, 5] = True
     saliency = grey(truth)
@@ -147,7 +150,7 @@ def test_far_errors_score_as_the_published_definition(seed: int) -> None:
     assert weighted_f(grey(mask), truth) == pytest.approx(published_definition(grey(mask), truth), abs=1e-12)
 
 
-def test_arrays_are_read_as_they_lie_and_left_as_they_are() -> None:
+def test_strided_arrays_score_as_their_contiguous_copies_and_are_not_changed() -> None:
     rng = np.random.default_rng(3)
     saliency, truth = rng.integers(0, 256, (50, 40)).astype(np.uint8), rng.random((50, 40)) < 0.2
     before = saliency.copy(), truth.copy()

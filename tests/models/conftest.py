@@ -1,4 +1,4 @@
-"""What the tests of policies share."""
+"""Fixtures of the tests of policies."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def policy(request, nano_policy):
 
 @pytest.fixture
 def prefixes(policy):
-    """Two of unequal length."""
+    """Return two prefixes of unequal length."""
     scenes = SyntheticScenes("test", 2, 0, 128, (0.5, 1.0), (1, 1))
     chats = SegR1Tags(4, 8).messages(None), SegR1Points(8).messages("the left fish")
     return [policy.encoder.encode(chat, scenes[i].image) for i, chat in enumerate(chats)]

@@ -73,7 +73,7 @@ def test_a_fault_in_the_thread_is_raised_where_it_is_waited_for():
         torch.set_num_threads(threads)
 
 
-def test_another_run_finds_them_on_the_disk(plain, tmp_path):
+def test_another_run_finds_embeddings_on_the_disk(plain, tmp_path):
     head_of(folder=tmp_path).segment(IMAGES[:3], PROMPTS[:3])
     again = head_of(folder=tmp_path)
     assert same(again.segment(IMAGES, PROMPTS), plain)
@@ -94,7 +94,7 @@ def test_other_weights_or_another_precision_find_nothing(tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_precision_is_the_heads_own_whatever_surrounds_it(plain, threads, tmp_path):
-    """Under the policy's bfloat16 masks, embeddings and their folder are those of float32; with the key they are others."""
+    """Under the policy's bfloat16 autocast, masks, embeddings and their folder are those of float32."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)  # with 2 the encoder has a thread of its own
     try:
@@ -135,7 +135,7 @@ def test_a_damaged_file_is_made_again(plain, tmp_path):
 
 
 def test_ranks_share_a_folder(plain, tmp_path):
-    """Two processes that write the same files at once, and a third that reads them."""
+    """Two processes write the same files at once, and a third reads them."""
     code = (
         "import sys; sys.path[:0] = sys.argv[2:]; from test_embedding_cache import IMAGES, PROMPTS, head_of; "
         "[head_of(kept=0, folder=sys.argv[1]).segment(IMAGES, PROMPTS) for _ in range(2)]"
@@ -163,7 +163,7 @@ def test_other_weights_in_the_same_head_forget_what_the_old_ones_made(tmp_path):
         assert head.encoded == [4, 4]
 
 
-def test_what_is_kept_is_no_more_than_what_is_said():
+def test_no_more_embeddings_are_kept_than_configured():
     head = head_of(kept=1)
     head.segment(IMAGES, PROMPTS)
     (embedding,) = head.embeddings.latest.values()
@@ -177,6 +177,6 @@ def test_a_folder_that_cannot_be_written_ends_no_run(plain, tmp_path):
         assert same(head.segment(IMAGES, PROMPTS), plain)
 
 
-def test_less_than_none_cannot_be_kept():
+def test_a_negative_number_of_kept_embeddings_is_refused():
     with pytest.raises(ValueError, match=r"head\.embeddings_kept"):
         head_of(kept=-1)

@@ -1,4 +1,6 @@
-"""A policy's folder is read whole or refused: transformers fills what is missing with noise, and only warns."""
+"""A policy's folder is read whole or refused: transformers initialises missing weights at random and only
+warns.
+"""
 
 import json
 import shutil
@@ -44,14 +46,14 @@ def test_weights_that_would_be_noise_are_refused(folder, change, words):
         whole_model(str(folder), torch.float32)
 
 
-def test_a_head_that_is_not_the_models_is_nobodys_harm(folder):
+def test_a_foreign_head_in_the_file_changes_no_weight_of_the_model(folder):
     before = whole_model(str(folder), torch.float32).state_dict()
     save(folder, lambda weights: weights.update({"v_head.summary.weight": torch.zeros(3)}))
     after = whole_model(str(folder), torch.float32).state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
-def test_a_cut_file_and_none_are_refused(folder):
+def test_a_truncated_and_a_missing_file_are_refused(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"policy\.weights: .* cannot be read"):
@@ -65,7 +67,7 @@ def test_a_cut_file_and_none_are_refused(folder):
 
 
 def test_an_adapter_in_the_folder_is_refused(folder):
-    """transformers loads it and then says nothing of weights that are missing."""
+    """transformers loads it and then does not report missing weights."""
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"policy\.weights: must be merged weights"):
         whole_model(str(folder), torch.float32)

@@ -1,4 +1,4 @@
-"""Contract of the policy, on both families: shared-prefix log-probabilities are those of a naive forward pass."""
+"""The policy's contract, for both families: shared-prefix log-probabilities equal a naive forward pass."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ GROUP = 3
 
 @pytest.fixture
 def prefixes(policy):
-    """Three prefixes of unequal length: two grammars, and a query of its own."""
+    """Return three prefixes of unequal length: two grammars, and a query of its own."""
     scenes = SyntheticScenes("test", 3, 0, 128, (0.5, 1.0), (1, 1))
     tags, points = SegR1Tags(4, 8), SegR1Points(8)
     chats = [tags.messages(None), points.messages(None), tags.messages("the left fish")]
@@ -35,14 +35,14 @@ def sampled(policy, prefixes, tokens=9, seed=0):
 
 
 def transformers_own(policy):
-    """The same weights in a model as transformers loads it: nothing of ours in its norms or its attention."""
+    """Return the same weights as transformers loads them, without segrl's norms and attention."""
     model = AutoModelForImageTextToText.from_pretrained(policy.weights, dtype=torch.float32)
     model.load_state_dict(policy.model.state_dict())
     return model
 
 
 def naive(model, policy, prefixes, completions):
-    """One unpadded forward pass per completion, positions left to transformers."""
+    """Run one unpadded forward pass per completion, with positions left to transformers."""
     rows = []
     for n, (tokens, mask) in enumerate(zip(completions.tokens, completions.mask, strict=True)):
         prefix, tokens = prefixes[n // GROUP], tokens[mask]
@@ -110,7 +110,7 @@ def test_one_completion_of_a_group_does_not_see_another(policy, prefixes):
 
 
 def test_what_was_sampled_is_what_the_training_pass_finds_likely(policy, prefixes):
-    """Greedy takes what is most likely in the training pass."""
+    """Greedy sampling takes the most likely token of the training pass."""
     completions = SharedPrefixEngine(8).greedy(policy, prefixes)
     hidden = policy.read(prefixes, completions)
     best = policy.logits(hidden, policy.head()).log_softmax(-1).amax(-1).masked_fill(~completions.mask, 0)
@@ -151,7 +151,7 @@ def test_mask_ends_with_the_stop_token(policy, prefixes):
 
 
 def test_every_declared_stop_token_ends_a_completion(nano_weights):
-    """Qwen2.5-VL declares two, and its tokenizer names but one of them."""
+    """Qwen2.5-VL declares two, and its tokenizer names only one of them."""
     import shutil
 
     from segrl.models.hf_vlm import HFPolicy
@@ -221,7 +221,7 @@ def test_activations_computed_again_give_the_same_gradients(policy, prefixes, na
     completions = sampled(policy, prefixes)
 
     def kept(of):
-        """Bytes that the forward pass keeps for the backward pass."""
+        """Return the bytes that the forward pass keeps for the backward pass."""
         total = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: total.append(t.nbytes) or t, lambda t: t):
             of.logprobs(prefixes, completions)
@@ -237,7 +237,7 @@ def test_activations_computed_again_give_the_same_gradients(policy, prefixes, na
 
 
 def test_groups_in_pieces_give_the_gradients_of_whole_groups(policy, prefixes):
-    """Pieces of a group gather in the leaves of its prefix, which is read once and left once."""
+    """The gradients of the pieces add up at the prefix, which has one forward and one backward pass."""
     completions = sampled(policy, prefixes)
     weights = (
         torch.randn(completions.mask.shape, generator=torch.Generator().manual_seed(1)) * completions.mask
@@ -265,7 +265,7 @@ def test_groups_in_pieces_give_the_gradients_of_whole_groups(policy, prefixes):
 
 
 def test_pieces_without_their_share_of_the_prefix_would_be_noticed(policy, prefixes):
-    """Negative control of the test above: leaves that nothing gathers."""
+    """Negative control of the test above: the gradients do not add up at the prefix."""
     completions = sampled(policy, prefixes)
 
     def cut_off():

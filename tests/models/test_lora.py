@@ -1,4 +1,4 @@
-"""Adapters: they start as nothing, are all that learns, can be turned off, merged, and stand beside a critic's."""
+"""Adapters start at zero, hold all that learns, and can be turned off, merged, and used beside a critic."""
 
 import copy
 
@@ -49,7 +49,7 @@ def disturb(policy):
                 )
 
 
-def test_an_adapter_starts_as_nothing_and_is_all_that_learns(nano_weights, family):
+def test_an_adapter_starts_at_zero_and_is_all_that_learns(nano_weights, family):
     plain, policy = policy_of(nano_weights, family, None, True), policy_of(nano_weights, family)
     prefixes, said = spoken(policy)
     torch.testing.assert_close(
@@ -79,7 +79,7 @@ def test_with_the_adapter_off_the_policy_is_its_reference(nano_weights, family):
         AdapterOff(policy_of(nano_weights, family, None))
 
 
-def test_a_merged_policy_says_the_same(nano_weights, family, tmp_path):
+def test_a_merged_policy_gives_the_same_logprobs(nano_weights, family, tmp_path):
     policy = policy_of(nano_weights, family)
     disturb(policy)
     prefixes, said = spoken(policy)
@@ -111,7 +111,7 @@ def test_weights_are_taken_over_between_policies_with_and_without_an_adapter(nan
 
 
 @pytest.mark.parametrize("kind", [DetachedCritic, SharedCritic, AdapterCritic])
-def test_critics_say_their_prior_first_and_move_the_policy_only_where_they_may(nano_weights, family, kind):
+def test_critics_start_at_their_prior_and_move_the_policy_only_where_they_may(nano_weights, family, kind):
     policy = policy_of(nano_weights, family)
     plain = copy.deepcopy(policy)
     critic = kind(policy, 5, 0.25, **({"lora": LORA} if kind is AdapterCritic else {}))

@@ -1,4 +1,4 @@
-"""What can be seen of a GPU without one: shapes, devices and bytes, on tensors that have no contents (torch's FakeTensor)."""
+"""What can be seen of a GPU without one, on torch's FakeTensor: shapes, devices and bytes."""
 
 import copy
 import dataclasses
@@ -33,7 +33,10 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def moved(thing):
-    """The same on a pretended GPU: nothing that lies elsewhere may be mixed with it, and there are no contents to wait for."""
+    """Return the same on a pretended GPU.
+
+    Tensors of other devices may not be mixed with it, and it has no contents to wait for.
+    """
     if isinstance(thing, Tensor):
         return torch.empty_strided(thing.shape, thing.stride(), dtype=thing.dtype, device="cuda")
     if isinstance(thing, (tuple, list)):
@@ -47,7 +50,7 @@ def moved(thing):
 
 
 class Written(TorchDispatchMode):
-    """The operations, with shapes and numbers."""
+    """Records the operations, with shapes and numbers."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +63,7 @@ class Written(TorchDispatchMode):
 
 
 class Launched(TorchDispatchMode):
-    """Operations that do something: views are none."""
+    """Records the operations that launch a kernel; views do not."""
 
     def __init__(self):
         super().__init__()
@@ -75,7 +78,9 @@ class Launched(TorchDispatchMode):
 
 @pytest.fixture
 def step(policy, prefixes):
-    """What is recorded, in half precision, at a place in the completions of a decoder on a pretended GPU."""
+    """Return the operations that are recorded in half precision on a pretended GPU, at a place in the
+    completions.
+    """
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         decoder = policy.decoder(policy.prefill(prefixes), GROUP, LENGTH, stride=LENGTH)
     with FakeTensorMode(), torch.no_grad():
@@ -91,7 +96,7 @@ def step(policy, prefixes):
 
 
 def test_a_step_touches_its_device_alone_and_waits_for_nothing(step):
-    """Either would spoil a CUDA graph."""
+    """Another device or a wait would make a CUDA graph impossible."""
     decoder, at = step
     hidden = at(2)
     assert hidden.device.type == "cuda"
@@ -99,7 +104,7 @@ def test_a_step_touches_its_device_alone_and_waits_for_nothing(step):
 
 
 def test_a_step_is_the_same_at_every_place(step):
-    """What is recorded at one is launched at others: nothing but contents may differ."""
+    """A step recorded at one place is launched at others: nothing but contents may differ."""
     decoder, at = step
     written = []
     for place in (2, 3, 17):
@@ -111,7 +116,9 @@ def test_a_step_is_the_same_at_every_place(step):
 
 
 def test_a_step_launches_few_kernels(step):
-    """At a few microseconds each they are what a token waits for, beside the weights. Of them, `masked_fill` hides padding and what lies ahead at once."""
+    """At a few microseconds each, launches delay a token as reading the weights does. One `masked_fill` hides
+    padding and later places at once.
+    """
     decoder, at = step
     with Launched() as launched:
         at(2)
@@ -149,7 +156,9 @@ def test_waiting_and_another_device_would_be_seen(step, monkeypatch, fault, seen
 
 
 def test_sampling_waits_for_its_device_at_every_eighth_token_alone(step, policy, monkeypatch):
-    """To see who has ended it has to wait, and here there is nothing to be seen: at the first look the sampling ends."""
+    """Sampling waits to see which rows have ended. Without contents nothing can be seen, and it ends at the
+    first wait.
+    """
     decoder, _ = step
     width, vocabulary = decoder.embedding.shape[1], len(decoder.embedding)
     decoder.place = 0
@@ -159,7 +168,8 @@ def test_sampling_waits_for_its_device_at_every_eighth_token_alone(step, policy,
     head = PackedLinear(torch.empty(vocabulary, width, device="cuda"), None)
     pretended = SimpleNamespace(
         device=hidden.device, pad_id=0, temperature=1.0, stop_ids=moved(policy.stop_ids),
-        decoder=lambda *_: decoder, head=lambda: head, logits=lambda *given: HFPolicy.logits(pretended, *given),
+        decoder=lambda *_: decoder, head=lambda: head,
+        logits=lambda *given: HFPolicy.logits(pretended, *given),
     )  # fmt: skip
     prefixes = [SimpleNamespace(token_ids=hidden)] * decoder.groups
     state = SimpleNamespace(last_hidden=hidden)
@@ -169,7 +179,7 @@ def test_sampling_waits_for_its_device_at_every_eighth_token_alone(step, policy,
 
 
 class Sent(TorchDispatchMode):
-    """Copies to the device: whether each is out of pinned memory and not waited for."""
+    """Records copies to the device: whether each is out of pinned memory and asynchronous."""
 
     def __init__(self, pinned):
         super().__init__()
@@ -195,7 +205,9 @@ class Sent(TorchDispatchMode):
     ids=["as it is", "not pinned", "waited for"],
 )
 def test_images_are_given_to_the_encoder_without_waiting_for_the_device(nano_head, monkeypatch, sent, waits):
-    """So that the device encodes while the host goes on to sample; a copy out of other memory waits for all before it."""
+    """The device encodes while the host begins to sample. A copy out of other memory would wait for all work
+    before it.
+    """
     held = []
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: held.append(self.clone()) or held[-1])
     monkeypatch.setattr(pinned, "_can_pin", lambda: True)
@@ -228,7 +240,7 @@ def test_where_memory_cannot_be_pinned_copies_go_without_and_it_is_said_once(mon
 
 @contextmanager
 def half_precision_on_a_gpu():
-    """`torch.autocast` itself looks for a real one."""
+    """Stand for `torch.autocast`, which looks for a real GPU."""
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     try:
@@ -239,7 +251,7 @@ def half_precision_on_a_gpu():
 
 @pytest.mark.parametrize("half", [True, False])
 def test_the_head_may_round_to_tf32_beside_half_precision_alone(half, monkeypatch):
-    """Logits and log-probabilities; outside everything is as it was."""
+    """This holds for logits and log-probabilities; outside of them the setting is as before."""
     seen, plain = [], token_logprobs._logits
     monkeypatch.setattr(
         token_logprobs,
@@ -263,7 +275,9 @@ def test_the_head_may_round_to_tf32_beside_half_precision_alone(half, monkeypatc
 
 
 def test_completions_are_learned_from_in_one_call_of_the_kernel_per_layer(policy, prefixes, monkeypatch):
-    """On a pretended GPU, as far as its backward pass; what the kernel asks of its arguments is held against each call."""
+    """The pass runs on a pretended GPU, up to its backward pass. Each call is checked against the kernel's
+    conditions.
+    """
     real = torch.arange(9) < torch.tensor([9, 4, 1, 0, 6, 9])[:, None]
     with torch.no_grad():
         state = policy.prefill(prefixes)
@@ -303,7 +317,7 @@ def test_completions_are_learned_from_in_one_call_of_the_kernel_per_layer(policy
 
 
 def test_prefixes_are_read_without_waiting_for_the_device(policy, prefixes, monkeypatch):
-    """On a pretended GPU; the tower's layout is made on the host, from grids that never leave it."""
+    """On a pretended GPU the tower's layout is made on the host, from grids that stay there."""
     grid = torch.cat([prefix.grid for prefix in prefixes])
     layout = vision_tower.tower_layout(policy.model.model.visual, grid, torch.device("cpu"))
     monkeypatch.setattr(pinned, "_can_pin", lambda: False)
@@ -326,7 +340,9 @@ def test_prefixes_are_read_without_waiting_for_the_device(policy, prefixes, monk
 
 
 def test_the_ledger_counts_what_lives(monkeypatch):
-    """Worked out by hand: storages of 4,000 and 2,000 bytes, views, what is given up, and what a backward pass holds."""
+    """Worked by hand: storages of 4,000 and 2,000 bytes, views, freed tensors, and what a backward pass
+    keeps.
+    """
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import memory
 
@@ -358,7 +374,9 @@ def test_the_ledger_counts_what_lives(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.counted
 def test_bytes_without_contents_are_those_with_them():
-    """`benchmarks/memory.py` goes through policies of real size; of a tiny one it can be seen that nothing is missing without contents."""
+    """`benchmarks/memory.py` counts policies of real size. A tiny one shows that nothing is missing without
+    contents.
+    """
     done = subprocess.run(
         [sys.executable, "memory.py", "--check"], cwd=BENCHMARKS, capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""A folder with a card is used as it was trained, and a card can ask for nothing else."""
+"""A folder with a card is used as its policy was trained, and a card can ask for nothing else."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from segrl.segmenter import Segmenter
 
 CARD = {
     "policy": {
-        "_target_": "segrl.models.hf_vlm.HFPolicy", "image_side": 128, "pixel_budget": None, "temperature": 1.0,
-        "dtype": "float32", "lora": None, "train_vision": True, "gradient_checkpointing": False,
+        "_target_": "segrl.models.hf_vlm.HFPolicy", "image_side": 128, "pixel_budget": None,
+        "temperature": 1.0, "dtype": "float32", "lora": None, "train_vision": True,
+        "gradient_checkpointing": False,
     },
     "grammar": {"_target_": "segrl.prompts.tags.SegR1Tags", "max_boxes": 16, "max_points": 64},
     "head": {
@@ -32,8 +33,8 @@ CARD = {
     "precision": {"passes": "32-true"},
 }  # fmt: skip
 EVAL = (
-    "+suite=synthetic", "testsets.synthetic.samples.length=3", "testsets.synthetic.published=3", "logger=csv", "trainer=cpu",
-    "data.workers=0", "suite.draws=0", "suite.masks=true",
+    "+suite=synthetic", "testsets.synthetic.samples.length=3", "testsets.synthetic.published=3", "logger=csv",
+    "trainer=cpu", "data.workers=0", "suite.draws=0", "suite.masks=true",
 )  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def changed(*steps: str, value: object) -> dict:
 
 @pytest.fixture
 def model(tmp_path):
-    """A card to a folder of the shipped policy with it."""
+    """Return a function from a card to a folder of the shipped policy with that card."""
 
     def made(card: object, name: str = "model") -> Path:
         folder = tmp_path / name
@@ -92,8 +93,9 @@ def test_a_mask_has_its_images_size(model):
 @pytest.mark.parametrize(
     "image",
     [
-        np.zeros((4, 5), np.uint8), np.zeros((4, 5, 4), np.uint8), np.zeros((4, 5, 3)), np.zeros((1, 4, 5, 3), np.uint8),
-        np.zeros((3, 4, 5), np.uint8), np.zeros((0, 5, 3), np.uint8), np.zeros((4, 5, 3), bool),
+        np.zeros((4, 5), np.uint8), np.zeros((4, 5, 4), np.uint8), np.zeros((4, 5, 3)),
+        np.zeros((1, 4, 5, 3), np.uint8), np.zeros((3, 4, 5), np.uint8), np.zeros((0, 5, 3), np.uint8),
+        np.zeros((4, 5, 3), bool),
     ],
     ids=lambda a: f"{a.dtype}{a.shape}",
 )  # fmt: skip
@@ -152,13 +154,13 @@ def test_the_card_says_how_and_the_command_line_stands_above_it(cli, tmp_path, m
 def test_a_cards_precision_survives_all_but_a_precision_and_a_policy(
     cli, model, monkeypatch, said, precision
 ):
-    """A group of the trainer says where an evaluation runs; how exactly, the card says."""
+    """A group of the trainer says where an evaluation runs; the card says in which precision."""
     from segrl.runs import evaluation
 
     taken = []
 
     class Stub:
-        """In place of an evaluation: what it would have been built from."""
+        """Stands for an evaluation: keeps what it would have been built from."""
 
         @staticmethod
         def build(cfg):
@@ -192,22 +194,31 @@ BAD = {
     "a precision that is none": (changed("precision", "passes", value="4-bit"), ["precision.passes"]),
     "a part missing": ({k: v for k, v in CARD.items() if k != "head"}, ["head"]),
     "a part more": ({**CARD, "data": {}}, ["data"]),
-    "a place to write to": (changed("head", "embeddings_folder", value="/srv/theirs"), ["head.embeddings_folder", "/srv/theirs"]),
+    "a place to write to": (changed("head", "embeddings_folder", value="/srv/theirs"),
+                            ["head.embeddings_folder", "/srv/theirs"]),
     "foreign code": (changed("grammar", "_target_", value="os.system"), ["grammar._target_", "os.system"]),
-    "instructions of this machine": (changed("grammar", "instructions", value="/etc/hostname"), ["grammar.instructions", "/etc/hostname"]),
-    "instructions that are none": (changed("grammar", "instructions", value={"seg_r1_tags": {"refer": "x"}}), ["seg_r1_tags.refer", "{query}"]),
-    "another room": (changed("grammar", "_target_", value="segrl.nano.architecture.write"), ["grammar._target_"]),
-    "a longer path": (changed("grammar", "_target_", value="segrl.prompts.tags.re.compile"), ["grammar._target_"]),
-    "what is only imported there": (changed("policy", "_target_", value="segrl.models.hf_vlm.Path"), ["policy._target_"]),
-    "an adapter that is none": (changed("grammar", "_target_", value="segrl.prompts.tags.Nothing"), ["grammar._target_"]),
-    "a module that is none": (changed("rollout", "_target_", value="segrl.rollout.none.X"), ["rollout._target_"]),
+    "instructions of this machine": (changed("grammar", "instructions", value="/etc/hostname"),
+                                     ["grammar.instructions", "/etc/hostname"]),
+    "instructions that are none": (changed("grammar", "instructions", value={"seg_r1_tags": {"refer": "x"}}),
+                                   ["seg_r1_tags.refer", "{query}"]),
+    "another room": (changed("grammar", "_target_", value="segrl.nano.architecture.write"),
+                     ["grammar._target_"]),
+    "a longer path": (changed("grammar", "_target_", value="segrl.prompts.tags.re.compile"),
+                      ["grammar._target_"]),
+    "what is only imported there": (changed("policy", "_target_", value="segrl.models.hf_vlm.Path"),
+                                    ["policy._target_"]),
+    "an adapter that is none": (changed("grammar", "_target_", value="segrl.prompts.tags.Nothing"),
+                                ["grammar._target_"]),
+    "a module that is none": (changed("rollout", "_target_", value="segrl.rollout.none.X"),
+                              ["rollout._target_"]),
     "no class": (changed("policy", value=None), ["policy._target_"]),
     "called with more": (changed("grammar", "_args_", value=[1]), ["grammar", "_args_"]),
     "foreign code inside": (
         changed("policy", "lora", value={"_target_": "pathlib.Path", "_args_": ["x"]}), ["policy", "pathlib"],
     ),
     "foreign code deeper": (
-        changed("policy", "pixel_budget", value=[{"a": {"_target_": "numpy.zeros"}}]), ["policy", "numpy.zeros"],
+        changed("policy", "pixel_budget", value=[{"a": {"_target_": "numpy.zeros"}}]),
+        ["policy", "numpy.zeros"],
     ),
     "a look at the machine": (changed("policy", "image_side", value="${oc.env:HOME}"), ["policy", "oc.env"]),
     "a checkpoint outside": (
@@ -247,7 +258,7 @@ def test_a_card_that_asks_for_something_else_is_refused(cli, tmp_path, model, na
         (changed("head", "checkpoint", value="weights:absent.pt"), ["head.checkpoint", "absent.pt"]),
     ],
 )
-def test_a_card_that_cannot_be_followed_is_one_line(cli, tmp_path, model, card, words):
+def test_a_card_that_cannot_be_followed_is_refused_in_one_line(cli, tmp_path, model, card, words):
     folder = model(card)
     code, _, err = cli(*EVAL, f"model={folder}", module="evaluate")
     assert code == 2 and len(err.splitlines()) == 1 and all(word in err for word in words), err
@@ -257,19 +268,19 @@ def test_a_card_that_cannot_be_followed_is_one_line(cli, tmp_path, model, card, 
     assert all(word in str(refusal.value) for word in words)
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_a_card_that_was_written_is_read_back(tmp_path):
     policy_card.write(tmp_path, CARD)
     assert policy_card.read(tmp_path) == CARD and policy_card.read(tmp_path / "none") == {}
 
 
-def test_files_are_named_by_where_they_belong():
+def test_prefixes_locate_files_in_the_package_or_beside_the_weights():
     assert policy_card.located("asset:sam2_nano.yaml", "w") == asset("sam2_nano.yaml")
     assert policy_card.located("weights:a.pt", Path("w")) == "w/a.pt"
     assert policy_card.located(None, "w") is None and policy_card.located("float32", "w") == "float32"
 
 
 def test_a_yaml_that_lies_about_is_not_taken_for_one_of_sam2s(model, tmp_path, monkeypatch):
-    """Whoever stands in a foreign folder must not build what its files say."""
+    """In a foreign working directory, segrl must not build what its files say."""
     folder = model(changed("head", "architecture", value="configs/sam2.1/sam2.1_hiera_t.yaml"))
     (folder / "configs" / "sam2.1").mkdir(parents=True)
     bait = "model:\n  _target_: builtins.open\n  file: touched\n  mode: w\n"
@@ -293,7 +304,7 @@ def test_a_photograph_is_segmented_as_it_is_shown(model, tmp_path):
     )
 
 
-def test_the_precision_of_the_card_is_that_of_use(model):
+def test_a_segmenter_uses_the_precision_of_its_card(model):
     assert (
         Segmenter.from_pretrained(model(changed("precision", "passes", value="bf16-mixed"))).passes
         is torch.bfloat16

@@ -1,4 +1,4 @@
-"""A frozen copy that is laid out for its passes is the same reference in fewer bytes."""
+"""A frozen copy in the precision of its passes is the same reference in fewer bytes."""
 
 import torch
 
@@ -7,7 +7,7 @@ from segrl.types import Completions
 
 
 def held(module):
-    """Bytes of its weights."""
+    """Return the bytes of its weights."""
     return sum(
         {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in module.parameters()}.values()
     )

@@ -1,4 +1,4 @@
-"""Contract of the mask head: batched decoding gives what sam2's own predictor gives, one prompt at a time."""
+"""The mask head's contract: batched decoding gives what sam2's own predictor gives, one prompt at a time."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def prompts_of(mask):
 
 
 def by_predictor(head, image, prompt):
-    """sam2's own inference path, with its hard-coded feature sizes set right."""
+    """Run sam2's own inference path, with its hard-coded feature sizes set right."""
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 
     predictor = SAM2ImagePredictor(head.model)
@@ -126,7 +126,7 @@ def test_a_fault_gives_an_empty_mask(head):
 
 
 def test_colours_are_rgb(head):
-    """Red and blue exchanged (the released code's defect) must not give the same masks."""
+    """Exchanging red and blue, the released code's defect, must change the masks."""
     scenes = [SCENES[i] for i in range(16)]
     prompts = [[MaskPrompt.of([tight_box(s.mask)])] for s in scenes]
     right = head.segment([s.image for s in scenes], prompts)

@@ -1,4 +1,4 @@
-"""What the mask head is taught to answer."""
+"""The answers that the mask head is trained to give."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""The weights that ship are what their cards say: small, parsing, and better than any constant answer."""
+"""The shipped weights are what their cards say: small, parsing, and better than any constant answer."""
 
 import subprocess
 import sys

@@ -26,7 +26,7 @@ def episode(seed, rows=5, width=7):
 
 
 def quadratic(rewards, values, mask, decay, discount):
-    """Every later error, weighed by the product of what lies between."""
+    """Sum every later error, weighted by the product of the decays between."""
     out = torch.zeros_like(rewards)
     for n in range(len(rewards)):
         length = int(mask[n].sum())
@@ -57,7 +57,7 @@ def test_with_decay_and_discount_one_it_is_what_is_still_to_come_less_the_value(
     torch.testing.assert_close(gae(rewards, values, mask, torch.ones_like(decay), 1.0), expected)
 
 
-def test_nothing_behind_the_end_matters():
+def test_values_and_rewards_after_the_end_change_no_advantage():
     rewards, values, mask, decay = episode(1)
     found = gae(rewards, values, mask, decay, 0.9)
     nonsense = (x.masked_fill(~mask, wrong) for x, wrong in ((rewards, 9.0), (values, -7.0)))
@@ -74,10 +74,11 @@ def test_decays_by_hand():
 
 
 def tree(seed):
-    """All completions of three tokens of two kinds: terminal and dense rewards, and the potential before each token.
+    """Return all completions of three tokens of two kinds, their rewards, and the potential before each
+    token.
 
-    Dense rewards are the terminal ones plus what each token adds to the potential of what is written; the potential
-    is zero at both ends, so the addition sums to zero over each completion.
+    Rewards are terminal and dense. Dense rewards are the terminal ones plus the change of the potential at
+    each token. The potential is zero at both ends, so the added rewards sum to zero over each completion.
     """
     noise, paths = torch.Generator().manual_seed(seed), list(product("ab", repeat=3))
     states = {path[:t]: torch.rand(1, generator=noise).item() for path in paths for t in (1, 2)}
@@ -88,7 +89,10 @@ def tree(seed):
 
 
 def exact_critic(rewards):
-    """What a policy that draws both tokens alike has to come, before each token: the mean over all continuations."""
+    """Return the exact values of a policy that draws both tokens with equal probability.
+
+    The value before a token is the mean return over all continuations.
+    """
     to_come = rewards.flip(1).cumsum(1).flip(1)
     means = [to_come[:, t].view(2**t, -1).mean(1).repeat_interleave(2 ** (3 - t)) for t in range(3)]
     return torch.stack(means, 1)
@@ -111,7 +115,9 @@ def test_with_exact_critics_dense_and_terminal_rewards_give_the_same_advantages_
 
 @pytest.mark.parametrize("seed", range(3))
 def test_with_one_and_the_same_critic_dense_rewards_shift_advantages_by_the_potential(seed):
-    """Whatever the critic says, at decay 1; the potential is known before the token, so the shift is a baseline."""
+    """This holds at decay 1 for any critic. The potential is known before the token, so the shift is a
+    baseline.
+    """
     terminal, dense, before = tree(seed)
     values = torch.rand(8, 3, generator=torch.Generator().manual_seed(seed), dtype=D)
     mask, one = torch.ones(8, 3, dtype=torch.bool), torch.ones(8, 3, dtype=D)
@@ -125,8 +131,8 @@ def test_the_value_loss_by_hand():
     old, returns = torch.full((1, 4), 0.5, dtype=D), torch.tensor([[1.0, 1.0, 0.6, 0.6]], dtype=D)
     weights = torch.tensor([[0.4, 0.5, 0.0, 0.1]], dtype=D)
     out = clipped_value_loss(values, old, returns, weights, 0.2)
-    # 0.9 is held at 0.7: max(0.01, 0.09); 0.5 moves freely: 0.25; the third does not count; the last went the wrong
-    # way and pays in full, beyond the clip as it is: max(0.36, 0.09)
+    # 0.9 is clipped to 0.7: max(0.01, 0.09). 0.5 is within the clip: 0.25. The third has no weight. The last
+    # moved away from the return, beyond the clip, and pays in full: max(0.36, 0.09).
     assert out.loss.item() == pytest.approx(0.5 * (0.4 * 0.09 + 0.5 * 0.25 + 0.1 * 0.36))
     assert out.stats["value_clip"].item() == pytest.approx(0.4)
     out.loss.backward()
@@ -140,7 +146,7 @@ def test_explained_variance_of_a_critic_that_knows_says_the_mean_or_has_nothing_
     assert explained_variance(returns, torch.ones(1, 4), mask).item() == 0.0
 
 
-def test_whitening():
+def test_whitening_subtracts_the_mean_and_divides_by_the_deviation():
     assert whiten(torch.tensor([[1.0, 3.0]]), 2.0, 1.0).tolist() == [
         [pytest.approx(-1.0), pytest.approx(1.0)]
     ]

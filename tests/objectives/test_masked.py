@@ -23,7 +23,7 @@ MASK = torch.tensor([[True, True, True, True], [True, True, False, False]])
 
 
 def masks(least: int) -> st.SearchStrategy[torch.Tensor]:
-    """Right-padded masks of 1..6 completions with `least` or more tokens each."""
+    """Draw right-padded masks of 1 to 6 completions with `least` or more tokens each."""
     rows = st.lists(st.integers(least, 7), min_size=1, max_size=6)
     return rows.map(lambda lengths: torch.arange(7) < torch.tensor(lengths)[:, None])
 
@@ -38,7 +38,7 @@ def test_per_token_is_the_mean_over_all_tokens() -> None:
     torch.testing.assert_close(per_token(MASK), torch.tensor([[sixth] * 4, [sixth, sixth, 0.0, 0.0]]))
 
 
-def test_a_completion_without_a_token_counts_nothing_and_stays_in_the_number() -> None:
+def test_a_completion_without_tokens_has_no_weight_and_counts_in_the_mean() -> None:
     mask = torch.tensor([[True, True], [False, False]])
     torch.testing.assert_close(per_sequence(mask), torch.tensor([[0.25, 0.25], [0.0, 0.0]]))
     torch.testing.assert_close(per_token(mask), torch.tensor([[0.5, 0.5], [0.0, 0.0]]))

@@ -37,7 +37,7 @@ def per_budget(mask: Tensor) -> Tensor:
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """Of ratios, by way of the log-probabilities that make them."""
+    """Return the surrogate of given ratios, through the log-probabilities that give them."""
     mask = torch.ones_like(ratio, dtype=torch.bool)
     gain = advantages[:, None].expand_as(ratio)
     return ppo_clip(ratio.log(), torch.zeros_like(ratio), gain, mask, low=low, high=high).loss
@@ -65,7 +65,7 @@ def double(rows: list[list[float]]) -> Tensor:
 
 
 def ragged(seed: int, rows: int = 6, width: int = 7) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """New, old and reference log-probabilities, advantages, mask."""
+    """Return new, old and reference log-probabilities, advantages, and the mask."""
     noise = torch.Generator().manual_seed(seed)
     old = -3 * torch.rand(rows, width, generator=noise, dtype=torch.float64)
     new = old + 0.4 * torch.randn(rows, width, generator=noise, dtype=torch.float64)
@@ -79,7 +79,10 @@ def ragged(seed: int, rows: int = 6, width: int = 7) -> tuple[Tensor, Tensor, Te
 
 
 def by_hand(kl_weight: float, reference: Tensor | None) -> tuple[dict[str, float], float]:
-    """Ratios 3/2, 1, 1/2 for an advantage of +1 and one of -1, within [0.8, 1.3]; the last token is padding."""
+    """Return ratios 3/2, 1, 1/2 for an advantage of +1 and one of -1.
+
+    The bounds are [0.8, 1.3]; the last token is padding.
+    """
     new = double([[-1.0, -1.0, -1.0], [-1.0, -1.0, -1.0]])
     old = new - double([[1.5, 1.0, 0.5], [1.5, 1.0, 0.5]]).log()
     advantages = torch.tensor([1.0, -1.0], dtype=torch.float64)
@@ -93,7 +96,7 @@ def test_two_completions_by_hand() -> None:
     stats, loss = by_hand(kl_weight=0.0, reference=None)
     assert loss == pytest.approx(-2.8 / 6 + 2.5 / 4, abs=1e-7)
     assert stats["ratio"] == pytest.approx(3.0 / 6 + 2.5 / 4, abs=1e-7)
-    # held back is 1.5 with A = +1 alone; 1.5 with A = -1 and 0.5 with A = +1 pay their full price
+    # only 1.5 with A = +1 is clipped; 1.5 with A = -1 and 0.5 with A = +1 pay their full price
     assert stats["clip_fraction"] == pytest.approx(1 / 6, abs=1e-7)
     assert stats["entropy"] == pytest.approx(1.0, abs=1e-7)
     assert "kl" not in stats
@@ -162,7 +165,7 @@ def test_k3_is_never_negative_and_its_mean_under_the_policy_is_the_divergence() 
 def naive(
     new: Tensor, old: Tensor, reference: Tensor | None, advantages: Tensor, weights: Tensor, beta: float
 ) -> tuple[float, dict[str, float]]:
-    """The equation, token by token, in plain numbers."""
+    """Compute the equation token by token in plain numbers."""
     low, high = CLIP
     loss, stats = 0.0, {"ratio": 0.0, "clip_fraction": 0.0, "entropy": 0.0, "kl": 0.0}
     for n in range(len(new)):
@@ -282,15 +285,16 @@ def test_every_completion_twice_gives_the_same_loss() -> None:
 
 
 def update_gradient(size: int, shares: Callable[[Tensor], Tensor]) -> tuple[Tensor, float, dict[str, float]]:
-    """The gradient of one update of 8 samples with groups of 3, cut into parts of `size` samples."""
+    """Return the gradient of one update of 8 samples with groups of 3, in parts of `size` samples."""
     noise = torch.Generator().manual_seed(5)
     rows, width, vocab = 24, 6, 11
     tokens = torch.randint(0, vocab, (rows, width), generator=noise)
     mask = torch.arange(width) < torch.randint(1, width + 1, (rows, 1), generator=noise)
     theta = torch.randn(8, vocab, generator=noise).requires_grad_()
     prefix = Prefix(
-        token_ids=torch.zeros(1, dtype=torch.long), token_types=torch.zeros(1, dtype=torch.long), pixels=torch.zeros(1, 1),
-        positions=torch.zeros(3, 1, dtype=torch.long), grid=torch.ones(1, 3, dtype=torch.long), frame=Frame(1, 1),
+        token_ids=torch.zeros(1, dtype=torch.long), token_types=torch.zeros(1, dtype=torch.long),
+        pixels=torch.zeros(1, 1), positions=torch.zeros(3, 1, dtype=torch.long),
+        grid=torch.ones(1, 3, dtype=torch.long), frame=Frame(1, 1),
     )  # fmt: skip
     experience = Experience(
         prefixes=[prefix] * 8,
@@ -358,8 +362,8 @@ def test_an_impossible_token_off_the_mask_poisons_neither_loss_nor_stats(
         0.1,
     )
     poisoned = grpo(
-        new.masked_fill(~mask, float("-inf")), old if with_old else None, reference if with_reference else None,
-        advantages, per_token(mask).double(), CLIP, 0.1,
+        new.masked_fill(~mask, float("-inf")), old if with_old else None,
+        reference if with_reference else None, advantages, per_token(mask).double(), CLIP, 0.1,
     )  # fmt: skip
     assert not mask.all()
     assert poisoned.loss.item() == clean.loss.item()
@@ -377,7 +381,8 @@ def test_an_impossible_token_off_the_mask_poisons_no_gradient(
     if everywhere:  # impossible for the policies that sampled and that anchor, too
         old, reference = (t.masked_fill(~mask, float("-inf")) for t in (old, reference))
     grpo(
-        leaf, old if with_old else None, reference if with_reference else None, advantages, per_token(mask).double(), CLIP, 0.1
+        leaf, old if with_old else None, reference if with_reference else None, advantages,
+        per_token(mask).double(), CLIP, 0.1
     ).loss.backward()  # fmt: skip
     assert (leaf.grad[~mask] == 0).all()
     assert torch.isfinite(leaf.grad[mask]).all()

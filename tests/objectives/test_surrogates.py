@@ -1,4 +1,4 @@
-"""Surrogates, divergences, advantages and token weights beside GRPO's own."""
+"""Surrogates, divergences, advantages and token weights other than GRPO's."""
 
 import math
 from functools import partial
@@ -52,8 +52,8 @@ def test_beyond_the_dual_clip_there_is_no_gradient():
 
 
 @pytest.mark.parametrize(("dual", "high"), [(None, 0.1), (1.4, 0.4)])
-def test_what_is_held_back_is_counted_by_side(dual, high):
-    # held: the first above, the second below; with a dual clip at 1.4 the third, too, above
+def test_clipped_tokens_are_counted_by_side(dual, high):
+    # clipped: the first above, the second below; with a dual clip at 1.4 the third, too, above
     new, gain = row(1.5, 0.5, 1.5, 0.5).log(), row(1.0, -1.0, -1.0, 1.0)
     surrogate = partial(ppo_clip, low=0.2, high=0.2, dual=dual)
     old, weights = torch.zeros_like(new), row(0.1, 0.2, 0.3, 0.4)
@@ -178,7 +178,7 @@ def test_weights_by_group_and_by_budget_are_a_loop_over_groups(seed):
 
 @pytest.mark.parametrize("weights", [per_sequence, per_token, per_group, partial(per_budget, budget=6)])
 def test_two_ranks_average_to_the_gradient_of_one(weights):
-    """Each rank has its half of the samples and the mean of the counts; gradients are averaged."""
+    """Each rank has half of the samples and the mean of the counts; the ranks' gradients are averaged."""
     new, old, gain, mask = ragged(3)
     surrogate = partial(ppo_clip, low=0.2, high=0.3)
 

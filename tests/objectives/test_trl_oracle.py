@@ -1,4 +1,4 @@
-"""Our objectives against TRL's own code on the same tensors; see tests/oracles/trl_losses.py."""
+"""Our objectives equal TRL's own code on the same tensors; see tests/oracles/trl_losses.py."""
 
 import json
 from functools import partial
@@ -23,8 +23,9 @@ T = {
 MASK, TOKENS = T["mask"], float(T["mask"].sum())
 GAIN = T["advantages"][:, None].expand(MASK.shape).contiguous()
 BY_TOKEN = per_token(MASK, 4, TOKENS).double()
-# Our pieces for each of TRL's settings: surrogate, token weights, KL weight, whether the ratio has an old policy, and
-# the sign of the advantages. TRL's dapo and cispo are token means over the whole batch, which here is one rank's.
+# Our functions for each of TRL's settings: surrogate, token weights, KL weight, whether the ratio has an old
+# policy, and the sign of the advantages. TRL's dapo and cispo are token means over the whole batch, here one
+# rank's.
 TIGHT, UP = partial(ppo_clip, low=0.2, high=0.2), partial(ppo_clip, low=0.2, high=0.3)
 SEQUENCE = partial(gspo_clip, low=0.1, high=0.15)
 CASES = {
@@ -70,7 +71,7 @@ def test_the_policy_loss_and_its_gradient_are_trls(name):
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "cispo"])
 def test_what_we_count_is_what_trl_counts(name):
-    """TRL counts by token (by completion where the ratio is a completion's); we by share in the loss."""
+    """TRL counts tokens, or completions where the ratio is a completion's; we count shares of the loss."""
     surrogate, _, kl_weight, with_old, sign = CASES[name]
     shares = per_sequence(MASK, 4, TOKENS).double() if name.startswith("gspo") else BY_TOKEN
     old, reference = T["old"] if with_old else None, T["reference"] if kl_weight else None
@@ -85,7 +86,7 @@ def test_what_we_count_is_what_trl_counts(name):
 
 
 def test_cispos_clipped_tokens_are_trls_where_the_advantage_is_positive():
-    """TRL counts no token of a negative advantage, though it bounds its ratio, too; we count whatever is bounded."""
+    """TRL bounds the ratio of a token of negative advantage and does not count it; we count it."""
     surrogate = CASES["cispo"][0]
     clipped = surrogate(T["logprobs"], T["old"], GAIN, MASK).clipped & MASK
     counted = (clipped & (GAIN > 0)).double().sum() / TOKENS
@@ -94,7 +95,8 @@ def test_cispos_clipped_tokens_are_trls_where_the_advantage_is_positive():
     assert counted > 0 and torch.equal(worse, clipped)
 
 
-# TRL's own "batch" takes the deviation of raw rewards; ours, as REINFORCE++ has it, of those less their group's mean.
+# TRL's "batch" takes the deviation of raw rewards. Ours subtracts the group's mean first, as REINFORCE++
+# does.
 @pytest.mark.parametrize(
     ("name", "advantage"),
     [

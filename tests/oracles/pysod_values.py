@@ -1,10 +1,11 @@
-"""What pysodmetrics makes of small maps, grey and binary, with its own code and in its own environment.
+"""Score small maps, grey and binary, by pysodmetrics' own code in an environment of its own.
 
-    uv run --isolated --no-project --python 3.11 --with pysodmetrics==1.6.2 --with numpy==2.3.4 --with scipy==1.17.1 \
+    uv run --isolated --no-project --python 3.11 \
+        --with pysodmetrics==1.6.2 --with numpy==2.3.4 --with scipy==1.17.1 \
         --with scikit-image==0.25.2 --with opencv-python-headless==4.14.0.94 tests/oracles/pysod_values.py
 
-writes pysod_values.json beside this file. Tests import `cases` from here to make the same maps again: integer arithmetic
-alone, so that no version of numpy makes others.
+writes pysod_values.json beside this file. Tests import `cases` from here to make the same maps again. They
+are made by integer arithmetic alone, so that every version of numpy makes the same ones.
 """
 
 import json
@@ -19,7 +20,7 @@ THRESHOLDS = range(0, 256, 15)  # of the curves, by place: 0 is the threshold 25
 
 
 def noise(height, width, seed):
-    """0 to 255, by hashing the place."""
+    """Return values from 0 to 255 by hashing the position."""
     y, x = np.mgrid[:height, :width].astype(np.uint64)
     mixed = (y * 73856093 + x * 19349663 + np.uint64(seed * 83492791 + 12345)) % 2**32
     for shift, factor in ((16, 0x45D9F3B), (15, 0x2C1B3C6D), (16, 1)):
@@ -28,13 +29,13 @@ def noise(height, width, seed):
 
 
 def disc(height, width, cy, cx, radius):
-    """Of squared radius radius * radius, in pixels."""
+    """Draw a disc whose squared radius is radius * radius, in pixels."""
     y, x = np.mgrid[:height, :width]
     return (y - cy) ** 2 + (x - cx) ** 2 < radius * radius
 
 
 def soft(truth, seed, contrast=150):
-    """A grey map with the truth in it: its mean over 5x5 pixels, with noise."""
+    """Return a grey map with the truth in it: its mean over 5x5 pixels, with noise."""
     padded = np.pad(truth.astype(np.int64), 2)
     height, width = truth.shape
     near = sum(padded[i : i + height, j : j + width] for i in range(5) for j in range(5))
@@ -42,7 +43,7 @@ def soft(truth, seed, contrast=150):
 
 
 def cases():
-    """Name to (uint8 map, bool truth)."""
+    """Return (uint8 map, bool truth) by name."""
     square = np.zeros((40, 60), bool)
     square[10:30, 20:40] = True
     pixel = disc(31, 45, 13, 22, 1)
@@ -104,12 +105,12 @@ def cases():
 
 
 def checksum(saliency, truth):
-    """Of both arrays: that the test makes the maps that were scored."""
+    """Return a checksum of both arrays, by which a test knows that it makes the maps that were scored."""
     return zlib.crc32(saliency.tobytes() + truth.tobytes())
 
 
 def scores(saliency, truth):
-    """Every score of one pair; null for NaN."""
+    """Return every score of one pair; None for NaN."""
     import py_sod_metrics as peer
 
     metrics = {

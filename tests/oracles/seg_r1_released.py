@@ -1,6 +1,7 @@
-"""What Seg-R1's released reward reads in a completion, written from its description, without its code.
+"""Read a completion as Seg-R1's released reward does; written from its description, without its code.
 
-It looks for fields with patterns and lets Python read the lists; here `ast.literal_eval` reads them. For short texts only.
+The reward finds fields with patterns and lets Python read the lists; here `ast.literal_eval` reads them. Only
+short texts are read.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Read = tuple[list[list[int]], list[int], list[list[int]]]
 
 
 def read(text: str) -> Read | None:
-    """Points, labels and boxes, or None where any of them is missing or no list of Python's."""
+    """Return points, labels and boxes, or None where any of them is missing or no list of Python's."""
     points, labels, boxes = POINTS.search(text), LABELS.search(text), BOX.findall(text)
     try:
         said = None if points is None else ast.literal_eval(points[1])
@@ -34,10 +35,10 @@ def read(text: str) -> Read | None:
 
 
 def format_paid(text: str) -> float:
-    """1 for points, labels, a box and a closed thought."""
+    """Return 1 if there are points, labels, a box and a closed thought."""
     return float(read(text) is not None and THOUGHT.search(text) is not None)
 
 
 def segment_paid(text: str, overlap: float, area: float) -> float:
-    """0.7 IoU + 0.3 (1 - area) of the mask; no thought is needed."""
+    """Return 0.7 IoU + 0.3 (1 - area) of the mask; no thought is needed."""
     return 0.0 if read(text) is None else 0.7 * overlap + 0.3 * (1 - area)

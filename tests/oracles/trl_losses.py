@@ -1,10 +1,12 @@
-"""What TRL's own code makes of small fixed tensors: its GRPO, RLOO and PPO losses, gradients and advantages.
+"""Write what TRL's own code makes of small fixed tensors: GRPO, RLOO and PPO losses, gradients and
+advantages.
 
     uv run --no-project --with trl==1.12.0 --with torch==2.13.0 --with requests tests/oracles/trl_losses.py
 
-writes trl_losses.json beside this file. 1.12.0 is the last release with PPO; in 1.16.0 the code of GRPO and RLOO that runs
-here is the same but for a comment. A trainer is never initialised, only given what its `_compute_loss` reads; what stands
-inside a longer method (PPO's loop, the advantages of a group) is cut out of TRL's source and executed.
+writes trl_losses.json beside this file. 1.12.0 is the last release with PPO. In 1.16.0 the code of GRPO and
+RLOO that runs here differs by one comment. A trainer is never initialised, only given what its
+`_compute_loss` reads. Code inside a longer method (PPO's loop, the advantages of a group) is cut out of TRL's
+source and executed.
 """
 
 import inspect
@@ -25,7 +27,7 @@ PPO = (ppo_trainer, ppo_trainer.PPOTrainer.train)
 
 
 def tensors():
-    """float64, groups of 4."""
+    """Return fixed float64 tensors in groups of 4."""
     torch.manual_seed(0)
     rows, width = len(LENGTHS), max(LENGTHS)
     logprobs = -3 * torch.rand(rows, width, dtype=torch.float64)
@@ -44,7 +46,7 @@ def tensors():
 
 
 def compute_loss(trainer_class, given, inputs, settings):
-    """`_compute_loss` of a trainer that has the settings: loss, gradient, metrics."""
+    """Return loss, gradient and metrics of `_compute_loss` of a trainer with the given settings."""
     logprobs = given["logprobs"].clone().requires_grad_()
     trainer = trainer_class.__new__(trainer_class)
     attributes = {
@@ -81,7 +83,7 @@ def compute_loss(trainer_class, given, inputs, settings):
 
 
 def grpo(given, loss_type, level="token", low=0.2, high=0.2, beta=0.0, old=True, sign=1):
-    """One loss of the GRPO family."""
+    """Return one loss of the GRPO family."""
     settings = {
         "loss_type": loss_type,
         "importance_sampling_level": level,
@@ -103,14 +105,16 @@ def grpo(given, loss_type, level="token", low=0.2, high=0.2, beta=0.0, old=True,
 
 
 def rloo(given, low=0.2, high=0.2, sign=1):
-    """RLOO's loss: one ratio per completion, of the sums of its tokens' logprobs."""
+    """Return RLOO's loss: one ratio per completion, of the sums of its tokens' log-probabilities."""
     settings = {"epsilon_low": low, "epsilon_high": high}
     inputs = {"advantages": sign * given["advantages"], "old_logps": (given["old"] * given["mask"]).sum(1)}
     return {"settings": {**settings, "sign": sign}, **compute_loss(RLOOTrainer, given, inputs, settings)}
 
 
 def execute(origin, first, last, **names):
-    """The names after the lines of a method, from the one that starts with `first` to the one with `last`, ran."""
+    """Run the lines of a method from the one that starts with `first` to the one with `last`; return the
+    names.
+    """
     module, method = origin
     source = inspect.getsource(method).splitlines()
     start = next(i for i, line in enumerate(source) if line.strip().startswith(first))
@@ -121,14 +125,14 @@ def execute(origin, first, last, **names):
 
 
 def group_advantages(given, trainer_class, module, first, **attributes):
-    """Per completion, from the rewards of the groups."""
+    """Return advantages per completion from the rewards of the groups."""
     rewards = given["group_rewards"].view(-1, 1)
     origin = (module, trainer_class._generate_and_score_completions)
     space = execute(
         origin, first, "advantages = torch.nan_to_num(",
         self=SimpleNamespace(
-            reward_weights=torch.ones(1, dtype=torch.float64), reward_funcs=[None], reward_clip_range=None, beta=0.0,
-            multi_objective_aggregation="sum_then_normalize", **attributes,
+            reward_weights=torch.ones(1, dtype=torch.float64), reward_funcs=[None], reward_clip_range=None,
+            beta=0.0, multi_objective_aggregation="sum_then_normalize", **attributes,
         ),
         rewards_per_func=rewards, unscorable_mask=torch.isnan(rewards).all(dim=1), device="cpu",
         num_generations=given["group_rewards"].shape[1],
@@ -137,16 +141,19 @@ def group_advantages(given, trainer_class, module, first, **attributes):
 
 
 def ppo_kl(given, estimator):
-    """Per token, padding included."""
+    """Return the KL estimate per token, padding included."""
     space = execute(
-        PPO, "logr = ", "kl = ",
-        logprobs=given["logprobs"], ref_logprobs=given["reference"], args=SimpleNamespace(kl_estimator=estimator),
+        PPO, "logr = ", "kl = ", logprobs=given["logprobs"], ref_logprobs=given["reference"],
+        args=SimpleNamespace(kl_estimator=estimator),
     )  # fmt: skip
     return space["kl"].tolist()
 
 
 def ppo_advantages(given, decay):
-    """Advantages before and after whitening, and the returns, where the values and rewards of padding are 0."""
+    """Return advantages before and after whitening, and returns.
+
+    The values and rewards of padding are 0.
+    """
     padding = ~given["mask"]
     space = execute(
         PPO, "lastgaelam = 0", "returns = ",
@@ -162,19 +169,26 @@ def ppo_advantages(given, decay):
 
 
 def ppo_rollout(given, estimator, decay=0.95, kl_coef=0.05):
-    """From the scores of the completions to whitened advantages, with TRL's masks: a value one past the end counts."""
+    """Return whitened advantages from the scores of the completions, with TRL's masks.
+
+    A value one past the end counts.
+    """
     space = execute(
         PPO, "response_idxs = ", "advantages = torch.masked_fill(",
         responses=given["logprobs"], sequence_lengths=torch.tensor(LENGTHS) - 1, logprobs=given["old"],
         ref_logprobs=given["reference"], values=given["old_values"], scores=given["group_rewards"].view(-1),
-        args=SimpleNamespace(kl_estimator=estimator, kl_coef=kl_coef, whiten_rewards=False, gamma=1.0, lam=decay),
+        args=SimpleNamespace(kl_estimator=estimator, kl_coef=kl_coef, whiten_rewards=False, gamma=1.0,
+                             lam=decay),
     )  # fmt: skip
     found = {name: space[name] for name in ("kl", "rewards", "advantages", "returns")}
     return {**found, "value_mask": ~space["padding_mask_p1"]}
 
 
 def ppo_step(given, advantages, returns, value_mask, clip=0.2):
-    """Losses of one minibatch, with the gradient of each: their sum's, as they share no input."""
+    """Return the losses of one minibatch with the gradient of each.
+
+    They share no input, so the gradients are those of their sum.
+    """
     padding, settings = ~given["mask"], {"cliprange": clip, "cliprange_value": clip, "vf_coef": 1.0}
     logprobs, values = given["logprobs"].clone().requires_grad_(), given["values"].clone().requires_grad_()
     column = torch.zeros(len(LENGTHS), 1, dtype=torch.float64)
@@ -205,7 +219,8 @@ def main():
     past = {name: rollouts["k1"][name] for name in ("advantages", "returns", "value_mask")}
     grouped = [(f"grpo_{how}", GRPOTrainer, grpo_trainer, "if self.multi_objective", {"scale_rewards": how})
                for how in ("group", "batch", "none")]  # fmt: skip
-    grouped += [(name, RLOOTrainer, rloo_trainer, "rewards = (rewards_per_func", {"normalize_advantages": white})
+    grouped += [(name, RLOOTrainer, rloo_trainer, "rewards = (rewards_per_func",
+                 {"normalize_advantages": white})
                 for name, white in (("rloo", False), ("rloo_normalized", True))]  # fmt: skip
     found = {
         "trl": trl.__version__,
@@ -221,13 +236,15 @@ def main():
             "dapo_kl": grpo(given, "dapo", high=0.3, beta=0.04),
             "gspo": grpo(given, "grpo", level="sequence", low=0.1, high=0.15),
             "gspo_wide": grpo(given, "grpo", level="sequence", low=0.3, high=0.4),
-            # no completion that gained has a ratio above the bound; with the sign of the advantages turned, one has
+            # No completion with a positive advantage has a ratio above the bound; with advantages negated,
+            # one has.
             "gspo_negated": grpo(given, "grpo", level="sequence", low=0.1, high=0.15, sign=-1),
             "cispo": grpo(given, "cispo", high=1.5),
         },
         "rloo": {"rloo": rloo(given), "rloo_negated": rloo(given, high=0.1, sign=-1)},
         "group_advantages": {
-            name: group_advantages(given, kind, module, first, **how) for name, kind, module, first, how in grouped
+            name: group_advantages(given, kind, module, first, **how)
+            for name, kind, module, first, how in grouped
         },
         "ppo": {
             "kl": {estimator: ppo_kl(given, estimator) for estimator in rollouts},

@@ -168,7 +168,7 @@ OBJECT = '{"bbox_2d":[1,2,3,4],"point_2d":[1,2]}'
 
 
 def outer_faults(good: str, payload: str) -> list[tuple[ParseFault, str]]:
-    """What every JSON grammar refuses around a payload."""
+    """Return texts that every JSON grammar refuses around a payload."""
     return [
         (ParseFault.NO_THOUGHT, ""),
         (ParseFault.NO_THOUGHT, good.replace("<think>", "")),
@@ -197,7 +197,7 @@ def outer_faults(good: str, payload: str) -> list[tuple[ParseFault, str]]:
 
 
 def inner_faults() -> dict[str, list[tuple[ParseFault, str]]]:
-    """What one grammar alone refuses."""
+    """Return texts that one grammar alone refuses."""
     labelled = SAM_R1_PAYLOAD.replace
     return {
         "sam_r1": [
@@ -379,7 +379,8 @@ def test_each_grammar_writes_json_that_any_reader_reads() -> None:
         '<answer>{"bbox":[10,20,30,40],"points":[[20,30,1],[25,35,1]]}</answer>'
     )
     assert SEG_ZERO.render(said, FRAME) == (
-        '<think> two fish </think>\n<answer>{"bbox":[10,20,30,40],"points_1":[20,30],"points_2":[25,35]}</answer>'
+        "<think> two fish </think>\n"
+        '<answer>{"bbox":[10,20,30,40],"points_1":[20,30],"points_2":[25,35]}</answer>'
     )
     one = Parsed(thought="two fish", prompt=MaskPrompt.of(PROMPT.boxes, PROMPT.points[:1], [1]))
     assert REASONER.render(one, FRAME) == (
@@ -424,7 +425,7 @@ def test_a_thought_with_a_tag_is_not_written(grammar: Grammar, payload: str, tag
 
 
 def asked(grammar: Grammar, query: str | None) -> str:
-    """The text of the one user message, which stands behind the image."""
+    """Return the text of the one user message, which follows the image."""
     (message,) = grammar.messages(query)
     image, text = message["content"]
     assert (message["role"], image) == ("user", {"type": "image"})

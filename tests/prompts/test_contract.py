@@ -1,4 +1,4 @@
-"""What every grammar owes the rest of the house: one contract, six grammars."""
+"""The contract that every grammar satisfies; six grammars are tested."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from segrl.types import Frame, MaskPrompt, Parsed, ParseFault
 
 @dataclass(frozen=True)
 class Case:
-    """A grammar and what it can say: fewest and most boxes and points."""
+    """A grammar and its bounds: the fewest and most boxes and points."""
 
     grammar: Grammar
     boxes: tuple[int, int]
@@ -50,14 +50,14 @@ TAGS = [f"<{slash}{tag}>" for tag in ("think", "answer", "bbox", "points", "labe
 
 
 def frames() -> st.SearchStrategy[Frame]:
-    """Both families; an image as the processor resized it may have any side, odd ones too."""
+    """Draw a frame of either family; a resized image may have any side, odd ones too."""
     side = st.integers(28, 2000)
     return st.builds(absolute_pixels, side, side) | st.builds(permille, side, side)
 
 
 @st.composite
 def corners(draw: st.DrawFn, extent: int) -> tuple[float, float]:
-    """Two sides of a box in unit coordinates whose nearest integers of the frame differ."""
+    """Draw two sides of a box in unit coordinates whose nearest integers of the frame differ."""
     low = draw(st.integers(0, extent - 1))
     high = draw(st.integers(low + 1, extent))
     first, second = ((whole + draw(st.floats(-0.49, 0.49))) / extent for whole in (low, high))
@@ -66,7 +66,7 @@ def corners(draw: st.DrawFn, extent: int) -> tuple[float, float]:
 
 @st.composite
 def said(draw: st.DrawFn, case: Case) -> tuple[Frame, Parsed]:
-    """A frame and something that the grammar has words for."""
+    """Draw a frame and a mask prompt that the grammar can write."""
     frame = draw(frames())
     boxes = []
     for _ in range(draw(st.integers(*case.boxes))):
@@ -86,7 +86,7 @@ def said(draw: st.DrawFn, case: Case) -> tuple[Frame, Parsed]:
 
 
 def in_frame_units(left: np.ndarray, right: np.ndarray, frame: Frame) -> float:
-    """How far apart two lists of unit coordinates are at most."""
+    """Return the largest distance of two lists of unit coordinates, in units of the frame."""
     extent = np.resize([frame.width, frame.height], left.shape[-1])
     return float(np.max(np.abs(left.astype(np.float64) - right) * extent, initial=0.0))
 
@@ -156,7 +156,7 @@ def test_a_thought_with_a_tag_that_would_end_it_is_not_written(name: str, tag: s
 
 
 @every_grammar
-def test_nothing_is_a_sentence_of_those_grammars_that_say_so(name: str) -> None:
+def test_an_answer_without_objects_is_written_by_those_grammars_that_can(name: str) -> None:
     case, nothing = CASES[name], Parsed(thought="no fish", prompt=MaskPrompt.of())
     if "nothing" in case.grammar.says:
         text = case.grammar.render(nothing, permille(1, 1))
@@ -200,7 +200,8 @@ def test_tags_say_where_each_box_is_complete_and_each_label(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", [
-    TAGGED.replace("</labels>", ""), TAGGED + "<labels>[1]</labels>", TAGGED.replace("</bbox>, <p", "</bbox>, <bbox>[9,9,1,1]</bbox><p"),
+    TAGGED.replace("</labels>", ""), TAGGED + "<labels>[1]</labels>",
+    TAGGED.replace("</bbox>, <p", "</bbox>, <bbox>[9,9,1,1]</bbox><p"),
 ])  # fmt: skip
 def test_what_a_box_was_worth_does_not_hang_on_the_faults_behind_it(text: str) -> None:
     grammar = CASES["seg_r1_tags"].grammar
@@ -212,16 +213,17 @@ def test_what_a_box_was_worth_does_not_hang_on_the_faults_behind_it(text: str) -
 
 
 def spoken(case: Case) -> MaskPrompt:
-    """The most that a grammar can say."""
+    """Return the largest mask prompt that a grammar can write."""
     boxes = [[0.1, 0.2, 0.5, 0.6], [0, 0, 1, 1], [0.3, 0.3, 0.4, 0.9]][: case.boxes[1]]
     points = [[0.25, 0.5], [0.3, 0.35], [1, 1], [0, 0.125]][: case.points[1]]
     return MaskPrompt.of(boxes, points, [1, int(not case.background), 1, 1][: len(points)])
 
 
 def check(grammar: Grammar, text: str, frame: Frame) -> ParseFault | None:
-    """Read a text; every clause of the contract about what comes out. Returns the fault.
+    """Read a text, check every clause of the contract about the result, and return the fault.
 
-    It may take 10 ms for each 100,000 characters: the best of five readings, so that a busy machine does not count.
+    Reading may take 10 ms for each 100,000 characters. The best of five readings counts, because the machine
+    may be busy.
     """
     allowed = 0.010 * max(1, len(text) / 100_000)
     for attempt in range(5):
@@ -251,7 +253,7 @@ def check(grammar: Grammar, text: str, frame: Frame) -> ParseFault | None:
 
 
 def check_unfolding(grammar: Unfolding, text: str, frame: Frame) -> None:
-    """Every step hangs on the text up to its end alone."""
+    """Check that every step depends on the text up to its end alone."""
     for attempt in range(5):
         start = time.thread_time()
         steps = grammar.unfold(text, frame)
@@ -267,16 +269,18 @@ def check_unfolding(grammar: Unfolding, text: str, frame: Frame) -> None:
 
 
 NOISE = [
-    *TAGS, *"[]{},:.-'\"01 \n\t\\", "]]", "[[", "],[", "null", "true", "False", "NaN", "Infinity", "-Infinity", "nan", "inf",
-    "1e999", "-1e999", "1e-999", "1e5", "0x1", "1_0", "-0.0", ".5", "9" * 7, "9" * 25, "1" * 300, "1" * 5000, "[" * 50,
-    "[" * 3000, "{" * 50, '{"bbox":' * 200, "<think>" * 40, "\ud800", "\udfff\ud800", "\u202e", "\u0665\u0661", "\uff11",
-    "\u00b2", "\U0001f41f\u200d\U0001f41f", "\x00", "\r\n", "\ufeff", "\u2028", "```json", "</", "<", ">", '"bbox":', '"points":',
-    '"bbox_2d":[1,2,3,4],', '"points_1":[1,2],', "__import__('os')", '"\\ud800"', "<\\think>", "</think><answer>[]</answer>",
+    *TAGS, *"[]{},:.-'\"01 \n\t\\", "]]", "[[", "],[", "null", "true", "False", "NaN", "Infinity",
+    "-Infinity", "nan", "inf", "1e999", "-1e999", "1e-999", "1e5", "0x1", "1_0", "-0.0", ".5", "9" * 7,
+    "9" * 25, "1" * 300, "1" * 5000, "[" * 50, "[" * 3000, "{" * 50, '{"bbox":' * 200, "<think>" * 40,
+    "\ud800", "\udfff\ud800", "\u202e", "\u0665\u0661", "\uff11", "\u00b2", "\U0001f41f\u200d\U0001f41f",
+    "\x00", "\r\n", "\ufeff", "\u2028", "```json", "</", "<", ">", '"bbox":', '"points":',
+    '"bbox_2d":[1,2,3,4],', '"points_1":[1,2],', "__import__('os')", '"\\ud800"', "<\\think>",
+    "</think><answer>[]</answer>",
 ]  # fmt: skip
 
 
 def mutated(text: str, rng: random.Random) -> str:
-    """One to three small accidents."""
+    """Apply one to three small accidents to a text."""
     for _ in range(1 + int(rng.random() * 3)):
         i = int(rng.random() * (len(text) + 1))
         j = min(len(text), i + 1 + int(rng.random() ** 3 * 60))
@@ -348,7 +352,7 @@ def test_a_hundred_kilobytes_of_anything_anywhere_raise_nothing_and_take_no_time
     "times", [pytest.param(1_000, id="some"), pytest.param(100_000, id="all", marks=pytest.mark.slow)]
 )
 def test_accidents_raise_nothing_leave_no_doubt_and_take_no_time(name: str, times: int) -> None:
-    """What is written is read back in the tests above; here it is read after one to three accidents."""
+    """The tests above read back what is written; this one reads it after one to three accidents."""
     case, rng = CASES[name], random.Random(20261121)
     both = [absolute_pixels(height=333, width=251), absolute_pixels(height=1, width=3), permille(7, 9)]
     good = [

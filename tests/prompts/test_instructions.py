@@ -1,4 +1,4 @@
-"""What a policy is asked: segrl's texts, a file's, and those that lie beside its weights."""
+"""The instructions that a policy is given: segrl's, a file's, and those beside its weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from segrl.runs.configuration import (
 )
 
 NANO = str(Path(asset("policy_nano")) / instructions.NAME)
-# sha256 of the nano policy's chat, as JSON: its digits hang on every byte.
+# sha256 of the nano policy's chat, as JSON; it depends on every byte.
 ASKED = {
     ("seg_r1_tags", None): "e813e9f735bd72b1129632bf29bc4ae5d99b7abfe4d51f433b71a1f2dddc1a92",
     ("seg_r1_tags", "the left fish"): "7ac436f714bf88fc1e9cdbd4e268570eac0be8dc3f118b17c0ebeab5b232bb39",

@@ -114,8 +114,8 @@ def with_labels(numbers: str) -> str:
 
 
 NOT_A_BOX = (
-    "[10,20,30]", "[10,20,30,40,50]", "10,20,30,40", "", "[nan,20,30,40]", "[10,20,inf,40]", "[1e1,20,30,40]", "[0x1,20,30,40]",
-    "[1_0,20,30,40]", "[10,20,30,40] [1,2,3,4]", "__import__('os').system('true')",
+    "[10,20,30]", "[10,20,30,40,50]", "10,20,30,40", "", "[nan,20,30,40]", "[10,20,inf,40]", "[1e1,20,30,40]",
+    "[0x1,20,30,40]", "[1_0,20,30,40]", "[10,20,30,40] [1,2,3,4]", "__import__('os').system('true')",
 )  # fmt: skip
 NOT_POINTS = ("[]", "[[]]", "[20,30]", "[[20,30,1],[90,190]]", "[[20,30][90,190]]", "[[20,30],[90,190]")
 ARABIC_ONE = "\u0661"
@@ -237,13 +237,13 @@ def frames(draw: st.DrawFn) -> Frame:
 
 @st.composite
 def coordinates(draw: st.DrawFn, whole: int, extent: float) -> float:
-    """A unit coordinate whose nearest integer of the frame is `whole`."""
+    """Draw a unit coordinate whose nearest integer of the frame is `whole`."""
     return min(max((whole + draw(st.floats(-0.49, 0.49))) / extent, 0.0), 1.0)
 
 
 @st.composite
 def sentences(draw: st.DrawFn) -> Said:
-    """A frame, something to say, and the whole numbers that say its boxes."""
+    """Draw a frame, a mask prompt, and the whole numbers that write its boxes."""
     frame = draw(frames())
     boxes, wholes = [], []
     for _ in range(draw(st.integers(1, 3))):
@@ -292,7 +292,8 @@ def test_the_sentence_is_written_as_seg_r1_writes_it() -> None:
     said = Parsed(thought="two fish", prompt=prompt)
     points = "<points>[[25,100],[100,200]]</points>"
     assert TAGS.render(said, FRAME) == (
-        f"<think> two fish </think> <bbox>[0,0,50,200]</bbox>, <bbox>[10,20,30,40]</bbox>, {points}, <labels>[1,0]</labels>"
+        "<think> two fish </think> <bbox>[0,0,50,200]</bbox>, <bbox>[10,20,30,40]</bbox>, "
+        f"{points}, <labels>[1,0]</labels>"
     )
     assert POINTS.render(said, FRAME) == f"{points} <labels>[1,0]</labels>"
 
@@ -348,7 +349,7 @@ REFUSED = set(HOSTILE) - {"digits of another script", "fullwidth digits", "a lon
 
 
 def seconds(parse: Callable[[str, Frame], Parsed], text: str, times: int = 3) -> float:
-    """Processor time of one parse: the best of several, so that a busy machine does not count."""
+    """Return the CPU seconds of one parse: the best of several, because the machine may be busy."""
     spent = []
     for _ in range(times):
         start = time.thread_time()
@@ -392,8 +393,9 @@ def test_time_grows_with_the_length_of_the_text(name: str) -> None:
 
 
 FRAGMENTS = st.sampled_from(
-    ["<think>", "</think>", "<bbox>", "</bbox>", "<points>", "</points>", "<labels>", "</labels>", THOUGHT, BOX, TWO_POINTS,
-     LABELS, "[[", "]]", "[", "]", "],[", ",", "1", "0", "-", ".", "10,20", "1,2,3,4", "999999", " ", "\r\n", "\u0661", "NaN"]
+    ["<think>", "</think>", "<bbox>", "</bbox>", "<points>", "</points>", "<labels>", "</labels>", THOUGHT,
+     BOX, TWO_POINTS, LABELS, "[[", "]]", "[", "]", "],[", ",", "1", "0", "-", ".", "10,20", "1,2,3,4",
+     "999999", " ", "\r\n", "\u0661", "NaN"]
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Completions that a policy falls into when a reward lets it, under every shipped reward and score: the order that must hold."""
+"""Degenerate completions earn less than clean ones, under every shipped reward and score."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ TRUTH, WORSE, WHOLE = block(20, 20, 50, 60), block(20, 26, 50, 66), block(0, 0, 
 SAMPLE = Sample(id="s", image=np.zeros((SIDE, SIDE, 3), np.uint8), mask=TRUTH, objects=TRUTH[None])
 
 
-def sample_tokens(prompt: MaskPrompt | None) -> np.ndarray:
-    """What a head without opinions draws: the boxes; without boxes a block of the truth's size around the first point."""
+def drawn(prompt: MaskPrompt | None) -> np.ndarray:
+    """Draw the boxes; if there are none, a block of the truth's size around the first point."""
     mask = np.zeros((SIDE, SIDE), bool)
     if prompt is None:
         return mask
@@ -53,7 +53,7 @@ class Pair:
     name: str
 
     def says(self, mask: np.ndarray, thought: str = "a fish") -> str:
-        """The completion of an annotator who sees this mask."""
+        """Return the completion of an annotator who sees this mask."""
         boxes = [tight_box(mask)] if "boxes" in self.grammar.says else []
         points = [tight_box(mask).reshape(2, 2).mean(0)]
         if self.name == "seg_zero_json":
@@ -65,7 +65,7 @@ class Pair:
         )
 
     def completions(self) -> dict[str, tuple[str, bool]]:
-        """By kind, text and whether it ended by itself."""
+        """Return by kind the text and whether it ended by itself."""
         good = self.says(TRUTH)
         answer = good[good.find("</think>") + len("</think>") :] if "</think>" in good else good
         thought = good[: len(good) - len(answer)]
@@ -89,7 +89,7 @@ class Pair:
         return kinds if thought else {kind: said for kind, said in kinds.items() if "thought" not in kind}
 
     def answers(self) -> dict[str, Answer]:
-        """By kind, as the segmenter hands them to a reward."""
+        """Return by kind the answers that the segmenter hands to a reward."""
         read = {
             kind: (self.grammar.parse(text, FRAME), text, ended)
             for kind, (text, ended) in self.completions().items()
@@ -98,7 +98,7 @@ class Pair:
             kind: Answer(
                 text=text,
                 parsed=parsed,
-                mask=sample_tokens(parsed.prompt),
+                mask=drawn(parsed.prompt),
                 length=30 if ended else LONG,
                 finished=ended,
             )
@@ -139,7 +139,7 @@ def answers_in(name: str) -> dict[str, Answer]:
 
 
 def paid(reward: str, grammar: str) -> dict[str, float]:
-    """By kind, the whole reward."""
+    """Return by kind the whole reward."""
     node = composed("reward", reward).reward
     return {
         kind: instantiate(node)([answer], [SAMPLE]).total.item()
@@ -156,11 +156,12 @@ def test_no_degenerate_completion_earns_what_a_clean_one_earns(reward: str, gram
     assert (total["good"] > total["worse"]) == (reward != "binary"), shown  # whose threshold both pass
     assert total["worse"] > total["bad"], shown
     assert total["worse"] > total["whole image"], shown
-    # What cannot be parsed earns no more than the shortest thing that cannot, and never as much as a clean worse answer.
+    # What cannot be parsed earns no more than the shortest thing that cannot, and never as much as a clean
+    # worse answer.
     for kind in ("bad, ramble behind", "looped, cut off", "cut off"):
         assert total[kind] <= total["bad"], (kind, shown)
     assert total["empty"] <= total["bad"], shown
-    # A good answer in bad company still beats a bad one, and never the clean one.
+    # A good answer with other text around it earns more than a bad answer, and never more than a clean one.
     for kind in total.keys() & {"ramble before", "ramble behind", "looped thought", "looped behind"}:
         assert total["bad"] < total[kind] <= total["good"], (kind, shown)
     pays_form = bool({"format", "reasoning"} & terms) and reward != "seg_r1_published"

@@ -34,7 +34,7 @@ def sample(truth: np.ndarray) -> Sample:
 
 
 def block(pixels: int) -> np.ndarray:
-    """So many pixels around the middle row, in whole rows and two halves of a row."""
+    """Return a mask of so many pixels around the middle row: whole rows and two halves of a row."""
     mask, whole = EMPTY.copy(), pixels // (2 * SIDE)
     rest = (pixels - 2 * SIDE * whole) // 2
     mask[50 - whole : 50 + whole] = True
@@ -158,14 +158,16 @@ def test_a_policy_that_does_not_look_earns_little(name: str) -> None:
 
 
 @pytest.mark.parametrize("truth", TRUTHS)
-def test_nothing_earns_less_than_any_rough_answer_though_its_structure_is_not_zero(truth: np.ndarray) -> None:
+def test_an_empty_mask_earns_less_than_a_rough_answer_though_its_structure_is_not_zero(
+    truth: np.ndarray,
+) -> None:
     assert paid(structure, EMPTY, truth) > 0.3  # the S-measure alone would pay for silence
     assert mixed(EMPTY, truth) < 1.2
     assert mixed(np.roll(truth, 3, 0), truth) > 1.5
 
 
 def test_the_structure_term_sees_the_truth() -> None:
-    """The published code's does not: see below."""
+    """The published code's term does not: see below."""
     mask = box(10, 10, 40, 40)
     assert paid(structure, mask, mask) != pytest.approx(paid(structure, mask, box(60, 60, 90, 90)), abs=0.1)
 
@@ -174,7 +176,7 @@ def test_the_structure_term_sees_the_truth() -> None:
 
 
 def published_structure(mask: np.ndarray, truth: np.ndarray) -> float:
-    """The part of the published reward that is called a structure measure."""
+    """Compute the part of the published reward that is called a structure measure."""
     return (paid(segment_as_published, mask, truth) - 0.7 * paid(iou, mask, truth)) / 0.3
 
 
@@ -184,7 +186,7 @@ def test_the_published_reward_pays_a_perfect_mask_by_how_small_it_is() -> None:
     assert paid(segment_as_published, truth, truth) == pytest.approx(0.7 + 0.3 * 0.4)
 
 
-def test_the_published_reward_pays_silence() -> None:
+def test_the_published_reward_pays_an_empty_mask() -> None:
     assert paid(segment_as_published, EMPTY, block(6000)) == pytest.approx(0.3)
     assert paid(segment_as_published, EMPTY, EMPTY) == pytest.approx(0.3)
 

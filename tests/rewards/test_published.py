@@ -1,4 +1,7 @@
-"""`reward=seg_r1_published grammar=seg_r1_released` beside what Seg-R1's released code pays, by an oracle that is not its code."""
+"""`reward=seg_r1_published grammar=seg_r1_released` pays what Seg-R1's released code pays.
+
+The oracle is not its code.
+"""
 
 from __future__ import annotations
 
@@ -80,13 +83,14 @@ def test_what_the_released_code_pays_and_segrl_never_does(text: str) -> None:
 
 
 FRAGMENTS = [
-    "<think>", "</think>", "<bbox>", "</bbox>", "<points>", "</points>", "<labels>", "</labels>", "[", "]", "[[", "]]", ",", ",,",
-    " ", "1", "0", "01", "00", "[1,0]", "[[1,2]]", "10", "\n", "],[", "] [", ",]", ".5", "-1", BOX, POINTS, LABELS,
+    "<think>", "</think>", "<bbox>", "</bbox>", "<points>", "</points>", "<labels>", "</labels>", "[", "]",
+    "[[", "]]", ",", ",,", " ", "1", "0", "01", "00", "[1,0]", "[[1,2]]", "10", "\n", "],[", "] [", ",]",
+    ".5", "-1", BOX, POINTS, LABELS,
 ]  # fmt: skip
 
 
 def beyond(read: oracle.Read) -> bool:
-    """Whether it holds what segrl makes a fault of."""
+    """Return whether a text holds what segrl counts as a fault."""
     points, labels, boxes = read
     thin = any(min(b[2], 1000) <= min(b[0], 1000) or min(b[3], 1000) <= min(b[1], 1000) for b in boxes)
     return thin or any(label not in (0, 1) for label in labels) or max(map(max, [*points, *boxes])) > 999_999

@@ -1,4 +1,4 @@
-"""Rewards of SAM-R1, Seg-Zero, VisionReasoner and DAPO; and that a policy that does not look earns little on all."""
+"""Rewards of SAM-R1, Seg-Zero, VisionReasoner and DAPO; a policy that ignores the image earns little."""
 
 from dataclasses import replace
 from functools import partial
@@ -47,7 +47,7 @@ def answer(mask=None, boxes=(), points=(), thought="", length=10, finished=True,
     ("columns", "paid"),
     [(50, 0.0), (51, 2.0), (70, 2.0), (71, 3.0), (80, 3.0), (81, 4.0), (100, 4.0), (0, 0.0)],
 )
-def test_a_bound_itself_is_not_passed(columns, paid):
+def test_an_iou_equal_to_a_bound_stays_in_the_tier_below(columns, paid):
     """A mask of so many of the truth's 100 columns has that IoU in percent."""
     given, truth = answer(block(0, 0, SIDE, columns)), sample(block(0, 0, SIDE, SIDE))
     assert tiered(given, truth, tiers=TIERS) == paid
@@ -188,12 +188,12 @@ def test_the_matching_is_the_best_of_all_permutations():
         assert MATCHED(named(*said), sample(*masks)) == pytest.approx(best)
 
 
-def test_nothing_there_is_an_answer():
+def test_the_matching_term_pays_an_answer_without_objects_where_there_are_none():
     assert MATCHED(answer(), sample()) == 3.0
     assert MATCHED(named(SMALL), sample()) == MATCHED(answer(), sample(SMALL)) == 0.0
 
 
-def test_without_objects_told_apart_the_mask_is_one():
+def test_a_mask_without_separate_objects_is_one_object():
     whole = Sample(id="s", image=np.zeros((SIDE, SIDE, 3), np.uint8), mask=SMALL | TALL)
     assert len(geometry.objects_of(whole)) == 1 and len(geometry.objects_of(sample(SMALL, TALL))) == 2
 
@@ -216,7 +216,7 @@ def mixture_of(name):
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_a_policy_that_does_not_look_earns_much_less_than_one_that_does(name):
-    """Everything, nothing and the middle, against the truth, over many scenes."""
+    """Everything, nothing and the middle are compared with the truth, over many scenes."""
     rng = np.random.default_rng(0)
     masks = [
         block(t, x, t + h, x + w)

@@ -1,4 +1,4 @@
-"""What the tests of sampling share."""
+"""Fixtures of the tests of sampling."""
 
 import pytest
 

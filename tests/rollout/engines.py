@@ -1,4 +1,4 @@
-"""What every engine has to do that samples elsewhere than in the policy itself."""
+"""The contract of engines that sample outside the policy itself."""
 
 import json
 import os
@@ -17,9 +17,9 @@ QUIET = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 GRPO = [
-    "-m", "segrl.train", "+experiment=demo", "rollout.max_tokens=64", "rollout.max_prefix=256", "logger=csv", "data.workers=0",
-    "data.batch_size=2", "stage.group_size=4", "data.test_length=2", "data.train_length=16", "trainer.accelerator=cpu", "trainer.devices=2",
-    "trainer.max_steps=2", "stage.mismatch_cap=2",
+    "-m", "segrl.train", "+experiment=demo", "rollout.max_tokens=64", "rollout.max_prefix=256", "logger=csv",
+    "data.workers=0", "data.batch_size=2", "stage.group_size=4", "data.test_length=2", "data.train_length=16",
+    "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_steps=2", "stage.mismatch_cap=2",
 ]  # fmt: skip
 
 
@@ -28,7 +28,10 @@ def asks(policy, scenes):
 
 
 def follows(engine, policy, prefixes, length):
-    """Greedy completions are the policy's own, before and after its weights have moved; draws are as the policy finds them likely."""
+    """Check that greedy completions are the policy's own, before and after its weights have changed.
+
+    Drawn completions must be as likely as the policy finds them.
+    """
     ours = SharedPrefixEngine(length)
     first = ours.greedy(policy, prefixes)
     same(engine.greedy(policy, prefixes), first)
@@ -53,7 +56,10 @@ def same(one, other):
 
 
 def draws(engine, policy, prefixes):
-    """The same seeds give the same completions, each of its own prefix, drawn as the training pass finds them likely."""
+    """Check that equal seeds give equal completions, each of its own prefix.
+
+    They must be drawn as the training pass finds them likely.
+    """
     seeds = range(3 * 4)
     drawn, again = (engine.sample(policy, prefixes, 4, seeds) for _ in range(2))
     assert len(drawn.tokens) == 12 and torch.equal(drawn.tokens, again.tokens)
@@ -71,7 +77,7 @@ def draws(engine, policy, prefixes):
 
 
 def mismatches(run_folder):
-    """Distance of the two log-probabilities at each update of a run."""
+    """Return the distance of the two log-probabilities at each update of a run."""
     history = [json.loads(line) for line in (run_folder / "history.jsonl").read_text().splitlines()]
     found = [line["policy/mismatch"] for line in history if "policy/mismatch" in line]
     assert len(found) == 2
@@ -80,7 +86,8 @@ def mismatches(run_folder):
 
 def run(arguments, folder):
     done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, cwd=folder, env={**os.environ, **QUIET}, timeout=600
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=folder, env={**os.environ, **QUIET},
+        timeout=600
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
     return done.stdout

@@ -1,4 +1,4 @@
-"""A token is where the cumulative distribution passes the noise, wherever the blocks end."""
+"""A token is drawn where the cumulative distribution passes the noise, for any number of blocks."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def at_once(probabilities, noise):
 
 
 @pytest.mark.parametrize("vocabulary", [1, 127, 128, 129, 1000, 4096])
-def test_blocks_are_the_whole(vocabulary):
+def test_drawing_by_blocks_draws_what_the_whole_distribution_draws(vocabulary):
     generator = torch.Generator().manual_seed(vocabulary)
     probabilities = (3 * torch.randn(400, vocabulary, generator=generator)).softmax(-1)
     noise = torch.rand(400, generator=generator).double()
@@ -31,14 +31,14 @@ def test_frequencies_are_the_probabilities():
 
 @pytest.mark.parametrize("noise", [0.0, MOST])
 @pytest.mark.parametrize("only", [0, 127, 128, 200, 299])
-def test_what_has_no_probability_is_never_there(noise, only):
+def test_the_only_token_with_probability_is_drawn_at_either_end_of_the_noise(noise, only):
     probabilities = torch.zeros(1, 300)
     probabilities[0, only] = 1e-30
     assert sample_tokens(probabilities, torch.tensor([noise], dtype=torch.float64)).item() == only
 
 
-def test_holes_are_never_there():
-    """Noise that falls on the edges between tokens, of which most have no probability."""
+def test_noise_on_the_edge_of_a_token_never_draws_one_without_probability():
+    """The noise falls on the edges between tokens, most of which have no probability."""
     generator = torch.Generator().manual_seed(1)
     probabilities = torch.rand(1, 700, generator=generator) ** 40
     probabilities[:, torch.rand(700, generator=generator) < 0.9] = 0

@@ -1,4 +1,4 @@
-"""Dense rewards add up to nothing, stand where things close, and the terminal reward stays what it was."""
+"""Dense rewards sum to zero, are paid at the token that closes, and do not change the terminal reward."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ POTENTIALS = [iou, partial(tiered_potential, tiers={0.8: 1.0, 0.7: 0.75, 0.5: 0.
 
 
 class Echo:
-    """Says what it is told."""
+    """Returns what it is given."""
 
     def __init__(self, texts):
         self.texts = texts
@@ -29,7 +29,7 @@ class Echo:
 
 @pytest.fixture(params=[SegR1Tags(4, 8), SamR1Json(8)], ids=["tags", "json"])
 def spoken(request, nano_policy, nano_head):
-    """Completions of two samples: right, half right, points only outside, a fault, and one cut off."""
+    """Return completions of two samples: right, half right, points outside only, a fault, and one cut off."""
     grammar, policy = request.param, nano_policy("qwen3_vl")
     samples = [SCENES[0], SCENES[1]]
     prefixes = [policy.encoder.encode(grammar.messages(None), s.image) for s in samples]
@@ -67,7 +67,7 @@ def test_every_completion_adds_up_to_nothing(spoken, potential):
 
 
 def test_a_fault_behind_a_box_does_not_take_back_what_the_box_was_paid(spoken):
-    """Or else breaking off would be the way to keep it."""
+    """Otherwise breaking off would be the way to keep it."""
     grammar, encoder, head, batch, said, answers = spoken
     rewards, closes = PromptShaping(iou, 1.0)(grammar, head, encoder, batch, said, answers)
     for whole, broken in ((2, 3), (7, 8)):

@@ -21,7 +21,8 @@ from PIL import Image
 if __name__ == "__main__":
     from vllm import LLM, SamplingParams
     folder, prompt, images, length = sys.argv[1], sys.argv[2], sys.argv[3:-1], int(sys.argv[-1])
-    llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=512, limit_mm_per_prompt={"image": 1})
+    one = {"image": 1}
+    llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=512, limit_mm_per_prompt=one)
     asked = [{"prompt": prompt, "multi_modal_data": {"image": Image.open(i)}} for i in images]
     for answer in llm.generate(asked, SamplingParams(temperature=0, max_tokens=length)):
         print("ANSWER" + json.dumps([list(answer.prompt_token_ids), answer.outputs[0].text]))
@@ -37,8 +38,8 @@ def test_without_vllm_one_line_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize("sleep", [True, False])
-def test_what_slept_is_filled_anew_before_it_takes_its_cache_back(sleep, monkeypatch):
-    """Sleep of level 2 forgets the weights; the engine of a pretended GPU says what it was asked."""
+def test_an_engine_that_slept_gets_its_weights_before_its_cache(sleep, monkeypatch):
+    """Sleep of level 2 discards the weights. The engine of a pretended GPU records what it was asked."""
     monkeypatch.setattr(wire, "needs_vllm", lambda extra: None)
     engine, llm = VLLMEngine(8, 100, 0.3, sleep=sleep, eager=True), mock.MagicMock()
     monkeypatch.setattr(engine, "_start", lambda policy: llm)
@@ -85,7 +86,7 @@ def test_an_engine_follows_its_policy(family, scenes, nano_weights):
     policy = HFPolicy(str(weights), side, None, 1.0, "float32", None, True, False).eval()
     prefixes = asks(policy, scenes)
     drawn = follows(VLLMEngine(LENGTH, 1024, 0.2, True, True), policy, prefixes, LENGTH)
-    assert bool(drawn.finished.any()) == ("trained" in family)  # who was never taught does not stop
+    assert bool(drawn.finished.any()) == ("trained" in family)  # an untrained policy does not stop
 
 
 @pytest.mark.vllm

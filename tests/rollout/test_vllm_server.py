@@ -1,4 +1,4 @@
-"""Plain vLLM as a server, for real, on a CPU; and what needs no vLLM, against a server that is pretended."""
+"""A plain vLLM server for real, on a CPU; and tests against a pretended server, which need no vLLM."""
 
 import importlib.util
 import json
@@ -46,7 +46,7 @@ if __name__ == "__main__":
 
 
 class Pretended(BaseHTTPRequestHandler):
-    """Says which weights it holds, as long as it is not told others."""
+    """Stands for a server: says which weights it holds, until it is given others."""
 
     held, told = "default", []
 
@@ -111,12 +111,13 @@ def test_what_a_server_refuses_is_told_in_one_line(pretended):
 
 
 NO_ADDRESSES = [
-    ["127.0.0.1:8000"], ["ftp://there:8000"], ["http://there"], ["http://there:80x"], ["http://there:99999"], [], None, "http://there:8000",
+    ["127.0.0.1:8000"], ["ftp://there:8000"], ["http://there"], ["http://there:80x"], ["http://there:99999"],
+    [], None, "http://there:8000",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("servers", NO_ADDRESSES)
-def test_an_address_that_is_none_is_refused(pretended, servers):
+def test_text_that_is_no_address_is_refused(pretended, servers):
     with pytest.raises(ValueError, match="rollout.servers: .*must be .*http://HOST:PORT; got "):
         VLLMServer(8, 64, servers, 30)
     with pytest.raises(ValueError, match="rollout.servers: .*must be .*http://HOST:PORT; got "):
@@ -125,7 +126,13 @@ def test_an_address_that_is_none_is_refused(pretended, servers):
 
 def composed(servers, max_prefix=300):
     rollout = {"_target_": "X", "servers": servers, "max_prefix": max_prefix, "max_tokens": 100}
-    return OmegaConf.create({"rollout": rollout, "trainer": {"precision": "bf16-mixed"}, "policy": {"dtype": "float32", "weights": asset("policy_nano")}})  # fmt: skip
+    return OmegaConf.create(
+        {
+            "rollout": rollout,
+            "trainer": {"precision": "bf16-mixed"},
+            "policy": {"dtype": "float32", "weights": asset("policy_nano")},
+        }
+    )
 
 
 def test_a_server_gets_the_settings_of_the_run():
@@ -165,7 +172,7 @@ def test_a_server_that_another_run_took_is_not_taken_back(pretended):
         engine._follow(None, "new", time.monotonic() + 5)
 
 
-def test_a_fingerprint_is_of_the_weights(nano_policy, nano_weights):
+def test_a_fingerprint_changes_with_every_weight(nano_policy, nano_weights):
     from segrl.models.hf_vlm import HFPolicy
 
     first = nano_policy("qwen2_5_vl").fingerprint()
@@ -178,14 +185,16 @@ def test_a_fingerprint_is_of_the_weights(nano_policy, nano_weights):
         assert moved != first
         first = moved
     ranks = [
-        HFPolicy(weights, 112, None, 1.0, "float32", {"rank": 4, "alpha": alpha, "dropout": 0.0}, False, False) for alpha in (8, 16)
+        HFPolicy(weights, 112, None, 1.0, "float32", {"rank": 4, "alpha": alpha, "dropout": 0.0}, False,
+                 False) for alpha in (8, 16)
     ]  # fmt: skip
     assert ranks[0].fingerprint() != ranks[1].fingerprint()
 
 
 def test_a_run_that_samples_elsewhere_needs_no_server():
     done = subprocess.run(
-        [sys.executable, "-m", "segrl.serve", "+experiment=demo", "--", "--enforce-eager"], capture_output=True, text=True
+        [sys.executable, "-m", "segrl.serve", "+experiment=demo", "--", "--enforce-eager"],
+        capture_output=True, text=True
     )  # fmt: skip
     assert done.returncode == 2
     assert "must be vllm_server" in done.stderr or "--extra vllm" in done.stderr
@@ -208,10 +217,11 @@ def free_port():
 
 
 def started(port, log):
-    """`segrl.serve` in a process of its own, ready."""
+    """Start `segrl.serve` in a process of its own and wait until it is ready."""
     command = [
-        sys.executable, "-m", "segrl.serve", "+experiment=demo", "rollout=vllm_server", f"rollout.servers=[http://127.0.0.1:{port}]",
-        f"rollout.max_tokens={LENGTH}", "rollout.max_prefix=400", "--", "--enforce-eager",
+        sys.executable, "-m", "segrl.serve", "+experiment=demo", "rollout=vllm_server",
+        f"rollout.servers=[http://127.0.0.1:{port}]", f"rollout.max_tokens={LENGTH}",
+        "rollout.max_prefix=400", "--", "--enforce-eager",
     ]  # fmt: skip
     process = subprocess.Popen(
         command, env={**os.environ, **QUIET}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -233,7 +243,7 @@ def end(process):
 
 @pytest.fixture(scope="module")
 def process(tmp_path_factory):
-    """The server's process, its port, and what starts another in its place."""
+    """Return the server's process, its port, and a function that starts another in its place."""
     port = free_port()
     with (tmp_path_factory.mktemp("vllm") / "log").open("w") as log:
         held = {"start": lambda: held.update(now=started(port, log)), "port": port}
@@ -262,7 +272,7 @@ def test_a_server_follows_its_policy(server, policy, scenes):
 
 @pytest.mark.vllm
 def test_a_server_that_was_left_half_written_is_filled_anew(server, policy, scenes, monkeypatch):
-    """Its trainer was killed in the middle of a layer; the next one starts over."""
+    """Its trainer was killed in the middle of a layer; the next trainer starts over."""
     monkeypatch.setattr(vllm_server, "_ABANDONED", 1.0)
     done = subprocess.run([sys.executable, "-c", KILLED, server], env={**os.environ, **QUIET}, timeout=200)
     assert done.returncode == 9
@@ -275,9 +285,13 @@ def test_a_server_that_was_left_half_written_is_filled_anew(server, policy, scen
 
 
 @pytest.mark.vllm
-def test_two_runs_with_one_server_do_not_learn_from_each_others_completions(server, policy, scenes, monkeypatch):  # fmt: skip
+def test_two_runs_with_one_server_do_not_learn_from_each_others_completions(
+    server, policy, scenes, monkeypatch
+):
     engine = VLLMServer(LENGTH, 400, [server], 60)
-    monkeypatch.setattr(engine, "_follow", lambda *_: None)  # as if the other wrote behind this one's look
+    monkeypatch.setattr(
+        engine, "_follow", lambda *_: None
+    )  # as if the other wrote just after this one looked
     engine._server.post("update_weight_version", new_version="the other's")
     with pytest.raises(ValueError, match="must be used by one run alone; another has written"):
         engine.greedy(policy, asks(policy, scenes))

@@ -1,6 +1,9 @@
-"""The bad-input table: every key of every experiment with values that its schema does not allow, and what is said of each; and 80 command lines by hand.
+"""The bad-input table: every key of every experiment with values that its schema refuses, and the line for
+each.
 
-python tests/runs/bad_input.py            # prints key, value, line
+80 command lines are written by hand.
+
+    python tests/runs/bad_input.py            # prints key, value, line
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from segrl.runs.schema.kinds import shown
 from segrl.runs.schema.walk import Typed, Walk
 
 NEEDED = {
-    "image_mask": ["data.root=x"], "jsonl": ["data.train=x", "data.test=x"], "traces": ["data.root=x", "data.traces=x"],
+    "image_mask": ["data.root=x"], "jsonl": ["data.train=x", "data.test=x"],
+    "traces": ["data.root=x", "data.traces=x"],
 }  # fmt: skip
 """What a data group does not say itself."""
 
@@ -33,7 +37,10 @@ def options(group: str) -> list[str]:
 
 
 def rounds() -> dict[str, tuple[str, list[str]]]:
-    """As many configurations as the largest group has options, so that each option of each group stands in one."""
+    """Return configurations that together use every option of every group.
+
+    There are as many as the largest group has options.
+    """
     found = {}
     for index in range(max(len(options(group)) for group in GROUPS)):
         chosen = {group: options(group)[index % len(options(group))] for group in GROUPS}
@@ -62,7 +69,7 @@ def composed(name: str) -> DictConfig:
 
 
 def typed(name: str) -> list[Typed]:
-    """All keys of a composed configuration, each with the field that it must fit."""
+    """Return all keys of a composed configuration, each with the field that it must fit."""
     raw = OmegaConf.to_container(composed(name), resolve=False)
     found = list(Walk(raw, COMMANDS[COMPOSED[name][0]]))
     assert all(isinstance(one, Typed) for one in found), found
@@ -70,7 +77,10 @@ def typed(name: str) -> list[Typed]:
 
 
 def takes(schema: dict[str, Any], value: object) -> bool:
-    """Whether a JSON schema allows a value: written apart from pydantic, as the test's own reading of the schema."""
+    """Return whether a JSON schema allows a value.
+
+    This is the test's own reading of the schema, independent of pydantic.
+    """
     if "anyOf" in schema:
         return any(takes(branch, value) for branch in schema["anyOf"])
     if "const" in schema or "enum" in schema:
@@ -107,7 +117,7 @@ def takes(schema: dict[str, Any], value: object) -> bool:
 
 
 def edges(schema: dict[str, Any]) -> Iterator[object]:
-    """The values at the bounds of a schema, and next to them."""
+    """Return the values at the bounds of a schema, and next to them."""
     for branch in schema.get("anyOf", [schema]):
         if branch.get("type") not in ("integer", "number"):
             continue
@@ -119,7 +129,7 @@ def edges(schema: dict[str, Any]) -> Iterator[object]:
 
 
 def bad_values(schema: dict[str, Any]) -> list[object]:
-    """Another type, both sides of the range, no numbers, null: all that the schema does not allow."""
+    """Return values that the schema refuses: other types, both sides of the range, non-numbers, null."""
     others: list[object] = [
         "four",
         "",
@@ -142,12 +152,12 @@ def bad_values(schema: dict[str, Any]) -> list[object]:
 
 
 def good_values(schema: dict[str, Any]) -> list[object]:
-    """The bounds themselves, where a schema allows them."""
+    """Return the bounds themselves, where a schema allows them."""
     return [value for value in edges(schema) if takes(schema, value)]
 
 
 def said_of(name: str, changes: dict[str, object]) -> dict[str, str]:
-    """By key, the line that the command's check prints of a composed configuration with these values."""
+    """Return, by key, the line that the check prints of a composed configuration with these values."""
     cfg = composed(name).copy()
     for key, value in changes.items():
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
@@ -162,12 +172,15 @@ def said_of(name: str, changes: dict[str, object]) -> dict[str, str]:
 
 
 def is_told(key: str, value: object, line: str) -> bool:
-    """Whether a line names the key, says what must be, and shows what came."""
+    """Return whether a line names the key, says what must be, and shows what came."""
     return line.startswith(f"{key}: must be ") and line.endswith(f"; got {shown(value)}") and "\n" not in line
 
 
 def _told(name: str, left: dict[str, list[object]]) -> Iterator[tuple[str, object, str]]:
-    """Key, value, line: a value of as many keys at once as do not stand in each other."""
+    """Yield key, value, line.
+
+    One round changes as many keys at once as do not contain each other.
+    """
     while left:
         now: dict[str, object] = {}
         for key in list(left):
@@ -183,7 +196,10 @@ def _told(name: str, left: dict[str, list[object]]) -> Iterator[tuple[str, objec
 
 
 def values() -> Iterator[tuple[str, Typed, object]]:
-    """Name of a composed configuration, key and field, value that is not allowed: once for each key and field."""
+    """Yield the name of a composed configuration, key and field, and a refused value.
+
+    Each key and field comes once.
+    """
     seen = set()
     for name in COMPOSED:
         for one in typed(name):
@@ -193,7 +209,7 @@ def values() -> Iterator[tuple[str, Typed, object]]:
 
 
 def table() -> Iterator[tuple[str, object, str]]:
-    """Key, value, line of the check: all values of all keys."""
+    """Yield key, value, and line of the check, for all values of all keys."""
     left: dict[str, dict[str, list[object]]] = {}
     for name, one, value in values():
         left.setdefault(name, {}).setdefault(one.key, []).append(value)

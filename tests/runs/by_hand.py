@@ -6,7 +6,7 @@ _DEMO = ("+experiment=demo",)
 
 
 def _demo(*rows: tuple[str, str]) -> list[tuple[str, list[str], list[str]]]:
-    """Overrides of the demo, split at `;;`, and words, split at `;;`."""
+    """Return overrides of the demo, split at `;;`, and words, split at `;;`."""
     return [("train", [*_DEMO, *overrides.split(";;")], words.split(";;")) for overrides, words in rows]
 
 

@@ -1,4 +1,4 @@
-"""Evaluations through the command line, for the tests of this folder."""
+"""Fixtures: evaluations through the command line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def layouts() -> ModuleType:
 
 @pytest.fixture
 def evaluate(cli, tmp_path):
-    """Arguments to the folder of an evaluation that went well."""
+    """Return a function from arguments to the folder of an evaluation that succeeded."""
 
     def run(name: str, *arguments: str) -> Path:
         code, _, err = cli(*arguments, f"paths.run={tmp_path / name}", module="evaluate")
@@ -33,7 +33,10 @@ def evaluate(cli, tmp_path):
 
 @pytest.fixture
 def refused(cli, tmp_path):
-    """Arguments to the one line that refuses them, after checking that nothing was written."""
+    """Return a function from arguments to the one line that refuses them.
+
+    It checks that nothing was written.
+    """
 
     def run(*arguments: str, runs: Path | None = tmp_path / "runs") -> str:
         before = sorted(tmp_path.rglob("*"))

@@ -1,4 +1,4 @@
-"""What the tests of evaluations share: small ones, and what they wrote."""
+"""Small evaluations, and readers of what they wrote, for the tests of evaluations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stage is built from flat keys: arguments of its constructor, and fields of the dataclasses that it takes."""
+"""A stage is built from flat keys: arguments of its constructor, and fields of its dataclasses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user gets wrong costs one line, exit code 2, and nothing on the disk."""
+"""A user's mistake costs one line, exit code 2, and nothing on the disk."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ DEMO = (
 
 
 def refused(cli, tmp_path, *arguments):
-    """The one line of a refused command, after checking that nothing was written."""
+    """Return the one line of a refused command, after checking that nothing was written."""
     before = sorted(p for p in tmp_path.rglob("*"))
     code, out, err = cli(*arguments)
     assert code == 2, (code, out, err)
@@ -60,24 +60,28 @@ def refused(cli, tmp_path, *arguments):
         ("head.checkpoint=nowhere.safetensors", ["head.checkpoint", "nowhere.safetensors"]),
         ("policy.weights=nowhere", ["policy.weights", "nowhere"]),
         ("data.batch_size=2000000", ["data.batch_size", "1000000"]),
-        ("stage.updates_per_rollout=2 trainer.max_steps=3", ["trainer.max_steps", "multiple of the 2", "got 3"]),
+        ("stage.updates_per_rollout=2 trainer.max_steps=3",
+         ["trainer.max_steps", "multiple of the 2", "got 3"]),
         ("trainer.max_steps=0", ["trainer.max_steps", "got 0"]),
         ("experiment=demo", ["+experiment"]),
         ("stage=dapo stage.live_samples=0", ["stage.live_samples", "0"]),
         ("stage=dapo stage.live_samples=4", ["stage.live_samples", "2", "got 4"]),
         ("trainer.accelerator=gpu", ["trainer"]),
         ("policy.lora={rank:2,alpha:2,dropout:0.1}", ["policy.lora.dropout", "0.1"]),
-        ("stage.surrogate.high=0.3", ["stage.surrogate.high", "one update per rollout", "stage.updates_per_rollout=2"]),
+        ("stage.surrogate.high=0.3",
+         ["stage.surrogate.high", "one update per rollout", "stage.updates_per_rollout=2"]),
         ("name=${name}", ["must not refer to itself", "name -> name"]),
         ("name=a${seed} seed=${name}", ["must not refer to itself", "name -> seed -> name"]),
         ("stage.optimizer=${stage}", ["must not refer to itself", "stage -> stage"]),
         ("seed=${name} name=${seed}", ["must not refer to itself", "name -> seed -> name"]),
         ("stage.updates_per_rollout=3", ["data.batch_size", "stage.updates_per_rollout", "2"]),
         ("reward=seg_zero grammar=seg_r1_points", ["reward.terms.reasoning", "thought", "SegR1Points"]),
-        ("stage=ppo_dense reference=frozen_copy grammar=seg_r1_points trainer.max_steps=2", ["stage.shaping", "steps", "SegR1Points"]),
+        ("stage=ppo_dense reference=frozen_copy grammar=seg_r1_points trainer.max_steps=2",
+         ["stage.shaping", "steps", "SegR1Points"]),
         ("stage.kl_weight=0.1 stage.kl_reward=0.1 reference=frozen_copy", ["stage.kl_reward", "not in both"]),
         ("reference=adapter_off stage.kl_weight=0.1", ["reference", "policy.lora"]),
-        ("callbacks.best.monitor=val/x/iou trainer.max_steps=1 trainer.val_check_interval=1", ["callbacks.best.monitor"]),
+        ("callbacks.best.monitor=val/x/iou trainer.max_steps=1 trainer.val_check_interval=1",
+         ["callbacks.best.monitor"]),
     ],
 )  # fmt: skip
 def test_one_line_names_the_key(cli, tmp_path, override, words):
@@ -89,7 +93,8 @@ def test_one_line_names_the_key(cli, tmp_path, override, words):
 
 def test_a_folder_named_by_a_number_is_a_folder(cli, tmp_path):
     for key, arguments in {
-        "pred": ("score", "pred=1", "gt=2024_01"), "data.root": ("evaluate", "data=image_mask", "data.root=1e3"), "ckpt": ("export", "ckpt=5", "out=6"),
+        "pred": ("score", "pred=1", "gt=2024_01"),
+        "data.root": ("evaluate", "data=image_mask", "data.root=1e3"), "ckpt": ("export", "ckpt=5", "out=6"),
         "resume": ("train", "resume=2024_01"),
     }.items():  # fmt: skip
         code, _, err = cli(*arguments[1:], module=arguments[0], runs=None)

@@ -1,4 +1,4 @@
-"""Recipes: runs that start from each other's checkpoints, done once, and one table."""
+"""Chains: runs that start from each other's checkpoints, each done once, and one table."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ CHAINS = sorted((conf_folder().parent / "chains").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CHAINS, ids=lambda p: p.stem)
-def test_every_run_of_every_recipe_composes(path):
+def test_every_run_of_every_chain_composes(path):
     from segrl.runs.configuration import check_keys, compose_job, register_resolvers
 
     register_resolvers()
@@ -31,7 +31,7 @@ def test_every_run_of_every_recipe_composes(path):
 PAPER = CHAINS[[p.stem for p in CHAINS].index("seg_r1_paper")]
 
 
-def test_the_papers_recipe_has_both_arms_and_changes_no_value_of_the_paper():
+def test_the_papers_chain_has_both_arms_and_changes_no_value_of_the_paper():
     found = chain.read(PAPER)
     assert [(j.name, j.experiment, j.start) for j in found.jobs] == [
         ("prerl", "prerl_dis5k", None),  # pure RL begins at the base model
@@ -47,7 +47,7 @@ def test_the_papers_recipe_has_both_arms_and_changes_no_value_of_the_paper():
 @pytest.mark.parametrize(
     ("more", "ranks"), [([], 8), (["trainer=default", "data.batch_size=${data.global_batch}"], 1)]
 )
-def test_the_papers_recipe_learns_from_the_papers_batches(more, ranks):
+def test_the_papers_chain_learns_from_the_papers_batches(more, ranks):
     from segrl.runs.configuration import compose_job, register_resolvers
     from segrl.runs.departures import of_batch
 
@@ -65,7 +65,8 @@ def test_the_papers_recipe_learns_from_the_papers_batches(more, ranks):
 TINY = """
 title: two runs
 metric: iou
-overrides: [logger=csv, data.workers=0, data.batch_size=2, data.test_length=3, rollout.max_tokens=16, stage.group_size=2, trainer.max_steps=1]
+overrides: [logger=csv, data.workers=0, data.batch_size=2, data.test_length=3, rollout.max_tokens=16,
+  stage.group_size=2, trainer.max_steps=1]
 jobs:
   - {name: first, experiment: demo}
   - {name: second, experiment: demo, start: first, seeds: [1, 2]}
@@ -93,7 +94,7 @@ def test_two_runs_and_their_table(tmp_path, monkeypatch, capsys):
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("last.ckpt")} == written
 
 
-def test_overrides_of_the_command_line_stand_behind_those_of_the_runs(tmp_path):
+def test_overrides_of_the_command_line_follow_those_of_the_runs(tmp_path):
     (tmp_path / "tiny.yaml").write_text(TINY)
     found = chain.with_overrides(chain.read(tmp_path / "tiny.yaml"), ["trainer=ddp", "data.batch_size=4"])
     line = chain.command(found, found.jobs[0], 1, tmp_path / "runs")
@@ -104,7 +105,7 @@ def test_overrides_of_the_command_line_stand_behind_those_of_the_runs(tmp_path):
 @pytest.mark.parametrize(
     "wrong", ["trainer", "=3", "seed=3", "paths.run=x", "+experiment=demo", "init_from=a.ckpt"]
 )
-def test_overrides_that_a_recipe_cannot_take_are_refused(tmp_path, monkeypatch, capsys, wrong):
+def test_overrides_that_a_chain_cannot_take_are_refused(tmp_path, monkeypatch, capsys, wrong):
     (tmp_path / "tiny.yaml").write_text(TINY)
     monkeypatch.setattr(
         "sys.argv",
@@ -128,7 +129,7 @@ def test_overrides_that_a_recipe_cannot_take_are_refused(tmp_path, monkeypatch, 
         ("title: \0", ["r.yaml: must be YAML"]),
     ],
 )
-def test_a_recipe_that_is_wrong_is_refused_by_its_key(tmp_path, monkeypatch, capsys, text, words):
+def test_a_chain_that_is_wrong_is_refused_by_its_key(tmp_path, monkeypatch, capsys, text, words):
     (tmp_path / "r.yaml").write_text(text)
     monkeypatch.setattr("sys.argv", ["chain", str(tmp_path / "r.yaml"), "--runs", str(tmp_path / "runs")])
     with pytest.raises(SystemExit) as stop:
@@ -162,7 +163,7 @@ def test_a_run_whose_scores_are_damaged_is_named(tmp_path, monkeypatch, capsys, 
     assert not (tmp_path / "runs/table.md").exists()
 
 
-def test_a_recipe_that_is_stopped_lets_its_runs_save(tmp_path, monkeypatch, capsys):
+def test_a_chain_that_is_stopped_lets_its_runs_save(tmp_path, monkeypatch, capsys):
     saving = (
         "import pathlib, signal, sys, time\n"
         "begun, saved = (pathlib.Path(sys.argv[1], name) for name in ('begun', 'saved'))\n"
@@ -198,7 +199,10 @@ def test_a_run_that_was_begun_goes_on_and_one_that_another_process_begins_is_lef
     (first / "config.yaml").write_text("name: first\n")
     assert chain.command(found, found.jobs[0], 1, tmp_path)[-1] == f"resume={first}"
     (first / "config.yaml").unlink()
-    holding = "import sys, time; from segrl.host.files import own; own(__import__('pathlib').Path(sys.argv[1]), 'x'); print(1, flush=True); time.sleep(60)"
+    holding = (
+        "import sys, time; from segrl.host.files import own; "
+        "own(__import__('pathlib').Path(sys.argv[1]), 'x'); print(1, flush=True); time.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", holding, str(first)], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         with pytest.raises(ValueError, match="is used by another process"):

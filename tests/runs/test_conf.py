@@ -22,7 +22,7 @@ def composed(*overrides, config="train"):
 
 
 def targets(node, path=""):
-    """Every node with a constructor."""
+    """Return every node with a constructor."""
     if isinstance(node, dict):
         if "_target_" in node:
             yield path, node

@@ -1,4 +1,4 @@
-"""Files of a run's folder that are damaged: one line that names the file, or it is made again."""
+"""A damaged file of a run's folder is named in one line, or is made again."""
 
 import json
 import shutil
@@ -8,10 +8,10 @@ import pytest
 import torch
 
 RUN = (
-    "+experiment=demo", "logger=csv", "data.workers=0", "data.batch_size=2", "data.train_length=2", "data.test_length=2",
-    "rollout.max_tokens=4", "stage.group_size=2", "stage.schedule=null", "trainer.max_steps=1", "trainer.accelerator=cpu",
-    "trainer.val_check_interval=1", "callbacks.best.monitor=val/synthetic/sm",
-    "data.val_length=2",
+    "+experiment=demo", "logger=csv", "data.workers=0", "data.batch_size=2", "data.train_length=2",
+    "data.test_length=2", "rollout.max_tokens=4", "stage.group_size=2", "stage.schedule=null",
+    "trainer.max_steps=1", "trainer.accelerator=cpu", "trainer.val_check_interval=1",
+    "callbacks.best.monitor=val/synthetic/sm", "data.val_length=2",
 )  # fmt: skip
 DAMAGES = (
     "bytes",
@@ -34,7 +34,8 @@ def damage(path: Path, kind: str) -> None:
         path.mkdir()
         return
     path.write_bytes({
-        "bytes": bytes(range(128, 256)) * 4, "cut": whole[: len(whole) * 2 // 3 - 3], "empty": b"", "list": b"[1, 2]\n",
+        "bytes": bytes(range(128, 256)) * 4, "cut": whole[: len(whole) * 2 // 3 - 3], "empty": b"",
+        "list": b"[1, 2]\n",
     }[kind])  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def run(cli, tmp_path, made):
-    """A finished run of one update, for each test anew."""
+    """Return a copy of a finished run of one update."""
     if not made.exists():
         code, _, err = cli(*RUN, f"paths.run={made}", runs=None)
         assert code == 0, err
@@ -89,8 +90,8 @@ def test_a_damaged_file_is_not_exported(cli, run, tmp_path, name, kind):
 
 
 EVALUATION = (
-    "+suite=synthetic", "testsets.synthetic.samples.length=2", "testsets.synthetic.published=2", "logger=csv", "trainer=cpu",
-    "data.workers=0", "suite.draws=0", "rollout.max_tokens=4",
+    "+suite=synthetic", "testsets.synthetic.samples.length=2", "testsets.synthetic.published=2", "logger=csv",
+    "trainer=cpu", "data.workers=0", "suite.draws=0", "rollout.max_tokens=4",
 )  # fmt: skip
 
 
@@ -101,7 +102,7 @@ def evaluated(tmp_path_factory):
 
 @pytest.fixture
 def evaluation(cli, tmp_path, evaluated):
-    """A finished evaluation, for each test anew."""
+    """Return a copy of a finished evaluation."""
     if not evaluated.exists():
         code, _, err = cli(*EVALUATION, f"paths.run={evaluated}", module="evaluate", runs=None)
         assert code == 0, err
@@ -138,8 +139,8 @@ def test_one_bit_that_changed_in_a_checkpoint_is_refused(run, place):
 
 
 @pytest.mark.parametrize("place", [0.2, 0.7])
-def test_one_bit_that_changed_in_a_file_of_torch_alone_is_refused(tmp_path, place):
-    """Checkpoints from before the digest: their zip has sums of its own."""
+def test_one_bit_that_changed_in_a_checkpoint_without_a_digest_is_refused(tmp_path, place):
+    """Checkpoints without a digest have only the checksums of their zip."""
     from segrl.tracking.checkpoints import read_checkpoint
 
     path = tmp_path / "old.ckpt"

@@ -1,4 +1,4 @@
-"""Evaluation through the real command line: every sample once, whatever happens on the way."""
+"""Evaluation through the real command line: every sample is scored once, whatever interrupts it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from segrl.runs.configuration import asset, compose_job
 # --- one evaluation
 
 
-def test_a_line_per_sample_a_table_and_the_scores_of_both(cli, tmp_path):
+def test_an_evaluation_writes_a_line_per_sample_a_table_and_its_scores(cli, tmp_path):
     code, out, err = cli(
         *EVAL, "suite.masks=true", "suite.overlays=true", f"paths.run={tmp_path}/a", module="evaluate"
     )
@@ -53,7 +53,8 @@ def test_a_line_per_sample_a_table_and_the_scores_of_both(cli, tmp_path):
     low, high = of["scores"]["iou"]["interval"]
     assert f"{np.mean(iou):.4f} [{low:.4f}, {high:.4f}]" in out and "pysodmetrics" in out
     assert sorted(p.name for p in folder.iterdir()) == [
-        "config.yaml", "masks", "metrics.csv", "metrics.json", "overlays", "per_sample.jsonl", "provenance.json", "table.txt", "weights.json",
+        "config.yaml", "masks", "metrics.csv", "metrics.json", "overlays", "per_sample.jsonl",
+        "provenance.json", "table.txt", "weights.json",
     ]  # fmt: skip
     assert len(list((folder / "overlays/synthetic").iterdir())) == 6
     table = (folder / "table.txt").read_text()
@@ -89,8 +90,8 @@ def test_the_masks_scored_as_files_give_the_same_digits(cli, evaluate, tmp_path)
     for k in range(6):
         Image.fromarray(samples[k].mask).save(tmp_path / "gt" / f"{samples.ids[k]}.png")
     code, out, err = cli(
-        f"pred={folder}/masks/synthetic", f"gt={tmp_path}/gt", f"metrics=[{','.join(metrics)}]", f"out={tmp_path}/s.json",
-        "draws=30", module="score", runs=None,
+        f"pred={folder}/masks/synthetic", f"gt={tmp_path}/gt", f"metrics=[{','.join(metrics)}]",
+        f"out={tmp_path}/s.json", "draws=30", module="score", runs=None,
     )  # fmt: skip
     assert code == 0, err
     found = json.loads((tmp_path / "s.json").read_text())
@@ -125,7 +126,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def heads(monkeypatch):
-    """How many images the mask head has seen; it dies before the one numbered `dies_at`."""
+    """Count the images that the mask head has seen; it raises at the one numbered `dies_at`."""
     segment, state = Sam2Head.segment, {"seen": 0, "dies_at": -1}
 
     def counted(head, images, prompts):
@@ -213,7 +214,8 @@ def test_two_processes_equal_one(evaluate, tmp_path):
         "trainer=ddp",
     ]
     done = subprocess.run(
-        [*command, "trainer.accelerator=cpu", "trainer.devices=2", f"paths.run={tmp_path}/two", "suite.batch_size=2"],
+        [*command, "trainer.accelerator=cpu", "trainer.devices=2", f"paths.run={tmp_path}/two",
+         "suite.batch_size=2"],
         capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr + done.stdout
@@ -241,7 +243,7 @@ def test_a_test_set_that_grew_is_finished_by_a_resume(cli, tmp_path):
     assert [row["id"] for row in rows(tmp_path / "grown")] == ["0", "1", "2"]
 
 
-def test_a_list_is_scored_without_one_to_learn_from(cli, tmp_path):
+def test_a_list_is_scored_without_a_training_list(cli, tmp_path):
     from PIL import Image
 
     lines = []

@@ -1,4 +1,4 @@
-"""An exported policy is the checkpoint's: for segrl, for plain transformers, and for whoever reads its card."""
+"""An exported policy is the checkpoint's: for segrl, for plain transformers, and in its card."""
 
 import json
 
@@ -11,13 +11,14 @@ from segrl.data.synthetic import SyntheticScenes
 from segrl.prompts.instructions import NAME, read
 from segrl.segmenter import Segmenter
 
-SMALL = ("logger=csv", "trainer.accelerator=cpu", "data.train_length=64", "data.test_length=4", "test_before=false",
-         "trainer.max_steps=2", "data.batch_size=2", "stage.group_size=2", "stage.micro_batch_size=2", "data.workers=0")  # fmt: skip
+SMALL = ("logger=csv", "trainer.accelerator=cpu", "data.train_length=64", "data.test_length=4",
+         "test_before=false", "trainer.max_steps=2", "data.batch_size=2", "stage.group_size=2",
+         "stage.micro_batch_size=2", "data.workers=0")  # fmt: skip
 
 
 @pytest.fixture
 def exported(cli, tmp_path):
-    """A run, and the folder made of it."""
+    """Return a run, and the folder made of it."""
 
     def export(*overrides):
         run, out = tmp_path / "run", tmp_path / "policy"
@@ -74,8 +75,9 @@ def test_plain_transformers_generates_the_same_text(exported, lora):
     assert all(torch.equal(value, ours[name]) for name, value in model.state_dict().items())
     prefix = segmenter.policy.encoder.encode(segmenter.grammar.messages(None), scene.image)
     ids = model.generate(
-        input_ids=prefix.token_ids[None], mm_token_type_ids=prefix.token_types[None], pixel_values=prefix.pixels,
-        image_grid_thw=prefix.grid, attention_mask=torch.ones_like(prefix.token_ids[None]),
+        input_ids=prefix.token_ids[None], mm_token_type_ids=prefix.token_types[None],
+        pixel_values=prefix.pixels, image_grid_thw=prefix.grid,
+        attention_mask=torch.ones_like(prefix.token_ids[None]),
     )  # fmt: skip
     text = processor.tokenizer.decode(ids[0, len(prefix.token_ids) :], skip_special_tokens=True)
     assert text == segmenter.segment(scene.image).text
@@ -134,7 +136,9 @@ def test_the_folder_is_asked_as_the_policy_was_trained_wherever_the_file_went(cl
     )
     said = Segmenter.from_pretrained(out).grammar.messages("it")
     assert said[-1]["content"][-1]["text"] == "Only it"
-    assert read(out / NAME)["seg_r1_tags"] == texts  # whoever trains on from the folder asks so, too
+    assert (
+        read(out / NAME)["seg_r1_tags"] == texts
+    )  # training that starts from the folder uses the same instructions
     scored = (
         f"model={out}",
         f"paths.run={tmp_path}/scored",
@@ -143,7 +147,8 @@ def test_the_folder_is_asked_as_the_policy_was_trained_wherever_the_file_went(cl
         "rollout.max_tokens=2",
     )
     code, _, err = cli(
-        "+suite=synthetic", "testsets.synthetic.samples.length=1", "testsets.synthetic.published=1", *scored, module="evaluate",
+        "+suite=synthetic", "testsets.synthetic.samples.length=1", "testsets.synthetic.published=1", *scored,
+        module="evaluate",
     )  # fmt: skip
     assert code == 0, err
     assert "Only {query}" in (tmp_path / "scored" / "config.yaml").read_text()

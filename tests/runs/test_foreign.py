@@ -1,4 +1,7 @@
-"""A configuration from elsewhere is data: it names segrl's parts and plain values, or is refused before anything of it is called."""
+"""A configuration from elsewhere is data: it names segrl's parts and plain values, or is refused.
+
+It is refused before anything of it is called.
+"""
 
 from pathlib import Path
 
@@ -19,7 +22,7 @@ def config() -> str:
 
 
 def run_of(tmp_path: Path, config: str, key: str | None = None, value: object = None) -> Path:
-    """A run's folder whose configuration has one key changed."""
+    """Return a run's folder with one key of its configuration changed."""
     cfg = OmegaConf.create(config)
     if key is not None:
         OmegaConf.update(cfg, key, value, force_add=True)
@@ -44,18 +47,29 @@ TRAP = {"_target_": "os.system", "command": "touch trapped"}
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("policy._target_", "os.system"), ("policy._target_", "builtins.exec"), ("policy._target_", "hydra.utils.get_method"),
-        ("policy._target_", "segrl.models.policy_card.importlib.import_module"), ("stage.optimizer._target_", "torch.hub.load"),
-        ("stage.optimizer._target_", "torch.optim.adamw.torch.hub.load"), ("stage.schedule._target_", "torch.optim.lr_scheduler.os.system"),
-        ("trainer._target_", "lightning.pytorch.cli.os.system"), ("trainer.strategy", TRAP), ("trainer.extra", TRAP),
-        ("stage.extra", TRAP), ("stage.optimizer", {"_target_": "torch.optim.SGD", "lr": 0.1, "_partial_": True, "extra": TRAP}),
+        ("policy._target_", "os.system"), ("policy._target_", "builtins.exec"),
+        ("policy._target_", "hydra.utils.get_method"),
+        ("policy._target_", "segrl.models.policy_card.importlib.import_module"),
+        ("stage.optimizer._target_", "torch.hub.load"),
+        ("stage.optimizer._target_", "torch.optim.adamw.torch.hub.load"),
+        ("stage.schedule._target_", "torch.optim.lr_scheduler.os.system"),
+        ("trainer._target_", "lightning.pytorch.cli.os.system"), ("trainer.strategy", TRAP),
+        ("trainer.extra", TRAP),
+        ("stage.extra", TRAP),
+        ("stage.optimizer", {"_target_": "torch.optim.SGD", "lr": 0.1, "_partial_": True, "extra": TRAP}),
         ("stage.optimizer", {"_target_": "torch.optim.SGD", "lr": 0.1, "_partial_": True, "extra": [TRAP]}),
-        ("data.module.train", TRAP), ("data.module.test.mine", TRAP), ("data.extra", TRAP), ("data.published", {"a": TRAP}),
-        ("reward.terms.mine", {"fn": {**TRAP, "_partial_": True}, "weight": 1.0}), ("reward.terms.iou.fn._target_", "shutil.rmtree"),
-        ("callbacks.mine", TRAP), ("logger", {**TRAP, "_partial_": True}), ("head._target_", "subprocess.run"),
-        ("head.architecture", "evil.yaml"), ("head.architecture", "configs/sam2.1/../../evil.yaml"), ("sources", {"a": TRAP}),
-        ("name", "${oc.env:HOME}"), ("paths.runs", "${oc.decode:1}"), ("policy.weights", "${hydra:runtime.cwd}"),
-        ("policy._args_", [1]), ("policy._recursive_", False), ("policy._convert_", "all"), ("stage.policy", TRAP),
+        ("data.module.train", TRAP), ("data.module.test.mine", TRAP), ("data.extra", TRAP),
+        ("data.published", {"a": TRAP}),
+        ("reward.terms.mine", {"fn": {**TRAP, "_partial_": True}, "weight": 1.0}),
+        ("reward.terms.iou.fn._target_", "shutil.rmtree"),
+        ("callbacks.mine", TRAP), ("logger", {**TRAP, "_partial_": True}),
+        ("head._target_", "subprocess.run"),
+        ("head.architecture", "evil.yaml"), ("head.architecture", "configs/sam2.1/../../evil.yaml"),
+        ("sources", {"a": TRAP}),
+        ("name", "${oc.env:HOME}"), ("paths.runs", "${oc.decode:1}"),
+        ("policy.weights", "${hydra:runtime.cwd}"),
+        ("policy._args_", [1]), ("policy._recursive_", False), ("policy._convert_", "all"),
+        ("stage.policy", TRAP),
         ("stage.surrogate._target_", "segrl.stages.grpo.GRPOStage"), ("stage.critic", TRAP), ("hydra", TRAP),
     ],
     ids=str,
@@ -68,7 +82,7 @@ def test_a_hostile_run_is_refused_in_a_line(tmp_path, config, key, value):
     assert not Path("trapped").exists()
 
 
-def test_code_of_ones_own_is_named_on_the_command_line(tmp_path, config):
+def test_own_code_must_be_named_on_the_command_line(tmp_path, config):
     folder = run_of(tmp_path, config, "reward.terms.iou.fn._target_", "statistics.fmean")
     with pytest.raises(
         ValueError, match=r"reward\.terms\.iou\.fn\._target_=statistics\.fmean on the command line"
@@ -80,7 +94,7 @@ def test_code_of_ones_own_is_named_on_the_command_line(tmp_path, config):
     )
 
 
-def test_an_evaluation_with_code_of_ones_own_goes_on_where_it_is_named(tmp_path):
+def test_an_evaluation_with_own_code_resumes_if_it_is_named(tmp_path):
     register_resolvers()
     cfg = compose_job("evaluate", ["+suite=synthetic", "scores._target_=builtins.dict"])
     OmegaConf.save(cfg, tmp_path / "config.yaml")
@@ -109,8 +123,9 @@ def test_an_export_is_made_of_segrls_parts_and_describes_the_others(tmp_path, co
 @pytest.mark.parametrize(
     "change",
     [
-        {"grammar": {"instructions": "${reward.trap}"}}, {"policy": {"lora": "${reward.trap}"}}, {"policy": "${reward.trap}"},
-        {"grammar": "${reward.trap}"}, {"policy": {"mine": "${reward.trap}"}}, {"policy": {"temperature": "${reward}"}},
+        {"grammar": {"instructions": "${reward.trap}"}}, {"policy": {"lora": "${reward.trap}"}},
+        {"policy": "${reward.trap}"}, {"grammar": "${reward.trap}"}, {"policy": {"mine": "${reward.trap}"}},
+        {"policy": {"temperature": "${reward}"}},
     ],
     ids=str,
 )  # fmt: skip
@@ -162,10 +177,11 @@ def test_a_run_whose_schedule_named_its_peak_goes_on(tmp_path, config):
 
 
 @pytest.mark.parametrize(
-    ("steps", "best", "anew"), [([], False, True), ([1, 2, 3], False, True), ([1, 2, 3, 4], False, False), ([1], True, False)]
+    ("steps", "best", "anew"),
+    [([], False, True), ([1, 2, 3], False, True), ([1, 2, 3, 4], False, False), ([1], True, False)]
 )  # fmt: skip
 def test_a_run_whose_checkpoint_is_gone_does_not_begin_anew(tmp_path, config, capsys, steps, best, anew):
-    """The third update may be the one that a kill kept from being saved."""
+    """A kill may have kept the third update from being saved."""
     folder = run_of(tmp_path, config, "callbacks.checkpoint.every_n_steps", 3)
     (folder / "checkpoints" / "last.ckpt").unlink()
     (folder / "history.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in steps))
@@ -232,7 +248,7 @@ def test_an_architecture_names_parts_of_sam2_alone(tmp_path):
             Sam2Head(str(tmp_path / "a.yaml"), None, 1, 1, None)
 
 
-def test_strange_is_all_that_is_called_or_looked_up():
+def test_calls_and_lookups_are_strange_and_plain_values_are_not():
     assert not list(
         strange(
             {"a": [1, 2.5, None, True, "x"], "b": {"c": "${a}/x", "_target_": "t", "_partial_": True}},
@@ -249,7 +265,7 @@ def test_strange_is_all_that_is_called_or_looked_up():
     "parts",
     [{"a": "$", "b": "${a}{oc.env:HOME}"}, {"a": "{oc.env:HOME}", "b": "$${a}"}, {"a": "x$", "b": "y"}],
 )
-def test_no_reference_is_put_together_from_others(parts):
-    """What is called reads a value once more when its references are in."""
+def test_values_that_join_to_a_reference_are_strange(parts):
+    """A called node reads a value once more after its references are resolved."""
     assert list(strange(parts, whole=True))
     assert not list(strange({"a": "for $5 {each}", "b": "${a}/$a"}, whole=True))

@@ -1,4 +1,4 @@
-"""Each key has a type and a range, in one place: what a schema does not allow is refused in a line that names the key."""
+"""Each key has a type and a range in one place; a value outside is refused in a line that names the key."""
 
 import ast
 import inspect
@@ -26,8 +26,8 @@ from segrl.runs.schema.walk import Walk  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLED_WITH = {
-    "logprobs", "old", "advantages", "mask", "group_size", "tokens", "reference", "rewards", "closes", "policy", "answer", "sample",
-    "optimizer", "total_steps", "truth", "folder", "tags",
+    "logprobs", "old", "advantages", "mask", "group_size", "tokens", "reference", "rewards", "closes",
+    "policy", "answer", "sample", "optimizer", "total_steps", "truth", "folder", "tags",
 }  # fmt: skip
 """What code gives to a part that the configuration leaves to be called."""
 
@@ -64,7 +64,8 @@ def test_the_keys_of_nodes_without_a_constructor_are_those_of_what_reads_them():
 def test_alarms_may_watch_all_that_is_logged_and_nothing_else():
     told = re.search(r"Logged scalars: (.*?)`val/", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)[1]
     documented = {
-        f"{room}/{name}" for room, names in re.findall(r"(\w+)/\{([^}]+)\}", told) for name in names.split(",") if "<" not in name
+        f"{room}/{name}" for room, names in re.findall(r"(\w+)/\{([^}]+)\}", told)
+        for name in names.split(",") if "<" not in name
     } | {"sft/loss"}  # fmt: skip
     assert documented <= SCALARS
     assert {one for one in SCALARS - documented} == {
@@ -76,21 +77,21 @@ def test_alarms_may_watch_all_that_is_logged_and_nothing_else():
     }
 
 
-def test_every_bound_is_taken():
+def test_every_bound_of_a_range_is_accepted():
     for one in {one for name in COMPOSED for one in typed(name)}:
         for value in good_values(one.schema):
             assert fault(one.model, one.field, value) is None, (one, value)
 
 
-def test_some_bad_values_are_told_by_their_key():
-    """A sample of all, each alone in its configuration."""
+def test_some_bad_values_are_refused_by_their_key():
+    """The values are a sample of all, each alone in its configuration."""
     for name, one, value in random.Random(0).sample(list(values()), 60):
         line = said_of(name, {one.key: value}).get(one.key, "TAKEN")
         assert is_told(one.key, value, line), (name, one.key, value, line)
 
 
 @pytest.mark.slow
-def test_every_bad_value_of_every_key_is_told_by_its_key():
+def test_every_bad_value_of_every_key_is_refused_by_its_key():
     wrong, count = [], 0
     for key, value, line in table():
         count += 1
@@ -103,7 +104,8 @@ def test_every_bad_value_of_every_key_is_told_by_its_key():
 def test_a_line_of_the_table_is_the_line_that_is_printed(cli, tmp_path):
     numbers = [
         (one, value) for name, one, value in values()
-        if name == "train +experiment=demo" and not isinstance(value, dict) and fault(one.model, one.field, "text") is not None
+        if name == "train +experiment=demo" and not isinstance(value, dict)
+        and fault(one.model, one.field, "text") is not None
     ]  # fmt: skip
     for one, value in random.Random(1).sample(numbers, 4):
         line = said_of("train +experiment=demo", {one.key: value})[one.key]
@@ -155,16 +157,18 @@ def test_a_command_line_that_is_refused_by_hand(command, arguments, words):
         ("train", ["+experiment=nano_sft", "reference=none"]),  # nothing is set that nothing reads
     ],
 )
-def test_what_is_read_may_be_set(command, arguments):
+def test_keys_that_the_command_reads_may_be_set(command, arguments):
     assert refusal(command, arguments, only_keys=True) is None
 
 
-def test_there_are_eighty_by_hand():
+def test_the_table_by_hand_has_eighty_command_lines():
     assert len(BY_HAND) >= 80
 
 
 def test_nothing_heavy_is_imported_to_refuse():
-    """`torch` and its like come after the check: no import of them at the head of what a command imports first."""
+    """The first modules that a command imports do not import `torch` or other heavy packages at
+    their head.
+    """
     for file in (
         "host/foreign.py",
         *(f"runs/{name}.py" for name in ("command", "configuration", "messages", "help_text")),

@@ -1,4 +1,4 @@
-"""A card's licence follows from the base model and the data, and is never asserted where one of them is not known."""
+"""A card's licence follows from the base model and the data; where one is unknown, none is stated."""
 
 import pytest
 from omegaconf import OmegaConf
@@ -13,7 +13,8 @@ def config(weights, loader="SyntheticScenes", **more):
     register_resolvers()
     return OmegaConf.create({
         "policy": {"weights": str(weights)}, "sources": {"policy.weights": QWEN}, "init_from": None,
-        "data": {"module": {"train": {"_target_": f"segrl.data.any.{loader}"}}, **more.pop("data", {})}, **more,
+        "data": {"module": {"train": {"_target_": f"segrl.data.any.{loader}"}}, **more.pop("data", {})},
+        **more,
     })  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def test_weights_that_state_nothing_are_under_no_known_licence(tmp_path):
     assert licences.of(config(tmp_path)) == ({"license": "apache-2.0"}, "")
 
 
-def test_what_a_run_started_from_counts(qwen, tmp_path):
+def test_a_licence_takes_in_what_the_run_started_from(qwen, tmp_path):
     first = tmp_path / "first"
     (first / "checkpoints").mkdir(parents=True)
     OmegaConf.save(

@@ -1,4 +1,7 @@
-"""Every experiment with every option of every group: composed and bound, or refused in a line that says which two do not go together, and what to write."""
+"""Every experiment with every option of every group composes and binds, or is refused in one line.
+
+The line says which two do not go together, and what to write.
+"""
 
 import random
 import re

@@ -1,4 +1,4 @@
-"""A GPU whose memory runs out is said in one line, with the key that takes less."""
+"""A GPU that runs out of memory costs one line, with the key that takes less."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ import torch
 from segrl.segmenter import Segmenter
 from segrl.stages.policy_gradient import PolicyGradientStage
 
-SMALL = ("logger=csv", "trainer.accelerator=cpu", "data.workers=0", "data.batch_size=2", "data.test_length=2", "trainer.max_steps=1",
-         "rollout.max_tokens=8")  # fmt: skip
+SMALL = ("logger=csv", "trainer.accelerator=cpu", "data.workers=0", "data.batch_size=2", "data.test_length=2",
+         "trainer.max_steps=1", "rollout.max_tokens=8")  # fmt: skip
 
 
 def ran_out(*_, **__):
@@ -17,11 +17,13 @@ def ran_out(*_, **__):
 @pytest.mark.parametrize(
     ("owner", "method", "command", "key"),
     [
-        (PolicyGradientStage, "forward", ("train", "+experiment=demo", "test_before=false", *SMALL), "stage.micro_batch_size"),
+        (PolicyGradientStage, "forward", ("train", "+experiment=demo", "test_before=false", *SMALL),
+         "stage.micro_batch_size"),
         (Segmenter, "__call__", ("train", "+experiment=demo", *SMALL), "data.module.eval_batch_size"),
         (
             Segmenter, "__call__",
-            ("evaluate", "+suite=synthetic", "testsets.synthetic.samples.length=2", "testsets.synthetic.published=2", "logger=csv"),
+            ("evaluate", "+suite=synthetic", "testsets.synthetic.samples.length=2",
+             "testsets.synthetic.published=2", "logger=csv"),
             "suite.batch_size",
         ),
     ],

@@ -1,4 +1,4 @@
-"""What is said where, without a run: the key that a full disk, a closed pipe or a value of another kind is told by."""
+"""Messages of faults that need no run: a full disk, a closed pipe, a value of another kind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from segrl.runs.report import check_same_samples
         ("prepare_traces", ["data.root=a", "out=b.jsonl"], "out"),
     ],
 )
-def test_a_full_disk_is_told_by_the_key_of_what_is_written(command, arguments, key):
+def test_a_full_disk_is_reported_with_the_key_of_what_is_written(command, arguments, key):
     full = OSError(errno.ENOSPC, "No space left on device", "FILE")
     configuration.register_resolvers()
     keys = dotted(configuration.compose_job(command, arguments))
@@ -36,12 +36,12 @@ def test_a_full_disk_is_told_by_the_key_of_what_is_written(command, arguments, k
 
 
 @pytest.mark.parametrize("value", ["null", "[1,2]", "''", "${oc.env:SEGRL_HAS_NO_SUCH_NAME}"])
-def test_weights_that_name_no_folder_are_told_by_their_own_key(value):
+def test_weights_that_name_no_folder_are_refused_by_their_own_key(value):
     (line,) = refusal("train", ["+experiment=demo", f"policy.weights={value}"])
     assert line.startswith("policy.weights: must be text; got "), line
 
 
-def test_what_lies_beside_no_folder_is_nothing(tmp_path, monkeypatch):
+def test_weights_that_name_no_folder_have_no_instructions_beside_them(tmp_path, monkeypatch):
     from segrl.prompts.instructions import NAME
 
     (tmp_path / NAME).touch()
@@ -56,7 +56,7 @@ def _broken(*_):
 
 
 class Standing:
-    """In place of stdout: another descriptor."""
+    """Stands for stdout with another descriptor."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -66,7 +66,7 @@ class Standing:
 
 
 @pytest.mark.parametrize("reader_left", [True, False])
-def test_a_broken_pipe_of_a_job_is_no_end_of_stdout(monkeypatch, reader_left):
+def test_a_broken_pipe_of_a_job_is_not_taken_for_a_closed_stdout(monkeypatch, reader_left):
     reads, writes = os.pipe()
     monkeypatch.setattr(sys, "stdout", Standing(writes))
     monkeypatch.setattr(sys, "argv", ["segrl"])
@@ -82,6 +82,6 @@ def test_a_broken_pipe_of_a_job_is_no_end_of_stdout(monkeypatch, reader_left):
     os.close(writes)
 
 
-def test_samples_that_changed_are_told_by_the_key_of_their_set():
+def test_samples_that_changed_are_reported_with_the_key_of_their_set():
     with pytest.raises(ValueError, match=r"^data\.module\.test\.cod10k: must hold the samples scored before"):
         check_same_samples({"cod10k": {"a": {}}}, {"cod10k": ["b"]})

@@ -13,7 +13,7 @@ from segrl.runs import records, report
 
 
 def line(i: int, iou: float, text: str = "same", cluster: str | None = None, dataset: str = "set") -> dict:
-    """What is kept of one evaluated sample."""
+    """Return what is kept of one evaluated sample."""
     own = {} if cluster is None else {"cluster": cluster}
     return {
         "dataset": dataset,
@@ -26,7 +26,7 @@ def line(i: int, iou: float, text: str = "same", cluster: str | None = None, dat
 
 
 def run_of(folder: Path, before: list[dict], after: list[dict]) -> Path:
-    """A run folder with both evaluations."""
+    """Return a run folder with both evaluations."""
     (folder / "evaluation").mkdir(parents=True)
     for name, lines in (("before", before), ("after", after)):
         (folder / "evaluation" / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
@@ -85,7 +85,7 @@ def test_lines_without_a_cluster_are_their_own_and_images_are_one_across_joined_
     assert records.clusters(lines).tolist() == [0, 1, 2, 1]
 
 
-def test_the_name_of_a_test_set_is_no_pattern(tmp_path):
+def test_the_name_of_a_test_set_is_not_read_as_a_pattern(tmp_path):
     for one in ("a", "b"):  # the second part must not take the first one's place
         with records.new_part(tmp_path, "mine[1]", 0) as file:
             file.write(json.dumps(dict.fromkeys(records._NEEDED) | {"dataset": "mine[1]", "id": one}) + "\n")

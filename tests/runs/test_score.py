@@ -1,4 +1,4 @@
-"""Folders of maps, whoever made them, against ground truth."""
+"""Folders of maps from any source are scored against ground truth."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write(path: Path, pixels: np.ndarray, mode: str | None = None) -> Path:
 
 @pytest.fixture
 def folders(tmp_path):
-    """a has IoU 2/3, b is perfect."""
+    """Write two maps: `a` has IoU 2/3, `b` is perfect."""
     for stem, mask in (("a", MASK), ("b", TRUTH)):
         write(tmp_path / "pred" / f"{stem}.png", mask)
         write(tmp_path / "gt" / f"{stem}.png", TRUTH)
@@ -154,7 +154,7 @@ def test_an_unfit_map_is_named(refused, folders, tmp_path, fault):
 
 
 def test_masks_of_zero_and_one_are_masks(score, folders):
-    """Not grey maps as good as black."""
+    """They are not read as grey maps that are almost black."""
     code, before, _ = score("metrics=[mae,sm,iou,biou]")
     for stem in "ab":
         path = folders[0] / f"{stem}.png"
@@ -192,7 +192,7 @@ def test_of_sixteen_bits_the_upper_eight_count_as_opencv_reads_them(tmp_path):
     assert (read_map(write(tmp_path / "shallow.png", TRUTH.astype(np.uint16))) == TRUTH).all()
 
 
-def test_an_empty_mask_is_one_whatever_the_file(score, folders):
+def test_an_empty_mask_in_a_palette_file_is_read_as_empty(score, folders):
     image = Image.fromarray(TRUTH * 0, "P")
     image.putpalette([0, 0, 0, 255, 255, 255])
     image.save(folders[0] / "a.png")

@@ -1,4 +1,4 @@
-"""A hundred signals at random moments: each is answered by what is on the disk, or by the truth that there is nothing."""
+"""A hundred signals at random moments: what is said of each agrees with what is on the disk."""
 
 import json
 import os
@@ -20,9 +20,9 @@ SMALL = (
     "data.workers=1",
 )
 TRAIN = (
-    "+experiment=demo", *SMALL, "data.batch_size=2", "data.train_length=8", "stage.group_size=2", "stage.schedule=null", "trainer.max_steps=8",
-    "callbacks.checkpoint.every_n_steps=3", "trainer.val_check_interval=2",
-    "data.val_length=2",
+    "+experiment=demo", *SMALL, "data.batch_size=2", "data.train_length=8", "stage.group_size=2",
+    "stage.schedule=null", "trainer.max_steps=8", "callbacks.checkpoint.every_n_steps=3",
+    "trainer.val_check_interval=2", "data.val_length=2",
 )  # fmt: skip
 EVALUATE = ("+experiment=demo", *SMALL, "suite.draws=0", "suite.batch_size=1")
 SWEEP = ("-m", *TRAIN, "seed=1,2")
@@ -32,13 +32,13 @@ _seconds: dict[str, float] = {}
 
 def begin(module, arguments, home):
     return subprocess.Popen(
-        [sys.executable, "-m", f"segrl.{module}", *arguments], cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+        [sys.executable, "-m", f"segrl.{module}", *arguments], cwd=home, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
     )  # fmt: skip
 
 
 def lasts(module, arguments, home):
-    """How long it takes, left alone."""
+    """Return the seconds that the command takes when left alone."""
     key = f"{module} {len(arguments)}"
     if key not in _seconds:
         began = time.monotonic()
@@ -54,7 +54,7 @@ def step_of(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(COUNT))
-def test_a_signal_at_any_moment(tmp_path, tmp_path_factory, number):
+def test_after_a_signal_at_any_moment_the_disk_holds_what_is_said(tmp_path, tmp_path_factory, number):
     drawn = random.Random(number)
     module, arguments = drawn.choice(
         [("train", TRAIN)] * 4 + [("evaluate", EVALUATE)] * 2 + [("train", SWEEP)]
@@ -69,10 +69,10 @@ def test_a_signal_at_any_moment(tmp_path, tmp_path_factory, number):
     out, err = process.communicate(timeout=120)  # its workers are gone, too: they hold the pipes
     assert process.returncode in (128 + sent, 0, -sent), (out, err)
     assert err == "", err
-    if process.returncode == -sent and not out:  # it came before segrl's handler was there
+    if process.returncode == -sent and not out:  # the signal came before segrl's handler was set
         assert not list(tmp_path.rglob("config.yaml"))
         return
-    if process.returncode in (0, -sent):  # it came when all was done
+    if process.returncode in (0, -sent):  # the signal came after all was done
         assert "results in" in out
         return
     said = [line for line in out.splitlines() if line.startswith(("stopped", "trained", "the sweep"))]

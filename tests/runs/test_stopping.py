@@ -1,4 +1,4 @@
-"""A run that is asked to stop says what is on the disk, and goes on from there, wherever the signal came."""
+"""A run that is asked to stop says what is on the disk and resumes from there, whenever the signal came."""
 
 import json
 import os
@@ -21,16 +21,17 @@ from segrl.stages.policy_gradient import PolicyGradientStage
 from segrl.tracking.callbacks import Progress
 
 RUN = (
-    "+experiment=demo", "logger=csv", "data.workers=0", "data.batch_size=2", "data.train_length=4", "data.test_length=2",
-    "rollout.max_tokens=6", "stage.group_size=2", "stage.schedule=null", "trainer.max_steps=3", "trainer.accelerator=cpu",
-    "trainer.val_check_interval=1", "callbacks.checkpoint.every_n_steps=100", "callbacks.best.monitor=val/synthetic/sm",
-    "data.val_length=2", "stage.optimizer.lr=1e-3",
+    "+experiment=demo", "logger=csv", "data.workers=0", "data.batch_size=2", "data.train_length=4",
+    "data.test_length=2", "rollout.max_tokens=6", "stage.group_size=2", "stage.schedule=null",
+    "trainer.max_steps=3", "trainer.accelerator=cpu", "trainer.val_check_interval=1",
+    "callbacks.checkpoint.every_n_steps=100", "callbacks.best.monitor=val/synthetic/sm", "data.val_length=2",
+    "stage.optimizer.lr=1e-3",
 )  # fmt: skip
 
 
 @pytest.fixture
 def at(monkeypatch):
-    """Send this process a signal at the n-th call of a function, before it runs."""
+    """Return a function that sends this process a signal at the n-th call of a function, before it runs."""
 
     def put(owner: object, name: str, number: int, sent: int = signal.SIGTERM, where=lambda *a: True) -> None:
         before, calls = getattr(owner, name), []
@@ -53,12 +54,12 @@ def state(run):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The same run, never stopped."""
+    """Return the same run, never stopped."""
     return {"folder": tmp_path_factory.mktemp("whole") / "run"}
 
 
 def goes_on(cli, run, whole):
-    """Resumed, it ends as the run that was never stopped."""
+    """Check that the resumed run ends as the run that was never stopped."""
     if not whole["folder"].exists():
         code, _, err = cli(*RUN, f"paths.run={whole['folder']}")
         assert code == 0, err
@@ -86,15 +87,18 @@ PHASES = {
     "in a step": ((PolicyGradientStage, "update", 2, signal.SIGTERM), "stopped and saved at step 2", 2),
     "after a step": ((Progress, "on_train_batch_end", 1, signal.SIGINT), "stopped and saved at step 1", 1),
     "in a validation": (
-        (PolicyGradientStage, "evaluate_batch", 2, signal.SIGTERM, validating), "stopped and saved at step 2", 2,
+        (PolicyGradientStage, "evaluate_batch", 2, signal.SIGTERM, validating),
+        "stopped and saved at step 2", 2,
     ),
     "in the last validation": (
-        (PolicyGradientStage, "evaluate_batch", 3, signal.SIGINT, validating), "stopped and saved at step 3", 3,
+        (PolicyGradientStage, "evaluate_batch", 3, signal.SIGINT, validating),
+        "stopped and saved at step 3", 3,
     ),
     "while saving": ((torch, "save", 1, signal.SIGTERM), "stopped and saved at step", None),
     "scoring before": ((Segmenter, "__call__", 1, signal.SIGINT), "stopped before its first update", None),
     "scoring after": (
-        (PolicyGradientStage, "evaluate_batch", 2, signal.SIGTERM, scoring), "trained and saved at step 3, not scored", 3,
+        (PolicyGradientStage, "evaluate_batch", 2, signal.SIGTERM, scoring),
+        "trained and saved at step 3, not scored", 3,
     ),
     "closing figures": ((training, "curves", 1, signal.SIGINT), "trained and saved at step 3, not scored", 3),
     "copying": ((training, "keep", 1, signal.SIGTERM), "trained, saved at step 3 and scored", 3),
@@ -113,7 +117,7 @@ SOON = (
 @pytest.mark.parametrize(
     "phase", [pytest.param(p, marks=() if p in SOON else pytest.mark.slow) for p in PHASES]
 )
-def test_what_is_said_is_on_the_disk_and_goes_on(cli, tmp_path, at, monkeypatch, whole, phase):
+def test_a_stopped_run_has_on_the_disk_what_it_says_and_resumes(cli, tmp_path, at, monkeypatch, whole, phase):
     struck, words, step = PHASES[phase]
     run = tmp_path / "run"
     at(*struck)
@@ -129,15 +133,15 @@ def test_what_is_said_is_on_the_disk_and_goes_on(cli, tmp_path, at, monkeypatch,
     goes_on(cli, run, whole)
 
 
-def test_before_anything_is_written_nothing_is(cli, tmp_path, at):
+def test_a_run_that_is_stopped_before_it_writes_leaves_nothing(cli, tmp_path, at):
     at(HFPolicy, "__init__", 1, signal.SIGINT)
     code, out, err = cli(*RUN)
     assert (code, out, err) == (130, "stopped by SIGINT before anything was written\n", "")
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_sweep_ends_behind_the_job_that_was_stopped(cli, tmp_path, at):
-    """Behind a job that failed, too: the sweep was stopped, and that is what its exit code says."""
+def test_a_sweep_ends_after_the_job_that_was_stopped(cli, tmp_path, at):
+    """This holds after a failed job, too: the exit code says that the sweep was stopped."""
     client = pytest.importorskip("mlflow.tracking").MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
     (tmp_path / "bad.ckpt").write_bytes(b"no checkpoint")
     at(PolicyGradientStage, "update", 2)
@@ -156,15 +160,17 @@ def test_a_sweep_ends_behind_the_job_that_was_stopped(cli, tmp_path, at):
 
 def test_an_evaluation_keeps_what_was_answered(cli, tmp_path, at):
     arguments = (
-        "+suite=synthetic", "testsets.synthetic.samples.length=6", "testsets.synthetic.published=6", "logger=csv",
-        "trainer=cpu", "data.workers=0", "suite.draws=0", "suite.batch_size=2", "rollout.max_tokens=4",
+        "+suite=synthetic", "testsets.synthetic.samples.length=6", "testsets.synthetic.published=6",
+        "logger=csv", "trainer=cpu", "data.workers=0", "suite.draws=0", "suite.batch_size=2",
+        "rollout.max_tokens=4",
     )  # fmt: skip
     at(Segmenter, "__call__", 3, signal.SIGINT)
     code, out, err = cli(*arguments, f"paths.run={tmp_path}/a", module="evaluate")
     assert code == 130, err
     last = out.splitlines()[-1]
     assert last == (
-        f"stopped; 4 of 6 samples are answered and saved; continue with: python -m segrl.evaluate resume={tmp_path}/a"
+        "stopped; 4 of 6 samples are answered and saved; "
+        f"continue with: python -m segrl.evaluate resume={tmp_path}/a"
     )
     code, out, err = cli(f"resume={tmp_path}/a", module="evaluate", runs=None)
     assert code == 0 and "4 of 6 were answered before" in out, err
@@ -172,7 +178,7 @@ def test_an_evaluation_keeps_what_was_answered(cli, tmp_path, at):
 
 @pytest.fixture
 def four_scenes(tmp_path):
-    """A folder of four images with masks."""
+    """Return a folder of four images with masks."""
     scenes = SyntheticScenes("test", 4, 0, 128, (0.5, 1.0), (1, 1))
     for i in range(4):
         for kind, pixels in (("images", scenes[i].image), ("masks", scenes[i].mask)):
@@ -252,7 +258,7 @@ def test_traces_that_another_process_writes_are_left_alone(cli, tmp_path, four_s
 
 
 def test_signals_are_answered_in_a_process_that_a_launcher_of_sweeps_started(monkeypatch):
-    """Its parent is the sweep, whose id it inherits: it is a run of its own all the same."""
+    """Its parent is the sweep, whose id it inherits; it is a run of its own nevertheless."""
     monkeypatch.setenv("SEGRL_FIRST_PROCESS", str(os.getppid()))
     before = signal.getsignal(signal.SIGTERM)
     assert signals.is_child()
@@ -289,7 +295,7 @@ def test_ranks_are_counted_where_a_launcher_started_them(monkeypatch, ranks, sai
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
-    """In a process of its own: what is at once does not return."""
+    """The command runs in a process of its own, which ends without returning."""
     import subprocess
     import sys
 
@@ -297,7 +303,8 @@ def test_a_second_signal_stops_at_once(tmp_path):
         "import os, signal, sys, time; from segrl.host import signals\n"
         "with signals.watched(), signals.held():\n"
         "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGTERM); time.sleep(1.2)\n"
-        "    print('held', signals.asked(), flush=True); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
+        "    print('held', signals.asked(), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert done.returncode == 143 and done.stdout == "held 2\n"

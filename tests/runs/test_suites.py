@@ -58,13 +58,13 @@ def test_reasonseg_leaves_ignored_pixels_out(evaluate, realdata, tmp_path):
 
 def test_real_photographs_at_their_own_sizes(cli, evaluate, realdata):
     folder = evaluate(
-        "a", "+testset=duts_te", *NANO, f"testsets.duts_te.root={realdata}/DUTS", "testsets.duts_te.published=null",
-        "suite.masks=true",
+        "a", "+testset=duts_te", *NANO, f"testsets.duts_te.root={realdata}/DUTS",
+        "testsets.duts_te.published=null", "suite.masks=true",
     )  # fmt: skip
     assert datasets(folder)["duts_te"]["n"] == len({row["id"] for row in rows(folder)}) == 40
     code, _, err = cli(
-        f"pred={folder}/masks/duts_te", f"gt={realdata}/DUTS/DUTS-TE/DUTS-TE-Mask", f"out={folder}/s.json", "draws=0",
-        module="score", runs=None,
+        f"pred={folder}/masks/duts_te", f"gt={realdata}/DUTS/DUTS-TE/DUTS-TE-Mask", f"out={folder}/s.json",
+        "draws=0", module="score", runs=None,
     )  # fmt: skip
     assert code == 0, err
     found = json.loads((folder / "s.json").read_text())
@@ -139,7 +139,12 @@ def test_ids_with_slashes_make_folders_that_can_be_scored(cli, evaluate, layouts
         assert sorted(p.relative_to(home).as_posix() for p in home.rglob("*.png")) == [
             f"{part}/im/{stem}.png" for part in ("one", "two") for stem in "xy"
         ]
-    code, _, err = cli(f"pred={home.parent.parent}/masks/duts_te/one/im", f"gt={tmp_path}/set/one/gt", module="score", runs=None)  # fmt: skip
+    code, _, err = cli(
+        f"pred={home.parent.parent}/masks/duts_te/one/im",
+        f"gt={tmp_path}/set/one/gt",
+        module="score",
+        runs=None,
+    )
     assert code == 0, err
 
 

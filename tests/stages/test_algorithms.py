@@ -1,4 +1,4 @@
-"""Every algorithm on the one loop: it runs, starts at ratio 1, resumes, and does what is its own."""
+"""Every algorithm on the one loop: it runs, starts at ratio 1, resumes, and does what is special to it."""
 
 import json
 
@@ -11,9 +11,10 @@ from segrl.stages.policy_gradient import PolicyGradientStage
 from segrl.stages.ppo import PPOStage
 
 RUN = (
-    "+experiment=demo", "logger=csv", "data.workers=0", "data.batch_size=4", "data.test_length=2", "data.train_length=16",
-    "rollout.max_tokens=24", "stage.group_size=3", "trainer.accelerator=cpu", "trainer.max_steps=4", "stage.micro_batch_size=2",
-    "stage.optimizer.lr=1e-3", "policy.temperature=1.0", "stage.schedule=null",
+    "+experiment=demo", "logger=csv", "data.workers=0", "data.batch_size=4", "data.test_length=2",
+    "data.train_length=16", "rollout.max_tokens=24", "stage.group_size=3", "trainer.accelerator=cpu",
+    "trainer.max_steps=4", "stage.micro_batch_size=2", "stage.optimizer.lr=1e-3", "policy.temperature=1.0",
+    "stage.schedule=null",
 )  # fmt: skip
 REFERENCE = ("reference=frozen_copy", "stage.kl_weight=0.01")
 OWN = {"dapo": ("stage.live_samples=2",), "rloo": ("stage.kl_weight=0.0", "stage.kl_reward=0.05")}
@@ -90,7 +91,10 @@ def test_resume_is_exact_with_a_critic_two_updates_and_a_reward_that_remembers(
         "callbacks.checkpoint.every_n_steps=2",
     )
     arguments += ("stage.critic_warmup=3",) if stage.startswith("ppo") else ()
-    schedule = "stage.schedule={_target_: segrl.stages.schedule.one_cycle, _partial_: true, pct_start: 0.3, cycle_momentum: false}"
+    schedule = (
+        "stage.schedule={_target_: segrl.stages.schedule.one_cycle, _partial_: true, "
+        "pct_start: 0.3, cycle_momentum: false}"
+    )
     arguments = (*arguments, schedule)
     code, _, err = cli(*arguments, f"paths.run={tmp_path}/whole")
     assert code == 0, err
@@ -115,8 +119,8 @@ def test_resume_is_exact_with_a_critic_two_updates_and_a_reward_that_remembers(
     assert histories[0] == histories[1]
 
 
-def test_dapo_takes_what_can_teach_and_stops_trying_when_it_has_enough(cli, tmp_path, monkeypatch):
-    """Samples whose place in the batch is even have groups without spread."""
+def test_dapo_keeps_groups_with_spread_and_stops_sampling_when_it_has_enough(cli, tmp_path, monkeypatch):
+    """Samples at even places of the batch have groups without spread."""
     from segrl.rewards.mixture import RewardMixture
 
     score, tried = RewardMixture.__call__, []
@@ -131,8 +135,8 @@ def test_dapo_takes_what_can_teach_and_stops_trying_when_it_has_enough(cli, tmp_
 
     monkeypatch.setattr(RewardMixture, "__call__", uneven)
     code, _, err = cli(
-        *RUN, "stage=dapo", "stage.live_samples=2", "data.batch_size=12", "trainer.max_steps=2", "test_before=false",
-        f"paths.run={tmp_path}/run",
+        *RUN, "stage=dapo", "stage.live_samples=2", "data.batch_size=12", "trainer.max_steps=2",
+        "test_before=false", f"paths.run={tmp_path}/run",
     )  # fmt: skip
     assert code == 0, err
     assert 2 <= len(tried) < 12 and len(tried) % 2 == 0
@@ -142,7 +146,7 @@ def test_dapo_takes_what_can_teach_and_stops_trying_when_it_has_enough(cli, tmp_
     assert sum(odd) >= 2 and sum(odd[:-2]) < 2
 
 
-def test_the_critic_is_told_the_truth_and_the_policy_is_not(cli, tmp_path, monkeypatch):
+def test_the_critic_reads_the_ground_truth_and_the_policy_does_not(cli, tmp_path, monkeypatch):
     told = []
     privileged = PPOStage.privileged
     monkeypatch.setattr(
@@ -163,7 +167,10 @@ def test_under_a_schedule_the_critic_peaks_at_its_own_rate(cli, tmp_path, monkey
         return update(self, minibatch)
 
     monkeypatch.setattr(PolicyGradientStage, "update", watched)
-    one_cycle = "stage.schedule={_target_: segrl.stages.schedule.one_cycle, _partial_: true, pct_start: 0.5, cycle_momentum: false}"
+    one_cycle = (
+        "stage.schedule={_target_: segrl.stages.schedule.one_cycle, _partial_: true, "
+        "pct_start: 0.5, cycle_momentum: false}"
+    )
     ppo = (*RUN[:-1], "stage=ppo", *REFERENCE, "stage.critic_lr=1e-2", "trainer.max_steps=8", one_cycle)
     code, _, err = cli(*ppo, f"paths.run={tmp_path}/run")
     assert code == 0, err

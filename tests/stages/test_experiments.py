@@ -63,7 +63,7 @@ REFER = (
 
 
 def download(root, layout, count=3):
-    """A dataset of the published shape, drawn."""
+    """Draw a dataset of the published shape."""
     scenes = SyntheticScenes("files", 100, 0, 96, (0.5, 1.0), (1, 1))
     for f, (images, masks, prefix) in enumerate(layout):
         for folder in (root / images, root / masks):
@@ -80,7 +80,7 @@ def download(root, layout, count=3):
 
 
 def refer(root, generalised):
-    """A dataset of the refer API's shape, drawn; gRefCOCO's names several objects, or none."""
+    """Draw a dataset of the refer API's shape; gRefCOCO's sentences name several objects, or none."""
     scenes = SyntheticScenes("files", 10, 0, 96, (0.5, 1.0), (2, 2))
     annotations = root / ("grefcoco" if generalised else "refcocog")
     photos = root / "images/mscoco/images/train2014"
@@ -140,7 +140,8 @@ def test_a_cold_start_trains_on_traces_made_from_masks(cli, tmp_path, experiment
     lines = [json.loads(line) for line in traces.read_text().splitlines()]
     assert lines and set(lines[0]) == {"image", "problem", "thinking", "solution"}
     code, out, err = cli(
-        f"+experiment={experiment}", *NANO, *SMALL, f"data.root={root}", f"data.traces={traces}", "trainer.max_epochs=9"
+        f"+experiment={experiment}", *NANO, *SMALL, f"data.root={root}", f"data.traces={traces}",
+        "trainer.max_epochs=9"
     )  # fmt: skip
     assert code == 0, err
     (run,) = (tmp_path / "runs" / experiment).iterdir()
@@ -203,7 +204,7 @@ def test_demo_leaves_everything_that_it_promises(cli, tmp_path):
 
 
 def logged(runs, run):
-    """MLflow holds parameters, configuration, git state, scalars, pictures and checkpoint."""
+    """Check that MLflow holds parameters, configuration, git state, scalars, pictures and checkpoint."""
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
@@ -255,7 +256,7 @@ def test_no_pass_is_spent_on_a_reference_of_weight_zero_nor_on_old_logprobs(cli,
 
 
 def test_a_reference_in_half_precision_is_the_policy_that_it_was(cli, tmp_path, monkeypatch):
-    """It is laid out for its passes, and its divergence is exactly zero before the policy moves."""
+    """The divergence from it is exactly zero before the policy moves."""
     import torch
 
     from segrl.models.reference import FrozenCopy
@@ -269,8 +270,8 @@ def test_a_reference_in_half_precision_is_the_policy_that_it_was(cli, tmp_path, 
 
     monkeypatch.setattr(FrozenCopy, "logprobs", logprobs)
     code, _, err = cli(
-        "+experiment=demo", *SYNTHETIC["demo"], *SMALL, "reference=frozen_copy", "stage.kl_weight=0.1", "test_before=false",
-        "trainer.precision=bf16-mixed", f"paths.run={tmp_path}/run",
+        "+experiment=demo", *SYNTHETIC["demo"], *SMALL, "reference=frozen_copy", "stage.kl_weight=0.1",
+        "test_before=false", "trainer.precision=bf16-mixed", f"paths.run={tmp_path}/run",
     )  # fmt: skip
     assert code == 0, err
     assert set(dtypes) == {(torch.bfloat16, torch.float32)}
@@ -320,7 +321,9 @@ def test_evaluation_scores_a_checkpoint_without_training(cli, tmp_path):
 
 @pytest.mark.parametrize("stage", ["grpo", "ppo"])
 def test_what_saves_memory_does_not_change_the_update(cli, tmp_path, stage):
-    """One pass that shares the sampler's reading of the prefixes; passes per sample; per completion; activations anew."""
+    """One pass that shares the sampler's prefix state is compared with passes per sample, passes per
+    completion, and recomputed activations.
+    """
     import torch
 
     ways = {
@@ -336,9 +339,9 @@ def test_what_saves_memory_does_not_change_the_update(cli, tmp_path, stage):
     states = {}
     for name, way in ways.items():
         code, _, err = cli(
-            "+experiment=demo", f"name={name}", *of_stage, *SYNTHETIC["demo"], *SMALL, "data.batch_size=4", "test_before=false", *way,
-            "stage.optimizer._target_=torch.optim.SGD", "~stage.optimizer.betas", "~stage.optimizer.eps", "trainer.max_steps=2",
-            "stage.schedule=null", "stage.optimizer.lr=0.01",
+            "+experiment=demo", f"name={name}", *of_stage, *SYNTHETIC["demo"], *SMALL, "data.batch_size=4",
+            "test_before=false", *way, "stage.optimizer._target_=torch.optim.SGD", "~stage.optimizer.betas",
+            "~stage.optimizer.eps", "trainer.max_steps=2", "stage.schedule=null", "stage.optimizer.lr=0.01",
         )  # fmt: skip
         assert code == 0, err
         (path,) = (tmp_path / "runs" / name).rglob("last.ckpt")

@@ -8,7 +8,9 @@ import pytest
 
 @pytest.mark.slow
 def test_the_demo_learns(cli, tmp_path):
-    """The whole of it, as `make demo` runs it: both scores rise by at least 0.05, on boxes that differ from scene to scene."""
+    """The whole demo, as `make demo` runs it: both scores rise by at least 0.05, on boxes that differ by
+    scene.
+    """
     code, out, err = cli("+experiment=demo", "logger=csv")
     assert code == 0, err
     (run,) = (tmp_path / "runs" / "demo").iterdir()
@@ -26,7 +28,7 @@ def test_the_demo_learns(cli, tmp_path):
 
 @pytest.mark.slow
 def test_nothing_is_learned_from_a_reward_without_signal(cli, tmp_path):
-    """Negative control: the same run at a learning rate of nothing gains nothing."""
+    """Negative control: the same run at a learning rate of zero gains nothing."""
     code, out, err = cli(
         "+experiment=demo",
         "trainer.max_steps=3",

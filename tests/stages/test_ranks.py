@@ -1,4 +1,4 @@
-"""Ranks, like micro-batches, change nothing: two processes on gloo end where one does."""
+"""Ranks, like micro-batches, change nothing: two processes on gloo end with the weights of one."""
 
 import subprocess
 import sys
@@ -14,17 +14,19 @@ SGD = (
 )
 RUN = (
     "+experiment=demo", "logger=csv", "trainer.accelerator=cpu", "data.train_length=64", "data.test_length=5",
-    "trainer.max_steps=4", "stage.group_size=3", "rollout.max_tokens=24", "data.workers=0", "stage.micro_batch_size=1",
-    "policy.temperature=1.0", *SGD,
+    "trainer.max_steps=4", "stage.group_size=3", "rollout.max_tokens=24", "data.workers=0",
+    "stage.micro_batch_size=1", "policy.temperature=1.0", *SGD,
 )  # fmt: skip
 REFERENCE = ("reference=frozen_copy", "stage.kl_weight=0.01")
-# Token weights by sequence; by group, two updates a rollout; by token; a critic with advantages whitened over ranks.
+# Token weights by sequence; by group, with two updates a rollout; by token; and a critic whose advantages are
+# whitened over ranks.
 ALGORITHMS = {
     "grpo": (),
     "sam_r1": ("stage=sam_r1", *REFERENCE),
     "reinforce_pp": ("stage=reinforce_pp", *REFERENCE),
     "ppo": ("stage=ppo", *REFERENCE, "stage.critic_warmup=1", "stage.critic_lr=0.05"),
-    # Groups in pieces, which meet in their prefix; everything in one pass, which shares the sampler's reading.
+    # Groups in pieces, whose gradients add up at their prefix; everything in one pass, which shares the
+    # sampler's prefix state.
     "pieces": ("stage.completions_per_pass=2", "stage.micro_batch_size=2"),
     "one_pass": ("stage.micro_batch_size=8",),
 }
@@ -95,7 +97,7 @@ main()
     ],
 )
 def test_a_rank_leaves_no_thread_of_its_group_to_the_end_of_python(tmp_path, module, arguments):
-    """A thread that lets go of a tensor while the interpreter ends aborts the process, and with it the run."""
+    """A thread that frees a tensor while the interpreter ends aborts the process, and with it the run."""
     (tmp_path / "main.py").write_text(LEFT.format(module=module))
     command = [sys.executable, tmp_path / "main.py", *arguments, f"paths.run={tmp_path}/run", "trainer=ddp"]
     process = subprocess.run(

@@ -14,9 +14,10 @@ from segrl.rollout.shared_prefix import SharedPrefixEngine
 from segrl.stages.policy_gradient import PolicyGradientStage
 
 RUN = (
-    "+experiment=demo", "logger=csv", "data.batch_size=2", "data.train_length=8", "data.test_length=2", "rollout.max_tokens=24",
-    "stage.group_size=3", "trainer.max_steps=6", "callbacks.checkpoint.every_n_steps=3", "trainer.accelerator=cpu",
-    "stage.optimizer.lr=1e-3", "stage.schedule=null",
+    "+experiment=demo", "logger=csv", "data.batch_size=2", "data.train_length=8", "data.test_length=2",
+    "rollout.max_tokens=24", "stage.group_size=3", "trainer.max_steps=6",
+    "callbacks.checkpoint.every_n_steps=3", "trainer.accelerator=cpu", "stage.optimizer.lr=1e-3",
+    "stage.schedule=null",
 )  # fmt: skip
 
 
@@ -29,7 +30,7 @@ def state(run):
 
 
 def same(a, b):
-    """Deep equality, tensors bit for bit."""
+    """Return whether two nested states are equal, tensors bit for bit."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -41,7 +42,7 @@ def same(a, b):
 
 @pytest.mark.parametrize(("workers", "dies_at", "every"), [(0, 5, 3), (1, 4, 3), (1, 5, 4), (0, 5, 2)])
 def test_resume_equals_never_having_stopped(cli, tmp_path, monkeypatch, workers, dies_at, every):
-    """Four updates an epoch: the resumed part crosses into a new permutation, or begins with it."""
+    """An epoch has four updates: the resumed part crosses into a new permutation, or begins with it."""
     arguments = (*RUN, f"data.workers={workers}", f"callbacks.checkpoint.every_n_steps={every}")
     code, _, err = cli(*arguments, f"paths.run={tmp_path}/whole")
     assert code == 0, err
@@ -62,7 +63,7 @@ def test_resume_equals_never_having_stopped(cli, tmp_path, monkeypatch, workers,
 
 
 def goes_on(cli, cut, whole):
-    """Resumed, it ends as the whole run did."""
+    """Check that the resumed run ends as the whole run did."""
     code, _, err = cli(f"resume={cut}", runs=None)
     assert code == 0, err
     assert state(cut)["global_step"] == 6
@@ -76,7 +77,9 @@ def goes_on(cli, cut, whole):
 
 @pytest.mark.parametrize("dies_at", [2, 4])
 def test_a_run_that_cannot_go_on_keeps_what_it_learned(cli, tmp_path, monkeypatch, dies_at):
-    """A server or a file is gone, in the middle of an epoch or at the beginning of one, long before a checkpoint is due."""
+    """A server or a file is gone, in the middle of an epoch or at its beginning, before a
+    checkpoint is due.
+    """
     arguments = (*RUN, "data.workers=0", "callbacks.checkpoint.every_n_steps=100")
     code, _, err = cli(*arguments, f"paths.run={tmp_path}/whole")
     assert code == 0, err
@@ -135,7 +138,7 @@ def test_a_key_that_the_defaults_lack_is_changed_where_the_run_has_it(cli, tmp_p
 
 
 def test_a_resume_that_is_refused_leaves_the_run_as_it_was(cli, tmp_path):
-    """Its schedule was made for one update: that shows when the checkpoint is loaded."""
+    """Its schedule was made for one update, which shows only when the checkpoint is loaded."""
     code, _, err = cli(*RUN[:-1], "trainer.max_steps=1", f"paths.run={tmp_path}/run")
     assert code == 0, err
     before = (tmp_path / "run" / "config.yaml").read_text()
@@ -167,8 +170,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_intact(cli, tmp_path, monkeyp
 
 
 def start(tmp_path, name):
-    command = [sys.executable, "-m", "segrl.train", *RUN, "data.workers=1", f"paths.runs={tmp_path}/runs", f"paths.run={tmp_path}/{name}",
-               "trainer.max_steps=12", "callbacks.checkpoint.every_n_steps=2"]  # fmt: skip
+    command = [sys.executable, "-m", "segrl.train", *RUN, "data.workers=1", f"paths.runs={tmp_path}/runs",
+               f"paths.run={tmp_path}/{name}", "trainer.max_steps=12",
+               "callbacks.checkpoint.every_n_steps=2"]  # fmt: skip
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -181,7 +185,7 @@ def start(tmp_path, name):
 
 @pytest.fixture(scope="module")
 def never_stopped(tmp_path_factory):
-    """The run that is killed, left alone; and how long it took."""
+    """Return the run that is killed elsewhere, left alone, and how long it took."""
     home, began = tmp_path_factory.mktemp("never"), time.monotonic()
     assert start(home, "whole").wait() == 0
     return home / "whole", time.monotonic() - began
@@ -189,8 +193,8 @@ def never_stopped(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(int(os.environ.get("SEGRL_KILLS", "50"))))
-def test_a_real_kill_at_any_moment(tmp_path, never_stopped, number):
-    """SIGKILL at moments spread over the whole run: wherever it came, what goes on ends with the same bits."""
+def test_a_run_that_was_killed_at_any_moment_ends_as_one_that_was_not(tmp_path, never_stopped, number):
+    """SIGKILL comes at moments spread over the whole run; the resumed run ends with the same bits."""
     whole, seconds = never_stopped
     process = start(tmp_path, "cut")
     time.sleep(seconds * (number + 0.5) / 50)
@@ -199,7 +203,8 @@ def test_a_real_kill_at_any_moment(tmp_path, never_stopped, number):
     process.stdout.read()  # ends only when the loader's process is gone, too
     if not (tmp_path / "cut" / "config.yaml").is_file():
         return  # nothing was written yet, so nothing can be lost
-    done = subprocess.run([sys.executable, "-m", "segrl.train", f"resume={tmp_path}/cut"], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "segrl.train", f"resume={tmp_path}/cut"],
+                          capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert same(state(whole)["state_dict"], state(tmp_path / "cut")["state_dict"])
@@ -207,7 +212,7 @@ def test_a_real_kill_at_any_moment(tmp_path, never_stopped, number):
 
 
 def test_a_run_recorded_in_mlflow_goes_on_in_its_record(cli, tmp_path):
-    """The default logger writes parameters once, and the resumed part is of the same MLflow run."""
+    """The default logger writes parameters once, and the resumed part belongs to the same MLflow run."""
     from mlflow.tracking import MlflowClient
 
     arguments = [argument for argument in RUN if argument != "logger=csv"]

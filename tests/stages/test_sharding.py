@@ -1,4 +1,4 @@
-"""What shards training state is known by a protocol: any strategy that satisfies it is asked, whatever its class."""
+"""A strategy that satisfies the protocol `Sharding` is asked what sharding changes, whatever its class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One GRPO step, top to bottom, made with segrl's own pieces: the stage does the same, and ends with the same weights."""
+"""One GRPO step written out with segrl's own functions ends with the weights of the stage's step."""
 
 from functools import partial
 
@@ -17,14 +17,16 @@ from segrl.segmenter import Segmenter
 
 SAMPLES, GROUP, SEED, RATE = 4, 3, 1, 1e-3
 OVERRIDES = (
-    "+experiment=demo", "logger=csv", f"seed={SEED}", "trainer.accelerator=cpu", "trainer.max_steps=1", "test_before=false",
-    f"data.batch_size={SAMPLES}", "data.train_length=16", "data.test_length=1", "data.workers=0", "rollout.max_tokens=24",
-    f"stage.group_size={GROUP}", f"stage.micro_batch_size={SAMPLES}", f"stage.optimizer.lr={RATE}", "stage.schedule=null",
+    "+experiment=demo", "logger=csv", f"seed={SEED}", "trainer.accelerator=cpu", "trainer.max_steps=1",
+    "test_before=false", f"data.batch_size={SAMPLES}", "data.train_length=16", "data.test_length=1",
+    "data.workers=0", "rollout.max_tokens=24", f"stage.group_size={GROUP}",
+    f"stage.micro_batch_size={SAMPLES}", f"stage.optimizer.lr={RATE}", "stage.schedule=null",
 )  # fmt: skip
 
 
 def test_a_step_by_hand_is_the_stages_step(cli, tmp_path):
-    # The parts, as the demo configures them: nano Qwen3-VL, nano SAM 2, Seg-R1's tags, IoU + S-measure + format.
+    # The parts as the demo configures them: nano Qwen3-VL, nano SAM 2, Seg-R1's tags, and a reward of IoU,
+    # S-measure and format.
     register_resolvers()
     cfg = compose_job("train", [*OVERRIDES, "paths.run=unused"])
     policy, grammar, head = instantiate(cfg.policy), instantiate(cfg.grammar), instantiate(cfg.head)
@@ -35,7 +37,7 @@ def test_a_step_by_hand_is_the_stages_step(cli, tmp_path):
     )
     segmenter = Segmenter(policy=policy, grammar=grammar, engine=engine, head=head)
 
-    # Data: B images and queries; pixels and token ids are made once per sample. The order follows from the seed.
+    # Data: B images and queries. Pixels and token ids are made once per sample. The seed gives the order.
     order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(SEED * 1_000_003))
     batch = Collate(policy.encoder, grammar)([scenes[i] for i in order[:SAMPLES].tolist()])
 
@@ -53,7 +55,7 @@ def test_a_step_by_hand_is_the_stages_step(cli, tmp_path):
     advantages = group_relative(scores.total, floor=1e-4).flatten()[:, None] * completions.mask
     weights = per_sequence(completions.mask, GROUP, float(completions.mask.sum()))
 
-    # One update: L = sum of -A * ratio over tokens; the ratio is 1, for the policy that sampled is the one that learns.
+    # One update: L = sum of -A * ratio over tokens. The ratio is 1, because the policy that sampled learns.
     logprobs = policy.logprobs(batch.prefixes, completions)  # [N, T]
     clip = partial(ppo_clip, low=0.2, high=0.2)
     loss = policy_gradient(logprobs, None, None, advantages.float(), weights, clip, k3, kl_weight=0.0).loss

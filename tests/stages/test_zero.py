@@ -1,6 +1,7 @@
-"""ZeRO changes where things lie and nothing else: the same weights as DDP, the same checkpoint, resumed under any strategy.
+"""ZeRO changes only where tensors are stored: weights and checkpoints are those of DDP.
 
-Needs the extra `deepspeed`; `make test-zero` runs it in an environment of its own. On CPUs DeepSpeed takes the same code paths over gloo.
+A checkpoint can be resumed under any strategy. The tests need the extra `deepspeed`; `make test-zero` runs
+them in an environment of their own. On CPUs DeepSpeed takes the same code paths over gloo.
 """
 
 import json
@@ -16,11 +17,16 @@ from segrl.runs.configuration import asset
 
 pytestmark = pytest.mark.zero
 RUN = (
-    "+experiment=demo", "logger=csv", "trainer.accelerator=cpu", "trainer.devices=2", "data.train_length=64", "data.test_length=5",
-    "rollout.max_tokens=24", "data.workers=0", "data.batch_size=2", "stage.micro_batch_size=1",
-    "policy.temperature=1.0", "stage.schedule=null", "test_before=false",
+    "+experiment=demo", "logger=csv", "trainer.accelerator=cpu", "trainer.devices=2", "data.train_length=64",
+    "data.test_length=5", "rollout.max_tokens=24", "data.workers=0", "data.batch_size=2",
+    "stage.micro_batch_size=1", "policy.temperature=1.0", "stage.schedule=null", "test_before=false",
 )  # fmt: skip
-SGD = ("stage.optimizer._target_=torch.optim.SGD", "~stage.optimizer.betas", "~stage.optimizer.eps", "stage.optimizer.lr=0.05")  # fmt: skip
+SGD = (
+    "stage.optimizer._target_=torch.optim.SGD",
+    "~stage.optimizer.betas",
+    "~stage.optimizer.eps",
+    "stage.optimizer.lr=0.05",
+)
 # With a tiny eps rounding decides the step of weights that have no gradient.
 ADAMW = ("stage.optimizer.lr=1e-4", "stage.optimizer.eps=1e-3")
 
@@ -56,7 +62,9 @@ def test_every_level_ends_where_ddp_does(tmp_path):
 
 
 def test_what_saves_memory_ends_where_ddp_does(tmp_path):
-    """Pieces of groups, and activations computed again; ZeRO-3 would learn wrong from pieces, and refuses them."""
+    """Pieces of groups, and recomputed activations. ZeRO-3 would compute wrong gradients from pieces, and
+    refuses them.
+    """
     case = (*RUN, *SGD, "stage.group_size=3", "trainer.max_steps=2")
     pieces, again = "stage.completions_per_pass=1", "policy.gradient_checkpointing=true"
     ddp = run(tmp_path / "ddp", *case, "trainer=ddp")
@@ -84,7 +92,9 @@ def test_imitation_under_the_highest_level_ends_where_ddp_does(tmp_path):
 
 
 def test_a_reference_in_half_precision_is_the_policy_that_it_was(tmp_path):
-    """Its weights are cast before the engine takes them: the divergence is exactly zero before the policy moves."""
+    """Its weights are cast before the engine takes them, so the divergence is exactly zero before the policy
+    moves.
+    """
     case = (
         *RUN,
         *SGD,

@@ -1,4 +1,4 @@
-"""Alarms ring for what they name, once, and not for what is well; the best checkpoint is the one that is scored."""
+"""Alarms report what they name, once, and nothing else; the best checkpoint is the one that is scored."""
 
 import json
 
@@ -43,14 +43,16 @@ def test_an_alarm_goes_through_a_checkpoint():
 
 
 DEMO = (
-    "+experiment=demo", "logger=csv", "data.workers=0", "data.batch_size=2", "data.test_length=4", "rollout.max_tokens=24",
-    "stage.group_size=2", "trainer.accelerator=cpu",
+    "+experiment=demo", "logger=csv", "data.workers=0", "data.batch_size=2", "data.test_length=4",
+    "rollout.max_tokens=24", "stage.group_size=2", "trainer.accelerator=cpu",
 )  # fmt: skip
 
 
 def test_an_alarm_that_stops_saves_and_says_why(cli, tmp_path):
     code, out, err = cli(
-        *DEMO, "trainer.max_steps=9", "callbacks.alarms.window=2", "+callbacks.alarms.rules.length={scalar: rollout/length, above: 1.0, stop: true}", f"paths.run={tmp_path}/run",
+        *DEMO, "trainer.max_steps=9", "callbacks.alarms.window=2",
+        "+callbacks.alarms.rules.length={scalar: rollout/length, above: 1.0, stop: true}",
+        f"paths.run={tmp_path}/run",
     )  # fmt: skip
     assert code == 0, err
     assert (
@@ -81,7 +83,7 @@ def test_a_loss_that_is_no_number_stops_before_it_reaches_the_weights(cli, tmp_p
 
 
 def test_the_best_checkpoint_is_the_one_that_is_scored(cli, tmp_path, monkeypatch):
-    """Validation says that the first of three updates was best."""
+    """Validation scores the first of three updates best."""
     from segrl.stages.base import SegStage
 
     told = iter([0.9, 0.3, 0.2])
@@ -91,8 +93,9 @@ def test_the_best_checkpoint_is_the_one_that_is_scored(cli, tmp_path, monkeypatc
 
     monkeypatch.setattr(SegStage, "on_validation_epoch_end", pretend)
     code, out, err = cli(
-        *DEMO, "trainer.max_steps=3", "trainer.val_check_interval=1", "callbacks.best.monitor=val/synthetic/sm",
-        "data.val_length=2", "stage.optimizer.lr=1e-2", f"paths.run={tmp_path}/run",
+        *DEMO, "trainer.max_steps=3", "trainer.val_check_interval=1",
+        "callbacks.best.monitor=val/synthetic/sm", "data.val_length=2", "stage.optimizer.lr=1e-2",
+        f"paths.run={tmp_path}/run",
     )  # fmt: skip
     assert code == 0, err
     best = torch.load(tmp_path / "run/checkpoints/best.ckpt", weights_only=True)

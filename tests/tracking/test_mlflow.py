@@ -1,4 +1,4 @@
-"""MLflow that is locked, gone, of another schema, or lacks a run stops no run that could go on."""
+"""An MLflow database that is locked, gone, outdated, or without the run stops no run that can go on."""
 
 import json
 import shutil
@@ -18,14 +18,14 @@ from segrl.tracking.mlflow_store import CannotTrackError, Place, Run
 MlflowClient = pytest.importorskip("mlflow.tracking").MlflowClient
 
 SMALL = (
-    "+experiment=demo", "trainer.max_steps=2", "data.batch_size=2", "data.workers=0", "data.test_length=2", "test_before=false",
-    "rollout.max_tokens=24", "stage.group_size=2", "trainer.accelerator=cpu",
+    "+experiment=demo", "trainer.max_steps=2", "data.batch_size=2", "data.workers=0", "data.test_length=2",
+    "test_before=false", "rollout.max_tokens=24", "stage.group_size=2", "trainer.accelerator=cpu",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def fresh(tmp_path_factory):
-    """A database that MLflow has made, without any experiment of ours: making one takes seconds."""
+    """Return a database that MLflow has made, without experiments; making one takes seconds."""
     file = tmp_path_factory.mktemp("mlflow") / "fresh.db"
     Place(tracking_uri=f"sqlite:///{file}", artifacts=str(file.parent), experiment="any").connect()
     return file
@@ -46,7 +46,7 @@ def place(fresh, tmp_path):
 
 @pytest.fixture
 def empty(tmp_path):
-    """The folder of a run that begins."""
+    """Return the folder of a run that begins."""
     made = tmp_path / "runs" / "one"
     made.mkdir(parents=True)
     return made
@@ -54,7 +54,7 @@ def empty(tmp_path):
 
 @pytest.fixture
 def folder(empty):
-    """A run folder in which two updates have left their scalars."""
+    """Return a run folder in which two updates have left their scalars."""
     for step in (1, 2):
         updated(empty, step)
     return empty
@@ -81,7 +81,7 @@ def logger_of(place, folder, checkpoints=False):
 
 
 def two_updates(logger, between):
-    """What a run of two updates does; something happens in the middle."""
+    """Log what a run of two updates logs; call `between` after the first."""
     logger.log_hyperparams({"stage": {"group_size": 2}, "seed": 1})
     for step in (1, 2):
         updated(logger.folder, step)
@@ -160,7 +160,7 @@ def test_a_full_disk_under_the_database_stops_nothing(place, empty, capsys):
     assert "full" in said_once(capsys.readouterr().out, empty)
 
 
-def test_what_lacks_is_brought_in_once(place, folder):
+def test_what_is_missing_is_brought_in_once(place, folder):
     (folder / "metrics.json").write_text(
         json.dumps({"steps": 2, "objective": 0.5, "metrics": {"test/set/sm": 0.5}})
     )

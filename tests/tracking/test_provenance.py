@@ -1,4 +1,4 @@
-"""A run says which code made it, also from a checkout that is on the path and not installed."""
+"""A run records which code made it, also from a checkout that is on the path and not installed."""
 
 from importlib.metadata import PackageNotFoundError, version
 

@@ -1,4 +1,4 @@
-"""A run's folder has one owner, for as long as its process lives."""
+"""A run's folder has one owner for as long as the owner's process lives."""
 
 import os
 import subprocess
@@ -68,15 +68,18 @@ def test_where_others_count_on_the_name_no_other_is_chosen(tmp_path):
         folder.create(tmp_path / "a", False)
 
 
-def test_a_second_resume_of_a_folder_is_one_line(cli, tmp_path):
-    run = ("+experiment=demo", "logger=csv", "data.workers=0", "data.batch_size=2", "data.train_length=2", "data.test_length=1",
-           "rollout.max_tokens=2", "stage.group_size=2", "stage.schedule=null", "trainer.max_steps=1", "test_before=false")  # fmt: skip
+def test_a_second_resume_of_a_folder_is_refused_in_one_line(cli, tmp_path):
+    run = ("+experiment=demo", "logger=csv", "data.workers=0", "data.batch_size=2", "data.train_length=2",
+           "data.test_length=1", "rollout.max_tokens=2", "stage.group_size=2", "stage.schedule=null",
+           "trainer.max_steps=1", "test_before=false")  # fmt: skip
     code, _, err = cli(*run, f"paths.run={tmp_path}/run")
     assert code == 0, err
     files = sorted((tmp_path / "run").rglob("*"))
     assert LOCK not in {path.name for path in files}
     process = subprocess.Popen(
-        [sys.executable, "-c", OWN.replace("create", "own").replace("True", "'resume'").replace("made.name", "1"), str(tmp_path / "run")],
+        [sys.executable, "-c",
+         OWN.replace("create", "own").replace("True", "'resume'").replace("made.name", "1"),
+         str(tmp_path / "run")],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout.readline() == "1\n"
@@ -90,7 +93,7 @@ def test_a_second_resume_of_a_folder_is_one_line(cli, tmp_path):
     assert {path for path in (tmp_path / "run").rglob("*")} - {tmp_path / "run" / LOCK} == set(files)
 
 
-def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
+def test_a_file_is_written_whole_or_left_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     write_whole(path, "1")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))

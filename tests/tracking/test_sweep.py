@@ -1,4 +1,4 @@
-"""A Hydra multirun is one MLflow parent with a child per job, and a table at the end, whatever becomes of its jobs."""
+"""A Hydra multirun is one MLflow parent with a child per job, and ends with a table, even if jobs fail."""
 
 import json
 
@@ -13,8 +13,8 @@ from segrl.tracking.sweep_parent import Row, SweepParent, _differs, ranked, tabl
 MlflowClient = pytest.importorskip("mlflow.tracking").MlflowClient
 
 SMALL = (
-    "+experiment=demo", "trainer.max_steps=1", "data.batch_size=2", "data.workers=0", "data.test_length=4", "test_before=false",
-    "rollout.max_tokens=24",
+    "+experiment=demo", "trainer.max_steps=1", "data.batch_size=2", "data.workers=0", "data.test_length=4",
+    "test_before=false", "rollout.max_tokens=24",
 )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def test_each_metric_has_its_direction():
 
 
 class Trainer:
-    """What `KeepBest` asks of Lightning's."""
+    """Stands for Lightning's trainer: has what `KeepBest` asks of it."""
 
     sanity_checking = False
 

@@ -48,7 +48,8 @@ def of_counts(cfg: DictConfig, sets: Mapping[str, SampleSet]) -> list[str]:
     counts = {name: (published(cfg, name), len(samples)) for name, samples in sets.items()}
     return [
         f"{name}: {owners:,} samples are published, {here:,} were found: "
-        "its scores cannot be compared with published ones (python -m segrl.prepare check examines a download)"
+        "its scores cannot be compared with published ones "
+        "(python -m segrl.prepare check examines a download)"
         for name, (owners, here) in counts.items()
         if owners is not None and owners != here
     ]

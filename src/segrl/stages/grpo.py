@@ -28,8 +28,8 @@ class GRPOStage(PolicyGradientStage):
             `objectives.advantages`.
         live_samples: dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): number of samples of a batch,
             per rank, to learn from. The first ones whose rewards differ within the group are taken; if there
-            are too few, other samples fill up and their tokens are left out of the loss mask. If None, the whole
-            batch is used.
+            are too few, other samples fill up and their tokens are left out of the loss mask. If None,
+            the whole batch is used.
     """
 
     def __init__(

@@ -114,8 +114,8 @@ class PolicyGradientStage(SegStage):
         if isinstance(self.reference, AdapterOff) and any(".lora_" in name for name in weights):
             raise ValueError(
                 "reference: adapter_off must not be used with an adapter that is already trained: it "
-                "measures against the weights without any adapter (export the policy and set policy.weights, or set "
-                "reference=frozen_copy)"
+                "measures against the weights without any adapter (export the policy and set "
+                "policy.weights, or set reference=frozen_copy)"
             )
         super().start_from(weights)
         if self.make_reference is not None:

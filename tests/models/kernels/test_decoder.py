@@ -1,4 +1,4 @@
-"""One token at a time is the training pass, whoever has left; an adapter counts."""
+"""Decoding one token at a time gives the values of the training pass, also after rows have left."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def told(policy, rows=2 * GROUP):
 
 @torch.no_grad()
 @pytest.mark.parametrize("stride", [None, 1, 4, 100])
-def test_steps_are_the_training_pass(policy, prefixes, stride):
+def test_steps_of_one_token_give_the_values_of_the_training_pass(policy, prefixes, stride):
     said = told(policy)
     hidden = policy.read(prefixes, said)
     decoder = policy.decoder(policy.prefill(prefixes), GROUP, LENGTH, stride)
@@ -34,8 +34,8 @@ def test_steps_are_the_training_pass(policy, prefixes, stride):
 
 
 @torch.no_grad()
-def test_a_step_may_be_computed_twice_and_what_lies_ahead_does_not_matter(policy, prefixes):
-    """What recording it rests on."""
+def test_a_step_may_be_computed_twice_and_does_not_read_later_places(policy, prefixes):
+    """Recording a step as a graph relies on both."""
     said = told(policy)
     decoder = policy.decoder(policy.prefill(prefixes), GROUP, LENGTH, 4)
     decoder.step(said.tokens[:, 0])
@@ -48,7 +48,7 @@ def test_a_step_may_be_computed_twice_and_what_lies_ahead_does_not_matter(policy
 
 @torch.no_grad()
 @pytest.mark.parametrize("stride", [None, 4])
-def test_what_stays_goes_on_as_if_nothing_had_left(policy, prefixes, stride):
+def test_rows_that_stay_continue_as_if_no_row_had_left(policy, prefixes, stride):
     said = told(policy)
     hidden = policy.read(prefixes, said)
     decoder = policy.decoder(policy.prefill(prefixes), GROUP, LENGTH, stride)
@@ -61,7 +61,7 @@ def test_what_stays_goes_on_as_if_nothing_had_left(policy, prefixes, stride):
 
 
 @torch.no_grad()
-def test_half_precision_stays_near(policy, prefixes):
+def test_steps_in_half_precision_stay_near_those_in_float32(policy, prefixes):
     said = told(policy)
     hidden = policy.read(prefixes, said)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -74,7 +74,7 @@ def test_half_precision_stays_near(policy, prefixes):
 
 @torch.no_grad()
 def test_completions_do_not_depend_on_who_else_is_sampled(policy, prefixes, monkeypatch):
-    """With stop tokens so frequent that rows and prompts leave on the way; alone, nobody leaves."""
+    """Stop tokens are so frequent that rows and prompts leave during sampling; sampled alone, none leaves."""
     monkeypatch.setitem(policy._buffers, "stop_ids", torch.arange(0, 400, 6))
     engine, kept = SharedPrefixEngine(24), []
     from segrl.models.kernels.decoder import Decoder
@@ -106,7 +106,7 @@ def test_completions_do_not_depend_on_how_many_prompts_advance_together(policy, 
 
 
 def adapted(weights, dtype, size):
-    """A policy whose adapter says something, and one prefix."""
+    """Return a policy whose adapter changes its output, and one prefix."""
     from segrl.models.hf_vlm import HFPolicy
 
     lora = {"rank": 4, "alpha": 8, "dropout": 0.0}
@@ -134,7 +134,7 @@ def test_an_adapter_counts_and_is_left_out_where_it_is_off(nano_weights):
 
 @torch.no_grad()
 def test_a_small_adapter_stays_beside_half_precision_weights(nano_weights):
-    """Merged into bfloat16 weights, most of what it says would be rounded away: sampling would be that of the base."""
+    """Merging into bfloat16 weights would round most of it away, so that the base model would be sampled."""
     policy, prefixes = adapted(nano_weights("qwen3_vl"), "bfloat16", 1e-4)
     product = policy.decoder(policy.prefill(prefixes), GROUP, LENGTH).layers[0].qkv
     layer = policy.model.model.language_model.layers[0].self_attn.q_proj
@@ -149,7 +149,10 @@ def test_a_small_adapter_stays_beside_half_precision_weights(nano_weights):
 
 
 class Pretended(TorchDispatchMode):
-    """A CUDA graph on a CPU: what was done, and the tensors it was done with. Launched, no line of Python is run again."""
+    """Stands for a CUDA graph on a CPU: records operations with their tensors.
+
+    A launch repeats them on these tensors and runs no line of Python again.
+    """
 
     def __init__(self, work, spoilt):
         super().__init__()
@@ -186,7 +189,7 @@ class PretendedRecorder(GraphRecorder):
 
 
 def recording(monkeypatch, required=False):
-    """Sampling is as on a GPU, but for the graphs; return what records it."""
+    """Let sampling record its steps as on a GPU, with a pretended recorder; return the recorder."""
     recorder = PretendedRecorder(required)
     monkeypatch.setattr(shared_prefix, "_STRIDE", 8)
     monkeypatch.setattr(
@@ -196,7 +199,7 @@ def recording(monkeypatch, required=False):
 
 
 def test_what_is_recorded_samples_the_same(policy, prefixes, monkeypatch):
-    """With stop tokens so frequent that rows leave: buffers are replaced, and steps recorded anew."""
+    """Stop tokens are so frequent that rows leave: buffers are replaced, and steps are recorded anew."""
     monkeypatch.setitem(policy._buffers, "stop_ids", torch.arange(0, 400, 6))
     plain = SharedPrefixEngine(24).sample(policy, prefixes, 8, range(16))
     monkeypatch.setattr(PretendedRecorder, "recorded", 0)
@@ -207,7 +210,7 @@ def test_what_is_recorded_samples_the_same(policy, prefixes, monkeypatch):
 
 
 def test_what_is_recorded_would_not_follow_a_tensor_to_another_place(policy, prefixes, monkeypatch):
-    """The control: a step whose place is a new tensor each time samples the same when computed and something else when launched."""
+    """Negative control: with a new tensor for the place at each step, a launch samples something else."""
     made = Decoder.step
 
     def step(self, tokens):
@@ -230,7 +233,7 @@ FAILURES = {
 
 @pytest.fixture(params=[*FAILURES, "does not repeat", "no number"])
 def failing(request, monkeypatch):
-    """A GPU on which recording fails, in its ways."""
+    """Stands for a GPU on which recording fails, in several ways."""
 
     def fail(recorder, work):
         raise FAILURES[request.param]
@@ -276,7 +279,9 @@ def test_where_graphs_are_required_failing_names_the_key_and_memory_is_memory(
 
 
 def test_a_rollout_that_is_broken_off_leaves_no_recording_behind(policy, prefixes, monkeypatch):
-    """The next one has other buffers of the same shapes: launched into the old ones it would say something else."""
+    """The next rollout has new buffers of the same shapes; launched on the old ones it would give other
+    tokens.
+    """
     engine, plain = SharedPrefixEngine(24), SharedPrefixEngine(24).sample(policy, prefixes, 8, range(16, 32))
     recorder = recording(monkeypatch)
     monkeypatch.setattr(engine, "recorder", recorder)

@@ -1,4 +1,4 @@
-"""Products by oneDNN are torch's, values and gradients; elsewhere than in float32 on a CPU torch makes them."""
+"""Products by oneDNN have torch's values and gradients; only float32 on a CPU uses them."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from segrl.rollout.shared_prefix import SharedPrefixEngine
 
 @pytest.fixture
 def calls(monkeypatch):
-    """On a CPU where oneDNN is faster, whatever this one is."""
+    """Count calls as on a CPU where oneDNN is faster, whatever this CPU is."""
     monkeypatch.setattr(onednn_linear, "FASTER", onednn_linear.HAS_ONEDNN)
     seen, made = [], onednn_linear._by_onednn
     monkeypatch.setattr(onednn_linear, "_by_onednn", lambda *given: seen.append(made(*given)) or seen[-1])
@@ -46,7 +46,7 @@ def test_what_is_frozen_gets_no_gradient():
     assert layer.weight.grad is not None and layer.bias.grad is None
 
 
-def test_half_precision_and_others_are_torchs(calls):
+def test_half_precision_and_other_types_are_computed_by_torch(calls):
     layer = Linear(nn.Linear(8, 4))
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(3, 8)).dtype == torch.bfloat16
@@ -101,7 +101,7 @@ def test_the_patch_embedding_of_a_policy_is_one_and_others_stay(policy):
 
 
 def test_without_onednns_operations_products_are_torchs(policy, prefixes, monkeypatch):
-    """They are not in torch's public interface: another release may have them elsewhere."""
+    """The operations are not in torch's public interface: another release may have them elsewhere."""
     engine = SharedPrefixEngine(12)
     expected = engine.greedy(policy, prefixes)
     monkeypatch.setattr(onednn_linear, "HAS_ONEDNN", False)

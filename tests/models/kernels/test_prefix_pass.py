@@ -1,4 +1,4 @@
-"""How transformers' layers are called: by the words of the release that is installed; and what prefixes are padded with."""
+"""Layers of transformers are called with the keywords of the installed release; prefixes are padded right."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from segrl.types import Completions
 
 
 class Until523(nn.Module):
-    """A layer of transformers 5.23 and before, with nothing in it but what concerns its memory."""
+    """A layer of transformers 5.23 and before, reduced to its use of the cache."""
 
     def forward(self, hidden, attention_mask, position_embeddings, past_key_values=None, **_):
         keys, values = past_key_values.update(hidden, 2 * hidden, 0)
@@ -18,7 +18,7 @@ class Until523(nn.Module):
 
 
 class Since524(nn.Module):
-    """The same of 5.24: another name, and the settings of the call are handed on."""
+    """The same of transformers 5.24: another keyword, and the settings of the call are handed on."""
 
     def forward(self, hidden, attention_mask, position_embeddings, cache=None, **kwargs):
         keys, values = cache.update(hidden, 2 * hidden, 0, kwargs=kwargs)
@@ -26,7 +26,7 @@ class Since524(nn.Module):
 
 
 @pytest.mark.parametrize(("layer", "word"), [(Until523, "past_key_values"), (Since524, "cache")])
-def test_a_layer_is_given_its_memory_by_the_word_that_it_knows(layer, word):
+def test_a_layer_is_given_its_cache_by_the_keyword_that_it_has(layer, word):
     assert memory_keyword(layer) == word
     hidden = torch.full((1, 1, 2, 3), 1.0)
     out, keys, values = _through(layer(), hidden, (hidden, hidden))
@@ -36,7 +36,7 @@ def test_a_layer_is_given_its_memory_by_the_word_that_it_knows(layer, word):
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
 @pytest.mark.filterwarnings("error:.*is deprecated:FutureWarning")
-def test_the_installed_layers_call_nothing_old(nano_policy, family):
+def test_the_installed_layers_give_no_deprecation_warning(nano_policy, family):
     language = nano_policy(family).model.model.language_model
     hidden = torch.zeros(1, 2, language.config.hidden_size)
     rope = language.rotary_emb(hidden, torch.arange(2).expand(3, 1, -1))
@@ -53,7 +53,7 @@ def test_padding_is_on_the_right_up_to_a_multiple():
 
 
 def test_padding_up_to_a_multiple_changes_nothing(policy, prefixes, monkeypatch):
-    """As on a GPU in half precision: of all prefixes rows are padding, and none of it is seen."""
+    """As on a GPU in half precision, the rows of all prefixes have padding; nothing attends to it."""
     tokens = torch.randint(0, 60, (6, 7), generator=torch.Generator().manual_seed(0))
     said = Completions(tokens=tokens, mask=tokens >= 0, texts=[""] * 6, finished=tokens[:, 0] >= 0)
     outcomes = []

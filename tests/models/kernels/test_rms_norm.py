@@ -1,4 +1,4 @@
-"""Norms in front of products: transformers' own values and gradients, and under autocast what its products would make of them."""
+"""Norms in front of products have transformers' values and gradients, also under autocast."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 from segrl.models.kernels.rms_norm import Norm
 
 
-def test_they_stand_in_front_of_every_product_and_nowhere_else(policy):
+def test_norms_are_replaced_in_front_of_every_product_and_nowhere_else(policy):
     trunk, tower = policy.model.model.language_model, policy.model.model.visual
     for layer in trunk.layers:
         assert isinstance(layer.input_layernorm, Norm) and isinstance(layer.post_attention_layernorm, Norm)

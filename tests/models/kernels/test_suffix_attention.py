@@ -1,4 +1,4 @@
-"""Completions in one row, whatever their lengths: the layout for a kernel of unequal lengths, beside padded attention."""
+"""Completions packed into one row, for a kernel of unequal lengths, give the values of padded attention."""
 
 import re
 
@@ -12,12 +12,30 @@ from segrl.types import Completions
 GROUP, LENGTHS = 3, [5, 1, 7, 2, 7, 3]  # one has no token to be read: its only one is predicted by the prefix
 
 
-def plain_varlen(query, key, value, query_ends, key_ends, most_queries, most_keys, scale, window_size, enable_gqa=True, causal_at="end"):  # fmt: skip
-    """What torch documents of its kernel: one attention per segment, causality aligned at the end."""
+def plain_varlen(
+    query,
+    key,
+    value,
+    query_ends,
+    key_ends,
+    most_queries,
+    most_keys,
+    scale,
+    window_size,
+    enable_gqa=True,
+    causal_at="end",
+):
+    """Compute what torch documents of its kernel: one attention per segment, causal from the end."""
     assert window_size == (-1, 0) and enable_gqa and query.dtype == key.dtype == value.dtype
     assert most_queries == query_ends.diff().max() and most_keys == key_ends.diff().max()
     out = []
-    for q, k, v in zip(*(part.tensor_split(ends[1:-1].tolist()) for part, ends in ((query, query_ends), (key, key_ends), (value, key_ends))), strict=True):  # fmt: skip
+    for q, k, v in zip(
+        *(
+            part.tensor_split(ends[1:-1].tolist())
+            for part, ends in ((query, query_ends), (key, key_ends), (value, key_ends))
+        ),
+        strict=True,
+    ):
         rows, columns = torch.arange(len(q))[:, None], torch.arange(len(k))
         seen = columns <= rows + (len(k) - len(q) if causal_at == "end" else 0)
         shared = q.shape[1] // k.shape[1]
@@ -34,7 +52,7 @@ def said():
 
 
 def learned(policy, prefixes):
-    """Log-probabilities, and the gradients of a sum of them."""
+    """Return log-probabilities, and the gradients of a weighted sum of them."""
     policy.zero_grad()
     logprobs = policy.logprobs(prefixes, said())
     (logprobs * torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)).sum().backward()
@@ -80,8 +98,8 @@ def test_in_half_precision_the_kernel_gets_half_precision(policy, prefixes, monk
             assert torch.cosine_similarity(gradient.flatten(), expected[name].flatten(), 0) > 0.95, name
 
 
-def test_padding_costs_nothing(policy, prefixes):
-    """Rows that the language model's layers see: the tokens to be read, and no more."""
+def test_layers_compute_no_row_of_padding(policy, prefixes):
+    """The language model's layers see rows of the tokens to be read, and no others."""
     rows = []
     state = policy.prefill(prefixes)
     mlp = policy.model.model.language_model.layers[0].mlp
@@ -105,7 +123,7 @@ def test_completions_of_one_token_are_predicted_by_their_prefix(policy, prefixes
     assert torch.equal(policy.logprobs(prefixes, wide)[:, :1], policy.logprobs(prefixes, cut))
 
 
-def test_packing_is_undone():
+def test_unpacking_restores_what_was_packed():
     real = said().mask
     seen = torch.tensor([[False, True, True], [True, True, True]])
     lay = PaddedSuffixes(seen, real)
@@ -115,8 +133,8 @@ def test_packing_is_undone():
     assert torch.equal(lay.unpack(packed), values * real[..., None])
 
 
-def test_a_kernel_without_the_word_for_shared_keys_is_asked_without_it(policy, prefixes, monkeypatch):
-    """As torch 2.11's is."""
+def test_a_kernel_without_the_keyword_for_shared_keys_is_called_without_it(policy, prefixes, monkeypatch):
+    """torch 2.11's kernel is one."""
 
     def older(query, key, value, query_ends, key_ends, most_queries, most_keys, *, scale, window_size):
         return plain_varlen(
@@ -133,8 +151,8 @@ def test_a_kernel_without_the_word_for_shared_keys_is_asked_without_it(policy, p
 
 
 @pytest.mark.gpu
-def test_the_kernel_says_what_padded_attention_says(gpu):
-    """At the head widths of Qwen's policies, values and gradients."""
+def test_the_kernel_gives_the_values_of_padded_attention(gpu):
+    """Values and gradients are compared at the head widths of Qwen's policies."""
     torch.manual_seed(0)
     seen = torch.ones(2, 40, dtype=torch.bool, device=gpu)
     seen[0, 33:] = False
@@ -160,14 +178,14 @@ def test_the_kernel_says_what_padded_attention_says(gpu):
 
 
 class Wrong(PaddedSuffixes):
-    """A kernel that is not to be believed."""
+    """A kernel that gives wrong values."""
 
     def attend(self, *given):
         return 1.1 * super().attend(*given)
 
 
 class WrongGradient(PaddedSuffixes):
-    """A kernel whose backward pass is not to be believed."""
+    """A kernel whose backward pass gives wrong gradients."""
 
     def attend(self, *given):
         out = super().attend(*given)
@@ -191,7 +209,7 @@ class Raising(PaddedSuffixes):
         (Raising, "no kernel image is available$"),
     ],
 )
-def test_a_kernel_serves_once_it_has_repeated_padded_attention(kernel, said, inside, monkeypatch, recwarn):
+def test_a_kernel_is_used_once_it_has_repeated_padded_attention(kernel, said, inside, monkeypatch, recwarn):
     monkeypatch.setattr(suffix_attention, "VarlenSuffixes", lambda seen, real, dtype: kernel(seen, real))
     suffix_attention._kernel_repeats.cache_clear()
     before = torch.get_rng_state()

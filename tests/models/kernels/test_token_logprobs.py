@@ -1,4 +1,4 @@
-"""The head in chunks is the head: values and gradients of a plain log-softmax."""
+"""The head in chunks has the values and gradients of a plain log-softmax."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_no_more_logits_exist_at_once_than_allowed(monkeypatch):
 
 
 def test_what_is_computed_again_is_as_precise_as_it_was(monkeypatch):
-    """In the backward pass, which runs when the settings of the forward pass are gone."""
+    """The backward pass runs when the settings of the forward pass are gone."""
     seen, plain = [], module._logits
     monkeypatch.setattr(
         module, "_logits", lambda *given: seen.append(torch.get_float32_matmul_precision()) or plain(*given)
@@ -64,7 +64,9 @@ def test_what_is_computed_again_is_as_precise_as_it_was(monkeypatch):
 
 
 def test_where_nothing_is_rounded_torchs_setting_is_left_alone(monkeypatch):
-    """Read and written only on a GPU under autocast: whoever has set it in torch's other way is not stopped."""
+    """It is read and written only on a GPU under autocast, so that setting it in torch's other way raises
+    nothing.
+    """
 
     def touched(*_):
         raise AssertionError("it is not to be touched")

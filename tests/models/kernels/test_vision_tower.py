@@ -1,4 +1,4 @@
-"""Where patches and tokens stand, worked out on the host: what transformers works out on the device."""
+"""Positions of patches and tokens, computed on the host, are those of transformers on the device."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ SIDES = [(8, 12), (10, 4), (2, 2)]
 
 
 def a_prefix(policy, height, width, before=5, behind=4, seed=0):
-    """Text, an image of so many patches, text."""
+    """Return text, an image of so many patches, and text."""
     config, eyes = policy.model.config, policy.encoder.processor.image_processor
     count = height * width // eyes.merge_size**2
     ids = torch.tensor([7] * before + [config.image_token_id] * count + [8] * behind)
@@ -35,7 +35,7 @@ def test_rotary_positions_are_those_of_transformers(policy, side, before):
 
 
 def test_features_are_those_that_transformers_makes_alone(policy):
-    """Of images of unequal size; a layout that stayed behind in the tower's arguments would be refused by its layers."""
+    """Images are of unequal size. A layout left in the tower's arguments would be refused by its layers."""
     prefixes = [a_prefix(policy, *side, seed=i) for i, side in enumerate(SIDES)]
     pixels, grid = (torch.cat([getattr(p, name) for p in prefixes]) for name in ("pixels", "grid"))
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_features_are_those_that_transformers_makes_alone(policy):
 
 
 def test_the_tower_asks_for_nothing_more_than_its_layout(policy, monkeypatch):
-    """Each number that it read from a grid on a GPU would be a wait."""
+    """On a GPU, each number read from a grid would make the host wait."""
     tower, read = policy.model.model.visual, []
     layout = tower_layout(tower, torch.tensor([[1, *side] for side in SIDES]), torch.device("cpu"))
     prefixes = [a_prefix(policy, *side) for side in SIDES]

@@ -1,4 +1,4 @@
-"""Windows of a vision tower in few calls: the values and gradients of transformers, which calls once per window."""
+"""A vision tower's windows in few calls have the values and gradients of one call per window."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ SIDES = [(8, 12), (10, 4), (2, 2)]  # patches of three images; windows are cut w
 
 
 def plain_kernel(query, key, value, ends, key_ends, longest, most_keys, scale):
-    """What torch documents of its kernel: one attention per segment."""
+    """Compute what torch documents of its kernel: one attention per segment."""
     assert ends is key_ends and longest == most_keys == ends.diff().max() and ends.dtype == torch.int32
     parts = zip(*(part.tensor_split(ends[1:-1].tolist()) for part in (query, key, value)), strict=True)
     said = []
@@ -25,7 +25,7 @@ def serving(monkeypatch, where):
 
 
 def seen(policy, attention):
-    """What the tower makes of three images, and the gradients of a sum of it."""
+    """Return the tower's features of three images, and the gradients of a sum of them."""
     tower, config = policy.model.model.visual, policy.model.config.vision_config
     generator = torch.Generator().manual_seed(0)
     count = sum(height * width for height, width in SIDES)
@@ -62,7 +62,7 @@ def test_windows_in_few_calls_are_windows_one_by_one(policy, monkeypatch, kernel
 
 
 def test_a_patch_that_saw_another_window_would_be_noticed(policy, monkeypatch):
-    """The control: every patch sees all."""
+    """Negative control: every patch attends to all."""
 
     def everything(query, key, value, ends, key_ends, longest, most_keys, scale):
         whole = torch.tensor([0, len(query)], dtype=torch.int32)
@@ -91,8 +91,8 @@ def test_in_half_precision_the_kernel_gets_half_precision(policy, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [32, 72, 80])
-def test_the_kernel_says_what_windows_one_by_one_say(gpu, width):
-    """Values and gradients, of parts of one projection as in the tower."""
+def test_the_kernel_gives_the_values_of_windows_one_by_one(gpu, width):
+    """Values and gradients are compared on parts of one projection, as in the tower."""
     ends = torch.tensor([0, 64, 128, 160, 176], dtype=torch.int32, device=gpu)
     qkv = torch.randn(176, 3, 4, width, device=gpu, dtype=torch.bfloat16, requires_grad=True)
     by_size = window_attention._by_size(*qkv.unbind(1), ends, width**-0.5)
@@ -108,7 +108,7 @@ def test_the_kernel_says_what_windows_one_by_one_say(gpu, width):
 
 
 @pytest.mark.parametrize("believed", [True, False])
-def test_the_kernel_serves_once_it_has_repeated_calls_by_size(believed, monkeypatch, recwarn):
+def test_the_kernel_is_used_once_it_has_repeated_calls_by_size(believed, monkeypatch, recwarn):
     def kernel(*given, **settings):
         return plain_kernel(*given, **settings) * (1.0 if believed else 1.2)
 
@@ -131,7 +131,9 @@ def test_windows_are_worked_out_once_per_pass(policy, monkeypatch):
 
 
 def test_a_first_use_in_a_pass_that_recomputes_spoils_no_gradient(policy, prefixes, monkeypatch):
-    """The kernel is held against calls by size before the tower is asked: a checkpointed block would keep the tensors of that, too."""
+    """The kernel is compared with calls by size before the tower runs: a checkpointed block would keep the
+    tensors of that comparison, too.
+    """
     monkeypatch.setattr(window_attention, "varlen_attn", plain_kernel)
     monkeypatch.setattr(window_attention, "has_kernel", lambda *_: True)
     tower, gradients = policy.model.model.visual, []
