@@ -246,7 +246,7 @@ def _composition(message: str, said: Said, keys: Callable[[], list[str]]) -> str
 
 def _no_key(key: str, said: Said, keys: list[str]) -> str:
     """Return the line for an unknown key, with the way to write it or the nearest existing key."""
-    if key in ("experiment", "suite", "testset"):
+    if key in ("experiment", "adapter", "suite", "testset"):
         return f"{key}: it is added to the defaults: write +{key}=NAME"
     for argument in said.arguments:
         above, _, value = argument.partition("=")
