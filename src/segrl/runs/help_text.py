@@ -9,8 +9,8 @@ _KEY = re.compile(r"(\s{0,2})([\w]+):\s*([^#]*?)\s*#\s(.*)")
 _GROUP = re.compile(r"\s+- (?:override )?/?([\w]+)(?:: ?(\S+))?")
 _USED = {
     "train": [
-        "experiment", "adapter", "stage", "policy", "reference", "head", "grammar", "reward", "rollout", "data",
-        "trainer", "logger",
+        "experiment", "adapter", "stage", "policy", "reference", "head", "grammar", "reward", "rollout",
+        "data", "trainer", "logger",
     ],
     "evaluate": [
         "suite", "testset", "experiment", "adapter", "policy", "head", "grammar", "rollout", "data", "scores", "trainer",

@@ -31,7 +31,7 @@ def unread(raw: dict[str, Any], keys: Collection[str]) -> Iterator[Fault]:
 
 def _in_training(raw: dict[str, Any], key: str) -> str | None:
     """Return why a key must not be set in a training, or None if it may be set."""
-    root = "policy" if key == "adapter" else key.partition(".")[0]
+    root = key.partition(".")[0]
     if key in _BOUNDS and all(raw["stage"].get(name) == 1 for name in _UPDATES):
         return (
             "must not be set with one update per rollout, "
