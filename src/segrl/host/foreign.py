@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator
 
 _REFERENCES = re.compile(
-    r"\$\{(?:instructions_of:\$\{policy\.weights\}|[\w.\-\[\]]+|asset:[\w.\-]+|oc\.select:\w+,[\w.\-]+|now:[\w%:.\- ]+)\}"
+    r"\$\{(?:instructions_of:\$\{policy\.weights\}|[\w.\-\[\]]+|asset:[\w.\-]+|oc\.select:\w+,[\w.\-]+"
+    r"|now:[\w%:.\- ]+)\}"
 )
 _NEW = re.compile(r"\$(?=[{\0]|\Z)")  # that could begin a reference once others, marked, are put in
 _HYDRAS = {"_target_", "_partial_"}
@@ -22,7 +23,8 @@ def strange(node: object, whole: bool, path: str = "") -> Iterator[tuple[str, ob
     Args:
         node: plain containers.
         whole: whether it is a whole configuration, which may name parts (its reader says which) and refer to
-            its own keys, `${oc.select:KEY,DEFAULT}`, `${asset:NAME}` and `${now:FORMAT}`; no other resolver ever may stand in a string.
+            its own keys, `${oc.select:KEY,DEFAULT}`, `${asset:NAME}` and `${now:FORMAT}`; no other resolver
+            ever may stand in a string.
         path: dotted key of the node.
     """
     if isinstance(node, dict):

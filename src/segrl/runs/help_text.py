@@ -13,8 +13,8 @@ _USED = {
         "data", "trainer", "logger",
     ],
     "evaluate": [
-        "suite", "testset", "experiment", "adapter", "policy", "head", "grammar", "rollout", "data", "scores", "trainer",
-        "logger",
+        "suite", "testset", "experiment", "adapter", "policy", "head", "grammar", "rollout", "data", "scores",
+        "trainer", "logger",
     ],
     "score": ["scores"], "prepare_check": ["data", "testset"], "prepare_traces": ["data", "grammar", "head"],
 }  # fmt: skip

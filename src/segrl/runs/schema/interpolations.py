@@ -37,7 +37,7 @@ def lookup(node: Any, key: str) -> Any:  # noqa: ANN401 - any value of a configu
     return node
 
 
-def absolute(node: Any, path: tuple[str | int, ...] = ()) -> Any:  # noqa: ANN401 - any value of a configuration
+def absolute(node: Any, path: tuple[str | int, ...] = ()) -> Any:  # noqa: ANN401 - any value may stand there
     """Return plain containers in which each relative reference names its key from the top.
 
     As in OmegaConf, `${.key}` stands beside the value, and each further dot is one node up.

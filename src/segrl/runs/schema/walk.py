@@ -217,7 +217,7 @@ class Walk:
 
 
 def _pieces(value: object) -> set[str]:
-    """Return the keys that longer strings of a value refer to; a string `${key}` alone is that key's value."""
+    """Return the keys that longer strings of a value refer to; `${key}` alone is the value of that key."""
     if isinstance(value, dict | list):
         inner = value.values() if isinstance(value, dict) else value
         return set().union(*map(_pieces, inner))
