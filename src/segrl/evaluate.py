@@ -99,7 +99,7 @@ def _take_model(cfg: DictConfig, folder: Path) -> None:
         if part in card and part not in chosen:
             cfg[part] = {name: located(value, cfg.paths.weights) for name, value in card[part].items()}
     # A trainer group chooses devices, so it does not replace the card's precision.
-    if card and not chosen & {"policy", "trainer.precision"}:
+    if card and not chosen & {"policy", "policy_precision", "trainer.precision"}:
         cfg.trainer.precision = card["precision"]["passes"]
     OmegaConf.update(cfg, "policy.weights", str(folder), force_add=True)
     for override in said:  # values of the command line take precedence

@@ -10,7 +10,8 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from segrl.runs.assembly import composites
-from segrl.runs.configuration import check_keys, conf_folder, register_resolvers
+from segrl.runs.configuration import check_keys, conf_folder, experiment_first, register_resolvers
+from segrl.runs.resuming import saved
 
 EXPERIMENTS = sorted(p.stem for p in (conf_folder() / "experiment").glob("*.yaml"))
 
@@ -70,7 +71,7 @@ def test_every_option_of_every_group_composes_and_binds(file: Path):
         cfg = composed(f"{'+' * (group == 'suite')}{group}={option}", config="evaluate")
         check_keys(cfg, "evaluate")
     else:
-        cfg = composed(f"{group}={option}")
+        cfg = composed(f"{'+' * (group == 'adapter')}{group}={option}")
     for path, node in targets(OmegaConf.to_container(cfg, resolve=False)):
         if path.split(".")[0] in (group, "testsets", "scores"):
             bind(path, node)
@@ -110,6 +111,94 @@ def test_grpo_cod10k_is_the_papers_run():
         "COD10K-v3/Train/Image",
         "CAMO-V.1.0-CVIU2019/Images/Train",
     ]
+
+
+def plain(cfg, *without):
+    """A configuration as resolved data, without some top-level keys."""
+    return {
+        key: value for key, value in OmegaConf.to_container(cfg, resolve=True).items() if key not in without
+    }
+
+
+@pytest.mark.parametrize("experiment", ["grpo_cod10k", "prerl_dis5k", "sod_duts"])
+def test_the_adapter_makes_any_experiment_its_lora_variant_in_either_order(experiment):
+    where = ("name=x", "paths.run=x")
+    named = composed(f"+experiment={experiment}_lora", *where)
+    chosen = [f"+experiment={experiment}", "+adapter=lora"]
+    for arguments in (chosen, chosen[::-1]):
+        assert plain(composed(*experiment_first(arguments), *where)) == plain(named)
+    assert named.policy.lora == {"rank": 64, "alpha": 64, "dropout": 0.0}
+    assert (named.policy.train_vision, named.policy.gradient_checkpointing) == (False, True)
+    assert (named.policy.dtype, named.stage.optimizer.lr) == ("bfloat16", 1e-5)
+    assert named.reference._target_.endswith("AdapterOff") and named.rollout.prefixes_at_once == 8
+    # Hydra's own rule, for which `experiment_first` exists
+    assert composed(*chosen[::-1]).reference._target_.endswith("FrozenCopy")
+
+
+def test_the_lora_variants_that_differ_in_a_group_say_so():
+    assert composed("+experiment=sam_r1_refcocog_lora").policy.weights.endswith("Qwen2.5-VL-3B-Instruct")
+    assert composed("+experiment=sam_r1_refcocog", "+adapter=lora").policy.weights.endswith("VL-7B-Instruct")
+    sft = composed("+experiment=sft_fcot_lora")
+    assert sft.reference is None and sft.rollout.prefixes_at_once is None and sft.policy.lora.rank == 64
+
+
+def test_an_adapter_moves_no_argument_but_itself():
+    flags = ["-m", "+adapter=lora", "seed=1,2", "+experiment=demo", "name=x"]
+    assert experiment_first(flags) == ["-m", "seed=1,2", "+experiment=demo", "+adapter=lora", "name=x"]
+    assert experiment_first(["+adapter=lora", "seed=1"]) == ["+adapter=lora", "seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "precision"),
+    [
+        ([], "32-true"),
+        (["policy=qwen2_5_vl_3b", "trainer=ddp"], "bf16-mixed"),
+        (["trainer=ddp", "policy=qwen2_5_vl_3b"], "bf16-mixed"),
+        (["trainer.precision=32-true", "policy=qwen2_5_vl_3b"], "32-true"),
+        (["+experiment=grpo_cod10k", "policy=nano"], "32-true"),
+        (["~policy_precision", "policy=qwen2_5_vl_3b"], "32-true"),  # as for a policy of a user's own
+    ],
+)
+def test_the_policy_says_which_precision_the_trainer_has_unless_it_is_set(overrides, precision):
+    assert composed(*overrides).trainer.precision == precision
+
+
+WITH_SETS = {
+    "duts": "duts_te", "fcot": "duts_te", "dis5k": "dis_vd", "cod10k_camo": "cod10k",
+    "refcocog": "refcocog_val",
+    "grefcoco": "grefcoco_val", "reasonseg": "reasonseg_val",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "name"), WITH_SETS.items())
+def test_a_dataset_scores_the_test_set_that_an_evaluation_scores(data, name):
+    """Only the folder differs: data.root there, testsets.NAME.root here."""
+    cfg = composed(f"data={data}", "data.root=X")
+    root = "X/COD10K-v3" if data == "cod10k_camo" else "X"
+    alone = composed(f"+testset={name}", f"testsets.{name}.root={root}", config="evaluate")
+    assert plain(cfg.data.module.test) == {name: plain(alone.testsets[name].samples)}
+    assert plain(cfg.data.published)[name] == alone.testsets[name].published
+    assert "X" in str(plain(cfg.data.module.train)) or data == "fcot"
+
+
+def test_an_evaluation_scores_the_sets_that_are_asked_for_alone():
+    cfg = composed("+experiment=sod_duts", "+testset=camo", config="evaluate")
+    assert set(cfg.testsets) == {"camo"} and set(cfg.data.testsets) == {"duts_te"}
+
+
+@pytest.mark.parametrize("experiment", ["sod_duts", "vision_reasoner_multi"])
+def test_a_run_saved_before_test_sets_and_precision_were_references_is_resumed(tmp_path, experiment):
+    old = plain(composed(f"+experiment={experiment}"), "policy_precision")
+    del old["data"]["testsets"]
+    OmegaConf.save(OmegaConf.create(old), tmp_path / "config.yaml")
+    loaded = saved(tmp_path / "config.yaml", "resume", "train", ["trainer.precision=32-true"])
+    assert loaded.trainer.precision == "32-true"
+    OmegaConf.save(composed(f"+experiment={experiment}"), tmp_path / "config.yaml")  # and one saved today
+    loaded = saved(tmp_path / "config.yaml", "resume", "train")
+    assert (
+        loaded.trainer.precision == "bf16-mixed"
+        and plain(loaded.data.module.test) == old["data"]["module"]["test"]
+    )
 
 
 def test_the_stages_of_seg_r1_are_one_class():

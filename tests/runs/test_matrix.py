@@ -23,6 +23,7 @@ GROUPS = (
     "trainer",
     "logger",
     "callbacks",
+    "+adapter",
 )
 NEEDED = {
     "data=image_mask": ["data.root=x"],
@@ -34,7 +35,7 @@ ALL = [
     (experiment, f"{group}={path.stem}")
     for experiment in experiments()
     for group in GROUPS
-    for path in sorted((conf_folder() / group).glob("[!_]*.yaml"))
+    for path in sorted((conf_folder() / group.lstrip("+")).glob("[!_]*.yaml"))
 ]
 
 

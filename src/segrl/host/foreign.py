@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator
 
 _REFERENCES = re.compile(
-    r"\$\{(?:instructions_of:\$\{policy\.weights\}|[\w.\-\[\]]+|asset:[\w.\-]+|now:[\w%:.\- ]+)\}"
+    r"\$\{(?:instructions_of:\$\{policy\.weights\}|[\w.\-\[\]]+|asset:[\w.\-]+|oc\.select:\w+,[\w.\-]+"
+    r"|now:[\w%:.\- ]+)\}"
 )
 # A `$` that begins another reference, or could begin one after the allowed ones, here \0, are resolved.
 _NEW = re.compile(r"\$(?=[{\0]|\Z)")
@@ -23,9 +24,9 @@ def strange(node: object, whole: bool, path: str = "") -> Iterator[tuple[str, ob
     Args:
         node: nested dicts and lists.
         whole: whether it is a whole configuration. That may have `_target_` and `_partial_`, which its reader
-            checks, and references to its own keys, `${asset:NAME}`, `${now:FORMAT}` and
-            `${instructions_of:${policy.weights}}`. If False, there may be no reference and no key with `_`
-            in front.
+            checks, and references to its own keys, `${oc.select:KEY,DEFAULT}`, `${asset:NAME}`,
+            `${now:FORMAT}` and `${instructions_of:${policy.weights}}`. If False, there may be no reference and
+            no key with `_` in front.
         path: dotted key of the node.
     """
     if isinstance(node, dict):

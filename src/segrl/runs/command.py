@@ -26,6 +26,7 @@ from segrl.runs.configuration import (
     chosen_groups,
     compose_job,
     conf_folder,
+    experiment_first,
     folders,
     refuse_unread,
     register_resolvers,
@@ -107,7 +108,7 @@ def _run(config_name: str, job: Callable[[DictConfig], object], files: bool) -> 
     jobs: list[list[str]] = []
     with signals.watched():
         try:
-            sys.argv[1:] = as_typed(config_name, _held_against_the_run(sys.argv[1:]))
+            sys.argv[1:] = as_typed(config_name, _held_against_the_run(experiment_first(sys.argv[1:])))
             jobs += split_jobs(sys.argv[1:])
             check_jobs(config_name, sys.argv[1:], files)
             hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(told)()
@@ -155,7 +156,7 @@ def refusal(config_name: str, arguments: list[str], only_keys: bool = False) -> 
 
     register_resolvers()
     try:
-        typed = as_typed(config_name, arguments)
+        typed = as_typed(config_name, experiment_first(arguments))
         for overrides in split_jobs(typed):
             composed = compose_job(config_name, overrides)
             (check_keys if only_keys else check)(composed, config_name)

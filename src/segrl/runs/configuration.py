@@ -100,6 +100,13 @@ def as_typed(config_name: str, arguments: list[str]) -> list[str]:
     return [quoted.get(i, argument) for i, argument in enumerate(arguments)]
 
 
+def experiment_first(arguments: list[str]) -> list[str]:
+    """Return the arguments with each `+adapter=` behind `+experiment=`: Hydra lets the later one win."""
+    place = 1 + max((i for i, one in enumerate(arguments) if one.startswith("+experiment=")), default=-1)
+    adapters = [one for one in arguments[:place] if one.startswith("+adapter=")]
+    return [*(one for one in arguments[:place] if one not in adapters), *adapters, *arguments[place:]]
+
+
 def folders(arguments: list[str]) -> list[Path]:
     """Return segrl's configuration folder and those of `--config-dir` and `hydra.searchpath` that exist."""
     own = [Path(place.removeprefix("file://")) for place in _places(arguments)]

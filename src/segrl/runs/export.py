@@ -173,8 +173,8 @@ def card(run: Path, note: str, ckpt: Path | None = None, asked: str = "", licenc
     folder = RunFolder(run)
     loaded = read(folder.config, "ckpt")
     config: Any = OmegaConf.to_container(loaded)  # unresolved: references to `paths` stay references
-    wanted = ("stage", "rollout", "reward", "data", "trainer")
-    settings = OmegaConf.to_yaml(OmegaConf.create({k: config[k] for k in wanted}))
+    wanted = ("stage", "rollout", "reward", "data", "trainer", "policy_precision")
+    settings = OmegaConf.to_yaml(OmegaConf.create({k: config[k] for k in wanted if k in config}))
     front, terms = ({"license": licence}, "") if licence is not None else licences.of(loaded)
     if ckpt is None:
         front["pipeline_tag"] = "image-segmentation"
@@ -235,5 +235,5 @@ def _data(cfg: DictConfig) -> str:
     data: Any = OmegaConf.to_container(cfg.data)
     return (
         f"`{loader}` of {data.get('root', 'scenes drawn by segrl')} "
-        f"({data.get('licence', 'no licence stated')})"
+        f"({OmegaConf.select(cfg, 'data.licence', default='no licence stated')})"
     )

@@ -9,12 +9,12 @@ _KEY = re.compile(r"(\s{0,2})([\w]+):\s*([^#]*?)\s*#\s(.*)")
 _GROUP = re.compile(r"\s+- (?:override )?/?([\w]+)(?:: ?(\S+))?")
 _USED = {
     "train": [
-        "experiment", "stage", "policy", "reference", "head", "grammar", "reward", "rollout", "data",
-        "trainer", "logger",
+        "experiment", "adapter", "stage", "policy", "reference", "head", "grammar", "reward", "rollout",
+        "data", "trainer", "logger",
     ],
     "evaluate": [
-        "suite", "testset", "experiment", "policy", "head", "grammar", "rollout", "data", "scores", "trainer",
-        "logger",
+        "suite", "testset", "experiment", "adapter", "policy", "head", "grammar", "rollout", "data", "scores",
+        "trainer", "logger",
     ],
     "score": ["scores"], "prepare_check": ["data", "testset"], "prepare_traces": ["data", "grammar", "head"],
 }  # fmt: skip
@@ -41,7 +41,7 @@ def help_of(name: str, conf: Path) -> str:
             options = sorted(path.stem for path in (conf / group).glob("[!_]*.yaml"))
             write = (
                 f"+{group}="
-                if group in ("experiment", "suite") or group == "testset" and name == "evaluate"
+                if group in ("experiment", "adapter", "suite") or group == "testset" and name == "evaluate"
                 else f"{group}="
             )
             default = f" (default {chosen})" if chosen not in ("", "null", "default") else ""

@@ -66,7 +66,7 @@ class Said:
         name = self.choices.get("experiment")
         if name is None:
             return None
-        config = self._experiment(name)
+        config = self._set_in("experiment", name)
         parts = key.split(".")
         for length in range(len(parts), 1, -1):
             above = ".".join(parts[:length])
@@ -74,17 +74,19 @@ class Said:
                 return above
         return key if key in config else None
 
-    def _experiment(self, name: str) -> set[str]:
-        """Return all dotted keys that an experiment sets, including the experiments in its defaults."""
+    def _set_in(self, group: str, name: str) -> set[str]:
+        """Return all dotted keys that an experiment or an adapter sets, including those in its defaults."""
         for folder in self.folders:
-            path = folder / "experiment" / f"{name}.yaml"
+            path = folder / group / f"{name}.yaml"
             if path.is_file():
                 loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
                 assert isinstance(loaded, dict)
                 own = set(_flat({key: value for key, value in loaded.items() if key != "defaults"}, ""))
                 for base in loaded.get("defaults", []):
                     if isinstance(base, str) and base != "_self_":
-                        own |= self._experiment(base)
+                        own |= self._set_in(group, base)
+                    elif isinstance(base, dict) and "/adapter" in base:
+                        own |= self._set_in("adapter", base["/adapter"])
                 return own
         return set()
 
@@ -154,7 +156,7 @@ def _refused(faults: list[Fault], said: Said) -> str:
     first = next((one for one in faults if one.key in said.keys), faults[0])
     sets, name = said.set_by_experiment(first.key), said.choices.get("experiment")
     replaced = [
-        f"{group}={option}"
+        f"{'+' if group == 'adapter' else ''}{group}={option}"
         for group, option in said.choices.items()
         if group not in ("experiment", "suite", "testset")
     ]
@@ -162,7 +164,7 @@ def _refused(faults: list[Fault], said: Said) -> str:
         return f"{first}{_beside(name, replaced)}" if first.key in said.choices else str(first)
     if sets is None:
         return f"{first}{_beside(name, replaced)}"
-    guilty = [one for one in replaced if one.split("=")[0] == sets.split(".")[0]] or replaced
+    guilty = [one for one in replaced if one.lstrip("+").split("=")[0] == sets.split(".")[0]] or replaced
     ways = [
         found
         for one in faults
@@ -231,6 +233,12 @@ def _composition(message: str, said: Said, keys: Callable[[], list[str]]) -> str
             f"{twice.group(1)}: must be written without +, because the defaults list has it: "
             f"{twice.group(1)}=NAME"
         )
+    if again := re.search(r"(\w+) appears more than once in the final defaults list", message):
+        group = again.group(1)
+        return (
+            f"{group}: must be chosen once; experiment={said.choices.get('experiment')} chooses it already "
+            f"(leave +{group}={said.choices.get(group)} out)"
+        )
     if option := re.search(r"(?:Could not find|In '[^']+': Could not find) '([^']+)'", message):
         group, _, name = option.group(1).rpartition("/")
         options = said.options(group)
@@ -247,7 +255,7 @@ def _composition(message: str, said: Said, keys: Callable[[], list[str]]) -> str
 
 def _no_key(key: str, said: Said, keys: list[str]) -> str:
     """Return the line for an unknown key, with the way to write it or the nearest existing key."""
-    if key in ("experiment", "suite", "testset"):
+    if key in ("experiment", "adapter", "suite", "testset"):
         return f"{key}: must be written with +, because the defaults list lacks it: +{key}=NAME"
     for argument in said.arguments:
         above, _, value = argument.partition("=")

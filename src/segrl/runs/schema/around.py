@@ -15,6 +15,9 @@ METRICS = Literal[
 ]  # fmt: skip
 
 
+PRECISIONS = Literal["bf16-mixed", "32-true", "32", 32]
+
+
 class Saliency(Part):
     """Keys of `scores` for grey maps and masks."""
 
@@ -99,7 +102,7 @@ class Trainer(Part):
     )
     num_nodes: int = Field(1, ge=1, le=65_536)
     strategy: Literal["auto", "ddp"] | Annotated[Any, slot("strategy")] = "auto"
-    precision: Literal["bf16-mixed", "32-true", "32", 32]
+    precision: PRECISIONS
     max_epochs: Literal[-1] | Count
     max_steps: Literal[-1] | Count
     val_check_interval: Count | None

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from segrl.runs.schema.around import METRICS
+from segrl.runs.schema.around import METRICS, PRECISIONS
 from segrl.runs.schema.kinds import Part, Seed, Share, Text, Tokens, shown, slot
 
 Name = Annotated[
@@ -48,6 +48,7 @@ class Train(Part):
     rollout: Annotated[Any, slot("rollout")]
     data: Annotated[Any, slot("data")]
     trainer: Annotated[Any, slot("trainer")]
+    policy_precision: PRECISIONS | None = None  # the policy group's; `trainer.precision` refers to it
     logger: Annotated[Any, slot("logger")]
     callbacks: Annotated[Any, slot("callback", "dict")]
     paths: Annotated[Any, slot("paths")]

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 REFERENCE = re.compile(r"\$\{([\w.\-\[\]]+)\}")  # a key; resolver calls such as ${now:%Y} do not match
+_RELATIVE = re.compile(r"\$\{(\.+)([\w\-][\w.\-\[\]]*)\}")
 
 
 class Fault(ValueError):
@@ -36,6 +37,29 @@ def lookup(node: Any, key: str) -> Any:  # noqa: ANN401 - any value of a configu
     return node
 
 
+def absolute(node: Any, path: tuple[str | int, ...] = ()) -> Any:  # noqa: ANN401 - any value may stand there
+    """Return plain containers in which each relative reference names its key from the top.
+
+    As in OmegaConf, `${.key}` stands beside the value, and each further dot is one node up.
+
+    Args:
+        node: a configuration as plain containers, or a part of it.
+        path: names and places in lists that lead to `node`.
+    """
+    if isinstance(node, dict):
+        return {key: absolute(value, (*path, key)) for key, value in node.items()}
+    if isinstance(node, list):
+        return [absolute(value, (*path, place)) for place, value in enumerate(node)]
+    if not isinstance(node, str):
+        return node
+
+    def _from_the_top(match: re.Match[str]) -> str:
+        above = path[: max(len(path) - len(match[1]), 0)]
+        return f"${{{'.'.join([*map(str, above), match[2]])}}}"
+
+    return _RELATIVE.sub(_from_the_top, node)
+
+
 def references(node: object) -> set[str]:
     """Return all keys that strings inside a node refer to."""
     if isinstance(node, dict):
@@ -51,6 +75,7 @@ def circle(raw: dict[str, Any]) -> Fault | None:
     Args:
         raw: a configuration as plain containers, with unresolved interpolations.
     """
+    raw = absolute(raw)
     done: set[str] = set()
     for start in sorted(references(raw)):
         path = _from(raw, start, [], done)

@@ -311,11 +311,12 @@ class Data(Open):
     workers: int = Field(ge=0, le=1024)
     published: dict[str, Count | None] = {}
     licence: Text = "not stated"
+    testsets: Annotated[Any, slot("testset", "dict")] = {}  # test sets that `module.test` refers to
     module: Annotated[Any, slot("module")]
 
 
 class TestSet(Open):
-    """Keys of `testsets.NAME`."""
+    """Keys of `testsets.NAME` and `data.testsets.NAME`."""
 
     root: Text | None
     published: Count | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from segrl.runs.schema.interpolations import Fault, lookup, references
+from segrl.runs.schema.interpolations import Fault, absolute, lookup, references
 
 _TRAINING = {"stage", "reward", "reference", "callbacks", "test_before"}
 _FABRIC = {"accelerator", "devices", "num_nodes", "precision"}  # keys of the trainer that an evaluation reads
@@ -22,7 +22,7 @@ def unread(raw: dict[str, Any], keys: Collection[str]) -> Iterator[Fault]:
         raw: the configuration of a training or an evaluation, with unresolved interpolations.
         keys: keys of values, and names of groups, that the command line sets.
     """
-    evaluates = "suite" in raw
+    raw, evaluates = absolute(raw), "suite" in raw
     for key in sorted(keys):
         said = _in_evaluation(raw, key) if evaluates else _in_training(raw, key)
         if said is not None:

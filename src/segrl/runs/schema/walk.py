@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, InterpolationToMissingValueError
 
 from segrl.runs.assembly import keys
-from segrl.runs.schema.interpolations import REFERENCE, Fault, circle, lookup, references
+from segrl.runs.schema.interpolations import REFERENCE, Fault, absolute, circle, lookup, references
 from segrl.runs.schema.kinds import Open, Part, Text, described, fault, needed, shown, slot_of
 from segrl.runs.schema.table import PARTIAL, PARTS, SHAPES, known
 
@@ -68,9 +68,9 @@ class Walk:
     def __init__(
         self, raw: dict[str, Any], command: type[Part], typed: Collection[str] | None = None
     ) -> None:
-        self.raw, self.command, self.typed = raw, command, typed
+        self.raw, self.command, self.typed = absolute(raw), command, typed
         self.reached: set[str] = set()
-        self.referred = references(raw)
+        self.referred = references(self.raw)
 
     def __iter__(self) -> Iterator[Typed | Fault]:
         """Yield each key once per field that it must fit, and a fault for each error of structure."""
@@ -152,7 +152,7 @@ class Walk:
             if found is None and place is not None and place[2]:
                 return
             yield Typed(source, model, field)
-            for ref in references(found):
+            for ref in _pieces(found):
                 yield from self._piece(source, ref)
             return
         name, many, _ = place
@@ -217,6 +217,14 @@ class Walk:
             )
         else:
             yield from _own(path, node, target, place)
+
+
+def _pieces(value: object) -> set[str]:
+    """Return the keys that longer strings of a value refer to; `${key}` alone is the value of that key."""
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return set().union(*map(_pieces, inner))
+    return references(value) if isinstance(value, str) and not REFERENCE.fullmatch(value) else set()
 
 
 def _own(path: str, node: dict[str, Any], target: str, place: str) -> Iterator[Fault]:
