@@ -25,8 +25,8 @@ def strange(node: object, whole: bool, path: str = "") -> Iterator[tuple[str, ob
         node: nested dicts and lists.
         whole: whether it is a whole configuration. That may have `_target_` and `_partial_`, which its reader
             checks, and references to its own keys, `${oc.select:KEY,DEFAULT}`, `${asset:NAME}`,
-            `${now:FORMAT}` and `${instructions_of:${policy.weights}}`. If False, there may be no reference and
-            no key with `_` in front.
+            `${now:FORMAT}` and `${instructions_of:${policy.weights}}`. If False, there may be no reference
+            and no key with `_` in front.
         path: dotted key of the node.
     """
     if isinstance(node, dict):
