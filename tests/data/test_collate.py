@@ -270,11 +270,15 @@ class Refusing(Letters):
 
 
 def test_a_sample_that_the_processor_refuses_is_named() -> None:
-    with pytest.raises(ValueError, match="crab: must be an image and a query that the policy's processor takes"):
+    with pytest.raises(
+        ValueError, match="crab: must be an image and a query that the policy's processor takes"
+    ):
         Collate(Refusing(), GRAMMAR)([sample("crab")])
 
 
 def test_a_batch_that_does_not_fill_is_refused_with_the_value_that_fits() -> None:
     scenes = SyntheticScenes("train", 6, 0, 56, (0, 1), (1, 2))
-    with pytest.raises(ValueError, match=r"data\.batch_size: must be at most 6, .*got 16 \(set data\.batch_size=6\)"):
+    with pytest.raises(
+        ValueError, match=r"data\.batch_size: must be at most 6, .*got 16 \(set data\.batch_size=6\)"
+    ):
         SegDataModule(scenes, {}, {}, 16, 4, 0, 0)

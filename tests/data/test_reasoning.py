@@ -129,7 +129,9 @@ def test_the_photograph_is_as_the_camera_meant_it_for_so_the_polygons_were_drawn
 def test_what_stands_alone_is_named(tmp_path: Path) -> None:
     reason(tmp_path / "train", "a", ["x"], [])
     photograph(tmp_path / "train" / "lonely.jpg")
-    with pytest.raises(ValueError, match=r"train: must hold a \.json for every image; there is none for lonely"):
+    with pytest.raises(
+        ValueError, match=r"train: must hold a \.json for every image; there is none for lonely"
+    ):
         sample_of(tmp_path)
     (tmp_path / "train" / "lonely.jpg").rename(tmp_path / "train" / "other.jpg")
     (tmp_path / "train" / "other.jpg").unlink()

@@ -225,9 +225,7 @@ def test_a_shard_that_is_no_trace_is_named(tmp_path):
     ):
         ChatTraces(path, GRAMMAR, None)[1]
     (tmp_path / "FCoT" / "data" / "train-00001-of-00001.parquet").write_bytes(b"no parquet")
-    with pytest.raises(
-        ValueError, match=r"train-00001-of-00001\.parquet: must be a parquet shard of traces"
-    ):
+    with pytest.raises(ValueError, match=r"train-00001-of-00001\.parquet: must be a parquet shard of traces"):
         ChatTraces(path, GRAMMAR, None)
     other = tmp_path / "other"
     with pytest.raises(ValueError, match="there is no solution"):
