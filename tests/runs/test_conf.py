@@ -165,8 +165,7 @@ def test_the_policy_says_which_precision_the_trainer_has_unless_it_is_set(overri
 
 WITH_SETS = {
     "duts": "duts_te", "fcot": "duts_te", "dis5k": "dis_vd", "cod10k_camo": "cod10k",
-    "refcocog": "refcocog_val",
-    "grefcoco": "grefcoco_val", "reasonseg": "reasonseg_val",
+    "refcocog": "refcocog_val", "grefcoco": "grefcoco_val", "reasonseg": "reasonseg_val",
 }  # fmt: skip
 
 
@@ -188,8 +187,13 @@ def test_an_evaluation_scores_the_sets_that_are_asked_for_alone():
 
 @pytest.mark.parametrize("experiment", ["sod_duts", "vision_reasoner_multi"])
 def test_a_run_saved_before_test_sets_and_precision_were_references_is_resumed(tmp_path, experiment):
-    old = plain(composed(f"+experiment={experiment}"), "policy_precision")
-    del old["data"]["testsets"]
+    now = composed(f"+experiment={experiment}")
+    old, values = OmegaConf.to_container(now, resolve=False), plain(now)
+    del old["data"]["testsets"], old["policy_precision"]
+    for key in ("published", "licence"):
+        old["data"][key] = values["data"][key]
+    old["data"]["module"]["test"] = values["data"]["module"]["test"]
+    old["sources"], old["trainer"]["precision"] = values["sources"], values["trainer"]["precision"]
     OmegaConf.save(OmegaConf.create(old), tmp_path / "config.yaml")
     loaded = saved(tmp_path / "config.yaml", "resume", "train", ["trainer.precision=32-true"])
     assert loaded.trainer.precision == "32-true"
