@@ -78,7 +78,7 @@ def refused(cli, tmp_path, *arguments):
         ("reward=seg_zero grammar=seg_r1_points", ["reward.terms.reasoning", "thought", "SegR1Points"]),
         ("stage=ppo_dense reference=frozen_copy grammar=seg_r1_points trainer.max_steps=2",
          ["stage.shaping", "steps", "SegR1Points"]),
-        ("stage.kl_weight=0.1 stage.kl_reward=0.1 reference=frozen_copy", ["stage.kl_reward", "not in both"]),
+        ("stage.kl_weight=0.1 stage.kl_reward=0.1 reference=frozen_copy", ["stage.kl_reward", "not to both"]),
         ("reference=adapter_off stage.kl_weight=0.1", ["reference", "policy.lora"]),
         ("callbacks.best.monitor=val/x/iou trainer.max_steps=1 trainer.val_check_interval=1",
          ["callbacks.best.monitor"]),

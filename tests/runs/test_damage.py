@@ -134,7 +134,7 @@ def test_one_bit_that_changed_in_a_checkpoint_is_refused(run, place):
     whole = bytearray(path.read_bytes())
     whole[int(place * (len(whole) - 1))] ^= 1
     path.write_bytes(whole)
-    with pytest.raises(ValueError, match=r"resume: a checkpoint .*last\.ckpt"):
+    with pytest.raises(ValueError, match=r"resume: must be a checkpoint.*last\.ckpt"):
         read_checkpoint(path, "resume")
 
 

@@ -95,7 +95,7 @@ PHASES = {
         "stopped and saved at step 3", 3,
     ),
     "while saving": ((torch, "save", 1, signal.SIGTERM), "stopped and saved at step", None),
-    "scoring before": ((Segmenter, "__call__", 1, signal.SIGINT), "stopped before its first update", None),
+    "scoring before": ((Segmenter, "__call__", 1, signal.SIGINT), "stopped before the first update", None),
     "scoring after": (
         (PolicyGradientStage, "evaluate_batch", 2, signal.SIGTERM, scoring),
         "trained and saved at step 3, not scored", 3,

@@ -99,7 +99,7 @@ def test_the_best_checkpoint_is_the_one_that_is_scored(cli, tmp_path, monkeypatc
     )  # fmt: skip
     assert code == 0, err
     best = torch.load(tmp_path / "run/checkpoints/best.ckpt", weights_only=True)
-    assert best["global_step"] == 1 and "of update 1" in out
+    assert best["global_step"] == 1 and "at update 1" in out
     numbers = tmp_path / "run/metrics.json"
     said = json.loads(numbers.read_text())
     assert (said["steps"], said["scored_step"]) == (3, 1)

@@ -115,7 +115,7 @@ def _check_bytes(path: Path, key: str) -> None:
     if not whole:
         raise ValueError(
             f"{key}: must be a checkpoint as it was written; "
-            f"the bytes of {path} do not match its digest (use another copy or an earlier checkpoint)"
+            f"the bytes of {path} have changed since (use another copy or an earlier checkpoint)"
         )
     digests.passed(path)
 

@@ -285,7 +285,7 @@ def test_a_rollout_that_is_broken_off_leaves_no_recording_behind(policy, prefixe
     engine, plain = SharedPrefixEngine(24), SharedPrefixEngine(24).sample(policy, prefixes, 8, range(16, 32))
     recorder = recording(monkeypatch)
     monkeypatch.setattr(engine, "recorder", recorder)
-    drawn, places = shared_prefix.drawn, []
+    drawn, places = shared_prefix.sample_tokens, []
 
     def interrupted(probabilities, noise):
         places.append(1)
@@ -293,7 +293,7 @@ def test_a_rollout_that_is_broken_off_leaves_no_recording_behind(policy, prefixe
             raise KeyboardInterrupt
         return drawn(probabilities, noise)
 
-    monkeypatch.setattr(shared_prefix, "drawn", interrupted)
+    monkeypatch.setattr(shared_prefix, "sample_tokens", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.sample(policy, prefixes, 8, range(16))
     assert recorder.graph is not None
