@@ -343,7 +343,7 @@ class Experience:
     returns: Tensor | None = None
     """float32 `[N, T]`, the critic's targets. None without a critic."""
     privileged: Tensor | None = None
-    """float32 `[N, I]`, privileged input of the critic. None if the critic has none."""
+    """float32 `[N, I]`, privileged input of the critic. None if it has none."""
     state: PrefixState | None = None
     """The prefixes as the policy has read them, with their graph. If None, the update reads the prefixes."""
 
@@ -380,15 +380,10 @@ class Experience:
         tensors: dict[str, Any] = {
             name: None if (value := getattr(self, name)) is None else value[rows]
             for name in (
-                "loss_mask",
-                "advantages",
-                "old_logprobs",
-                "reference_logprobs",
-                "values",
-                "returns",
+                "loss_mask", "advantages", "old_logprobs", "reference_logprobs", "values", "returns",
                 "privileged",
             )
-        }
+        }  # fmt: skip
         return replace(self, prefixes=prefixes, completions=self.completions.take(rows), **tensors)
 
 

@@ -256,7 +256,7 @@ def test_the_shards_of_fcot_are_checked_as_downloaded(cli, tmp_path: Path) -> No
     [
         ((), "data=NAME"),
         (("data=synthetic",), "SyntheticScenes"),
-        (("data=duts",), "data.root: must be a file or folder; datasets/DUTS does not exist (its owners"),
+        (("data=duts",), "data.root: must be a file or folder; datasets/DUTS does not exist "),
         (("testset=nc4k",), "testsets.nc4k.root: must be a file or folder; datasets/NC4K does not exist"),
         (("testset=nc4",), "did you mean nc4k?"),
         (("data=image_mask",), "data.root: must be given"),
@@ -289,7 +289,7 @@ def test_a_folder_of_any_name_is_checked(cli, tmp_path: Path, name: str) -> None
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("out=t.jsonl",), "head.checkpoint: there is no weights/sam2.1_hiera_large.pt"),
+        (("out=t.jsonl",), "weights/sam2.1_hiera_large.pt does not exist; fetch it with"),
         (("out=t.jsonl",), "head=sam2_nano, which ships with segrl"),
         (("out=old.jsonl",), "out: must be a new .jsonl file; old.jsonl exists (overwrite=true"),
         (("out=old.jsonl", "overwrite=true"), "head.checkpoint"),

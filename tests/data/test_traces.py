@@ -212,7 +212,7 @@ def test_the_thought_tells_of_every_part_largest_first() -> None:
 
 
 def test_an_empty_mask_has_no_trace() -> None:
-    with pytest.raises(ValueError, match="mask: must hold an object"):
+    with pytest.raises(ValueError, match="must have an object to write a trace of"):
         trace(np.zeros((9, 9), bool))
 
 

@@ -38,7 +38,7 @@ def bind(path, node):
     keywords = {k: v for k, v in node.items() if k not in ("_target_", "_partial_")}
     made = get_object(node["_target_"])
     try:
-        for name, composite in composites(made).items():
+        for name, composite in (composites(made) if path == "stage" else {}).items():
             inner = {f.name: keywords.pop(f.name) for f in fields(composite) if f.name in keywords}
             keywords[name] = inspect.signature(composite).bind(**inner)
         signature = inspect.signature(made)

@@ -26,7 +26,7 @@ def way_to(path: Path, owners: str) -> str:
     """
     if match := re.fullmatch(r"https://huggingface\.co/(datasets/)?([\w.-]+/[\w.-]+)", owners):
         kind = " --repo-type dataset" if match[1] else ""
-        return f"fetch it with: hf download {match[2]}{kind} --local-dir {path}  ({owners})"
+        return f"fetch it with: hf download {match[2]}{kind} --local-dir {path}; {owners}"
     if re.fullmatch(r"https?://\S+", owners) and owners.rpartition("/")[2] == path.name:
         return f"fetch it with: curl -L --create-dirs -o {path} {owners}"
     return f"its owners publish it at {owners}"
@@ -34,7 +34,7 @@ def way_to(path: Path, owners: str) -> str:
 
 def absent(key: str, path: str, owners: str) -> str:
     """Return the error line for a key whose file or folder does not exist, with the way to get it."""
-    return f"{key}: there is no {path}; {way_to(Path(path), owners)}"
+    return f"{key}: must be a file or folder; {path} does not exist ({way_to(Path(path), owners)})"
 
 
 def missing(cfg: DictConfig, files: bool) -> list[str]:
