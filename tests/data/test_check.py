@@ -256,7 +256,7 @@ def test_the_shards_of_fcot_are_checked_as_downloaded(cli, tmp_path: Path) -> No
     [
         ((), "data=NAME"),
         (("data=synthetic",), "SyntheticScenes"),
-        (("data=duts",), "data.root: must be a file or folder; datasets/DUTS does not exist "),
+        (("data=duts",), "data.root: must be a file or folder with content; datasets/DUTS does not exist"),
         (("testset=nc4k",), "testsets.nc4k.root: must be a file or folder; datasets/NC4K does not exist"),
         (("testset=nc4",), "did you mean nc4k?"),
         (("data=image_mask",), "data.root: must be given"),
