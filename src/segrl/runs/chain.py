@@ -74,7 +74,7 @@ def read(path: Path) -> Chain:
     for job in chain.jobs:
         if job.start is not None and job.start not in known:
             raise ValueError(
-                f"{path}: {job.name}.start: must be one of {', '.join(known) or 'no runs'}; got {job.start}"
+                f"{path}: {job.name}.start: must be an earlier run ({', '.join(known) or 'there is none'}); got {job.start}"
             )
         known.append(job.name)
     return chain
