@@ -54,7 +54,11 @@ def job(cfg: DictConfig) -> float | None:
 
 
 def _resumed(folder: Path) -> DictConfig:
-    """Return the saved configuration of an evaluation. Raise ValueError if the folder holds none."""
+    """Return the saved configuration of an evaluation, with `resume` set to its folder.
+
+    Raises:
+        ValueError: if the folder holds none or a damaged one, or the command line gives a key another value.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     config = RunFolder(folder).config

@@ -266,7 +266,7 @@ class TrainablePolicy(Policy, Protocol):
         ...
 
     def load_policy(self, weights: dict[str, Tensor]) -> None:
-        """Load the weights of an earlier stage; raise ValueError if the architecture is another."""
+        """Load the weights of an earlier stage. Raise ValueError if their architecture differs."""
         ...
 
     def bump_version(self) -> None:

@@ -212,7 +212,7 @@ class PrefixState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """B samples and their prefixes. Images are kept as a list because their sizes differ."""
+    """B samples and their prefixes, as lists: images and prefixes differ in size."""
 
     samples: list[Sample]
     prefixes: list[Prefix]

@@ -76,7 +76,7 @@ def test_a_rank_without_a_server_of_its_own_waits_for_the_one_that_fills_it(pret
     began = time.monotonic()
     engine._follow(None, "new", began + 30)
     assert time.monotonic() - began >= 0.4
-    with pytest.raises(ValueError, match=r"must be given these weights within 30 s .*; it has new"):
+    with pytest.raises(ValueError, match=r"must receive this run's weights within 30 s; .* is still new"):
         engine._follow(None, "newer", time.monotonic() + 0.5)
     filled = []
     monkeypatch.setattr(

@@ -101,7 +101,8 @@ def read_refs(path: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"{path}: {needed} ({error})") from None
     if not isinstance(refs, list) or not all(isinstance(ref, dict) and ref.keys() >= _KEYS for ref in refs):
         raise ValueError(
-            f"{path}: must be a list of refs with {', '.join(sorted(_KEYS))}; it holds something else"
+            f"{path}: must be a list of refs with {', '.join(sorted(_KEYS))}; "
+            "it is no list, or a ref lacks a key"
         )
     for place, ref in enumerate(refs):
         if fault := _fault(ref):
@@ -147,7 +148,10 @@ def read_instances(path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dic
     for number, picture in pictures.items():
         sides = (picture.get("height"), picture.get("width"))
         if not is_text(picture.get("file_name")) or not all(type(side) is int and side > 0 for side in sides):
-            raise ValueError(f"{path}: image {number}: must have file_name, height and width; it has others")
+            raise ValueError(
+                f"{path}: image {number}: must have file_name, a text, and height and width, whole numbers "
+                f"above 0; got {short([picture.get('file_name'), *sides])}"
+            )
     return objects, pictures
 
 
@@ -211,7 +215,7 @@ def _uncompressed(text: bytes) -> list[int]:
     """Return the run lengths in COCO's compressed text.
 
     A character holds five bits. From the fourth run on, a value is the difference to the run two before it.
-    Raise ValueError for another character, a value above 60 bits, or a text that is cut off.
+    Raise ValueError for another character, a value of more than 13 characters, or a text that is cut off.
     """
     if not _RUNS.fullmatch(text):
         raise ValueError(f"must be COCO's text of run lengths; got {short(text)}")
@@ -223,7 +227,7 @@ def _uncompressed(text: bytes) -> list[int]:
         shift += 5
         if bits & 32:
             if shift > 60:
-                raise ValueError(f"run lengths must be below 2**60; got {short(text)}")
+                raise ValueError(f"run lengths must have at most 13 characters each; got {short(text)}")
             continue
         if bits & 16:
             value -= 1 << shift

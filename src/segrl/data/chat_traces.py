@@ -64,7 +64,9 @@ def _images(shard: Path, group: int) -> list[bytes]:
         rows = pyarrow.parquet.ParquetFile(shard).read_row_group(group, ["image"], use_threads=False)
         column = rows.column("image")
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{shard}: row group {group} must hold images; {reason(error)}") from None
+        raise ValueError(
+            f"{shard}: row group {group}: must have a column `image` that can be read; {reason(error)}"
+        ) from None
     return [(image or {}).get("bytes") or b"" for image in column.to_pylist()]
 
 
@@ -205,7 +207,7 @@ def _read(name: str, where: str, line: TraceLine, stored: Stored, grammar: Gramm
         try:
             grammar.render(trace, frame)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            raise ValueError(f"{where}: must be a trace that the grammar can write; {error}") from None
         mask = np.zeros(image.shape[:2], bool)
         return Sample(id=name, image=image, mask=mask, query=line.query, trace=trace)
 

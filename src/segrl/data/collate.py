@@ -73,7 +73,9 @@ def _written(grammar: Grammar, sample: Sample, parsed: Parsed, frame: Frame) -> 
     try:
         return grammar.render(parsed, frame)
     except ValueError as error:
-        raise ValueError(f"{sample.id}: {reason(error)}") from None
+        raise ValueError(
+            f"{sample.id}: must have an answer that the grammar can write; {reason(error)}"
+        ) from None
 
 
 class ResumableShuffle(Sampler[int]):

@@ -55,7 +55,13 @@ class SegDataModule(lightning.LightningDataModule):
         self.updates_per_batch = 1
 
     def connect(self, collate: Collate, eval_collate: Collate, updates_per_batch: int) -> None:
-        """Set the stage's collate functions and the number of updates that it makes of a batch."""
+        """Set what the loaders need to know of the stage.
+
+        Args:
+            collate: makes training batches.
+            eval_collate: makes validation and test batches.
+            updates_per_batch: optimizer steps per training batch; a resumed run counts its batches with it.
+        """
         self.collate, self.eval_collate = collate, eval_collate
         self.updates_per_batch = updates_per_batch
 

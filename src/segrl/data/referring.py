@@ -35,7 +35,7 @@ def belongs(ref_split: str, split: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Annotations:
-    """The refs of one split, with the objects and images that they refer to."""
+    """The refs of one split, and all objects and images of `instances.json`."""
 
     path: Path
     """The refs file."""
@@ -68,7 +68,7 @@ class Annotations:
         return [one for one in ids if one != _NOTHING]
 
     def faults(self) -> list[str]:
-        """Return a line for each image or object of a ref that is not in `instances.json`."""
+        """Return a message for each image or object that a ref names and `instances.json` lacks."""
         lost = []
         for ref in self.refs:
             absent = [f"image {ref['image_id']}"] * (ref["image_id"] not in self.pictures)
@@ -134,7 +134,7 @@ class Exclusion(TypedDict):
 
 
 def _images_of(exclude: Sequence[Exclusion]) -> set[int]:
-    """Return the ids of the images of all excluded splits."""
+    """Return the ids of the images of all refs in the excluded splits."""
     return {
         ref["image_id"]
         for one in exclude

@@ -43,7 +43,7 @@ def _texture(rng: np.random.Generator, size: int, octaves: tuple[int, ...]) -> n
 
 
 def _shape(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Return one smooth star-shaped region, bool `[size, size]`."""
+    """Return a random smooth star-shaped region, bool `[size, size]`; the image's edge may cut it off."""
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
     cx, cy = rng.uniform(0.15, 0.85, 2)
     turn, aspect = rng.uniform(0, np.pi), rng.uniform(0.6, 1.0)

@@ -23,7 +23,7 @@ def unchanged(path: Path) -> bool:
 
 
 def passed(path: Path) -> None:
-    """Record that a file's digest was right, so that this process checks it only once."""
+    """Record that a file's digest was right: this process checks the file again only if it changes."""
     stat = path.stat()
     _checked[path.resolve()] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
@@ -83,7 +83,7 @@ def _names(path: Path) -> list[str]:
 
 
 def _check(file: Path, digest: str, key: str, sums: Path) -> None:
-    """Raise ValueError if a file is missing or its digest is another."""
+    """Raise ValueError if a file is missing or its SHA-256 is not `digest`."""
     if not file.is_file():
         raise ValueError(f"{key}: {file} must exist; it is listed in {sums} (copy it again)")
     if unchanged(file):

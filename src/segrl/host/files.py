@@ -12,7 +12,11 @@ _locks: dict[Path, int] = {}
 
 
 def lock(descriptor: int) -> bool | None:
-    """Lock an open file until it is closed; return whether it is locked, or None on a disk without locks."""
+    """Lock an open file until it is closed.
+
+    Returns:
+        True if it is locked now, False if it was locked already, None on a disk without locks.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -23,14 +27,14 @@ def lock(descriptor: int) -> bool | None:
 def own(folder: Path, key: str) -> None:
     """Lock a folder until `release` or the end of this process, even if it is killed.
 
-    Without effect on file systems that have no locks.
+    On a file system without locks it does nothing.
 
     Args:
         folder: an existing folder.
         key: the configuration's key of the folder, for the error.
 
     Raises:
-        ValueError: if another process owns the folder.
+        ValueError: if the folder is locked already, by another process or by this one.
     """
     path = folder / LOCK
     while True:

@@ -87,7 +87,7 @@ class Referring:
 
     @property
     def _among(self) -> str:
-        """Name of the part that marks the samples of which `p@` is a share."""
+        """Name of the part that is 1 for the samples over which `p@` is averaged, else 0."""
         return "target" if self.no_target else "counted"
 
     def summary(self, means: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -262,7 +262,7 @@ class HFPolicy(nn.Module):
         return weight.float()
 
     def head(self) -> PackedLinear:
-        """Return the head for sampling, in float32; its bias is minus infinity on `never_sampled`."""
+        """Return the head for sampling, float32, detached; its bias is -inf at `never_sampled`, else 0."""
         weight = self.head_weight().detach()
         return PackedLinear(
             weight, weight.new_zeros(len(weight)).index_fill_(0, self.never_sampled, float("-inf"))

@@ -126,7 +126,10 @@ def checked(card: object, path: Path) -> Card:
             raise ValueError(f"{path}: {part}._target_: must match {pattern}; got {values!r:.80}")
         plain = {key: value for key, value in values.items() if key != "_target_"}
         for key, value in strange(plain, whole=False):
-            raise ValueError(f"{path}: {part}.{key}: must be a plain value; got {value!r:.80}")
+            raise ValueError(
+                f"{path}: {part}.{key}: must be plain data, without references (${{...}}) and keys that "
+                f"begin with _; got {value!r:.80}"
+            )
     for part, key, allowed in (
         ("head", "architecture", _ARCHITECTURE), ("head", "checkpoint", _CHECKPOINT),
         ("policy", "dtype", _DTYPE),

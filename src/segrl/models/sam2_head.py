@@ -91,7 +91,10 @@ def _build(architecture: str) -> nn.Module:
 def _check_parts(node: object, path: Path) -> None:
     """Raise ValueError if an architecture names a class outside of `_PARTS` or a value that is not plain."""
     for key, value in strange(node, whole=True):
-        raise ValueError(f"head.architecture: {path} must hold plain values; {key} is {value!r:.80}")
+        raise ValueError(
+            f"head.architecture: {path} must hold plain values and references to its own keys; "
+            f"{key} is {value!r:.80}"
+        )
     nodes = [node]
     while nodes:
         one = nodes.pop()
@@ -196,7 +199,7 @@ class Sam2Head(nn.Module):
         self.beside = True
 
     def train(self, mode: bool = True) -> Sam2Head:
-        """Stay in evaluation mode, although Lightning sets training mode on all modules of a stage."""
+        """Set evaluation mode and return self; `mode`, which Lightning sets on all modules, is ignored."""
         return super().train(False)
 
     def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
@@ -336,9 +339,9 @@ class Sam2Head(nn.Module):
         return logits, iou
 
     def _embed_prompts(self, prompts: Sequence[MaskPrompt], like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return sparse and dense embeddings of prompts.
+        """Return the sparse `[M, K, C]` and the dense `[M, C, h, w]` embeddings of M prompts; see `decode`.
 
-        A box becomes two corner points (labels 2 and 3) before the others, as in SAM2ImagePredictor.
+        A box becomes two corner points (labels 2 and 3), which precede the points as in SAM2ImagePredictor.
         """
         xy = np.stack([np.concatenate([p.boxes.reshape(-1, 2), p.points]) for p in prompts])
         labels = np.stack([np.concatenate([np.tile([2, 3], len(p.boxes)), p.labels]) for p in prompts])

@@ -78,7 +78,10 @@ class DetachedCritic(Critic):
 
 
 class SharedCritic(Critic):
-    """A head whose loss also trains the policy's layers; give it a small weight."""
+    """A head on hidden states that are not detached: its loss also trains the policy's layers.
+
+    The stage's `value_weight` should then be small, such as 0.1.
+    """
 
     def forward(
         self, hidden: Tensor, prefixes: Sequence[Prefix], completions: Completions, insight: Tensor | None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def _same(rewards: Float[Tensor, "B G"]) -> Bool[Tensor, "B 1"]:
-    """Return which groups have equal rewards. Raise ValueError if G < 2."""
+    """Return which groups have equal rewards, bool `[B, 1]`. Raise ValueError if G < 2."""
     if rewards.shape[1] < 2:
         raise ValueError(
             f"stage.group_size: must be at least 2, to compare completions; got {rewards.shape[1]}"
@@ -22,11 +22,11 @@ def _same(rewards: Float[Tensor, "B G"]) -> Bool[Tensor, "B 1"]:
 def group_relative(rewards: Float[Tensor, "B G"], floor: float) -> Float[Tensor, "B G"]:
     """Return `A[b,g] = (r[b,g] - mean_b) / (std_b + ε)`; the deviation has G-1 in its denominator.
 
-    GRPO (arXiv 2402.03300, section 4.1.2), as TRL 0.14 computes it.
+    GRPO (arXiv 2402.03300, section 4.1.2), as TRL 0.14 computes it. Groups of equal rewards get exactly 0.
 
     Args:
         rewards: one per completion.
-        floor: ε. TRL and Seg-R1 use 1e-4: a deviation of 1e-4 in a group then gives advantages of about 0.5.
+        floor: ε. TRL and Seg-R1 use 1e-4, which halves the advantages of a group with a deviation of 1e-4.
 
     Raises:
         ValueError: if G < 2.
@@ -39,12 +39,19 @@ def group_centred(rewards: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
     """Return `A[b,g] = r[b,g] - mean_b` (Dr.GRPO, arXiv 2503.20783, section 3.2).
 
     There is no division by the deviation, so a group does not weigh more because its rewards spread less.
+
+    Raises:
+        ValueError: if G < 2.
     """
     return (rewards - rewards.mean(1, keepdim=True)).masked_fill(_same(rewards), 0.0)
 
 
 def leave_one_out(rewards: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
-    """Return `A[b,g] = r[b,g] - Σ_{h≠g} r[b,h] / (G-1)` (RLOO, arXiv 2402.14740, eq. 8)."""
+    """Return `A[b,g] = r[b,g] - Σ_{h≠g} r[b,h] / (G-1)` (RLOO, arXiv 2402.14740, eq. 8).
+
+    Raises:
+        ValueError: if G < 2.
+    """
     group = rewards.shape[1]
     return group_centred(rewards) * group / max(group - 1, 1)
 
@@ -58,6 +65,9 @@ def batch_normalised(rewards: Float[Tensor, "B G"], floor: float) -> Float[Tenso
     Args:
         rewards: one per completion.
         floor: ε.
+
+    Raises:
+        ValueError: if G < 2.
     """
     centred = group_centred(rewards)
     return centred / (centred.std() + floor)

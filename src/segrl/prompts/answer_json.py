@@ -191,7 +191,7 @@ class SamR1Json:
         return _written(parsed.thought, " To generate the mask of the target object, ", payload)
 
     def parse(self, text: str, frame: Frame) -> Parsed:
-        """Parse thought, box and points; if one is missing, return its fault."""
+        """Parse thought, box and points; return the first fault if one is missing or invalid."""
         outer, payload = _outer(text)
         if outer.fault is not None:
             return outer
@@ -275,7 +275,7 @@ class SegZeroJson:
         return _written(parsed.thought, "\n", {"bbox": box, "points_1": points[0], "points_2": points[-1]})
 
     def parse(self, text: str, frame: Frame) -> Parsed:
-        """Parse thought, box and two points; if one is missing, return its fault."""
+        """Parse thought, box and two points; return the first fault if one is missing or invalid."""
         outer, payload = _outer(text)
         if outer.fault is not None:
             return outer
@@ -349,7 +349,7 @@ class VisionReasonerJson:
         return _written(parsed.thought, "\n", payload)
 
     def parse(self, text: str, frame: Frame) -> Parsed:
-        """Parse thought and objects, in the order written; if a part is missing, return its fault."""
+        """Parse thought and objects, in order; return the first fault if a part is missing or invalid."""
         outer, payload = _outer(text)
         if outer.fault is not None:
             return outer

@@ -74,7 +74,7 @@ class SegR1Released:
         return self.tags.render(parsed, frame)
 
     def parse(self, text: str, frame: Frame) -> Parsed:
-        """Parse boxes, points and labels; the thought may be missing."""
+        """Parse thought, boxes, points and labels; without a thought the answer is loose, not a fault."""
         thoughts = fields(text, "think", 1)
         thought = thoughts[0].strip() if thoughts else ""
         try:

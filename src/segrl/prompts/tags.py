@@ -158,7 +158,7 @@ class SegR1Tags:
         return f"<think> {parsed.thought} </think> {boxes}, {points}"
 
     def parse(self, text: str, frame: Frame) -> Parsed:
-        """Parse thought, boxes, points and labels; if one is missing, return its fault."""
+        """Parse thought, boxes, points and labels; return the first fault if one is missing or invalid."""
         thoughts = fields(text, "think", 2)
         if len(thoughts) != 1:
             kind = ParseFault.DUPLICATE_FIELD if thoughts else ParseFault.NO_THOUGHT
@@ -232,7 +232,7 @@ class SegR1Points:
         return _write_points(parsed.prompt, frame, " ", self.max_points)
 
     def parse(self, text: str, frame: Frame) -> Parsed:
-        """Parse points and labels; if one is missing, return its fault."""
+        """Parse points and labels; return the first fault, such as another number of labels than points."""
         try:
             points, labels = _read_points(text, frame, self.max_points)
         except Fault as fault:

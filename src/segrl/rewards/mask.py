@@ -16,19 +16,19 @@ from segrl.types import Answer, Sample
 
 
 def iou(answer: Answer, sample: Sample) -> float:
-    """Return intersection over union in [0, 1]; 1 if mask and truth are both empty. The `linear` reward."""
+    """Return the IoU in [0, 1]: 0 for a fault; without one, 1 if mask and truth are both empty."""
     return 0.0 if answer.parsed.fault else overlap.iou(answer.mask, sample.mask)
 
 
 def structure(answer: Answer, sample: Sample) -> float:
-    """Return the S-measure of the mask in [0, 1] (not that of `segment_as_published`)."""
+    """Return the S-measure in [0, 1], 0 for a fault; `segment_as_published` computes another one."""
     if answer.parsed.fault:
         return 0.0
     return structure_measure.structure(answer.mask, sample.mask)
 
 
 def binary(answer: Answer, sample: Sample, *, threshold: float) -> float:
-    """Return 1 for an IoU above the threshold, else 0 (SAM-R1's ablation: 0.5, 0.7, 0.8)."""
+    """Return 1 if `iou` is above the threshold, else 0 (SAM-R1's ablation: 0.5, 0.7, 0.8)."""
     return float(iou(answer, sample) > threshold)
 
 
@@ -97,7 +97,7 @@ class Quantile:
         return list(self.latest)
 
     def remember(self, values: list[float]) -> None:
-        """Replace the window by that of a checkpoint."""
+        """Replace the window by `values`, the window in a checkpoint."""
         self.latest.clear()
         self.latest.extend(values)
 
@@ -106,8 +106,8 @@ def segment_as_published(answer: Answer, sample: Sample) -> float:
     """Return what Seg-R1's released `segmentation_reward` computes: 0.7 IoU + 0.3 (1 - predicted area).
 
     Its S-measure thresholds a 0/1 truth at 128, so the truth is always empty. The S-measure of an empty truth
-    is the share of pixels outside the mask: an area penalty, by which an empty mask earns 0.3. For comparison
-    only.
+    is the share of pixels outside the mask: an area penalty, by which an empty mask earns 0.3.
+    A fault earns 0. For comparison only.
     """
     if answer.parsed.fault:
         return 0.0

@@ -30,7 +30,10 @@ _PAUSE = 1.0  # seconds between two requests to a server that is not ready
 # Values of a server's `weight_version`: _FRESH if no weights were pushed yet; _UNFINISHED during a push, and
 # after one that was interrupted.
 _FRESH, _UNFINISHED = "default", "being written"
-_TAKEN = "rollout.servers: must be used by one run alone; another has written its weights to {}"
+_TAKEN = (
+    "rollout.servers: must be used by one run alone; another has written its weights to {} "
+    "(start a server for each run: python -m segrl.serve)"
+)
 # Seconds that a rank waits for the previous rank of its server, and for a push in progress.
 _GRACE, _ABANDONED = 10.0, 60.0
 
@@ -43,7 +46,7 @@ def host_and_port(servers: Any) -> list[tuple[str, int]]:  # noqa: ANN401 - any 
     """Return host and port of each address.
 
     Raises:
-        ValueError: if `servers` is not a list of at least one `http://HOST:PORT`.
+        ValueError: if `servers` is not a list of at least one `http://HOST:PORT` or `https://HOST:PORT`.
     """
     found = []
     for address in servers if isinstance(servers, Sequence) and not isinstance(servers, str) else ():
@@ -53,7 +56,9 @@ def host_and_port(servers: Any) -> list[tuple[str, int]]:  # noqa: ANN401 - any 
         except ValueError:
             place = None, None
         if there.scheme not in ("http", "https") or place[0] is None or place[1] is None:
-            raise ValueError(f"rollout.servers: each must be http://HOST:PORT; got {address}")
+            raise ValueError(
+                f"rollout.servers: each must be https://HOST:PORT or http://HOST:PORT; got {address}"
+            )
         found.append((place[0], place[1]))
     if not found:
         raise ValueError(f"rollout.servers: must be a list of at least one http://HOST:PORT; got {servers}")
@@ -224,8 +229,8 @@ class VLLMServer(wire.Engine):
                 self._fill(policy, weights, held)
             elif time.monotonic() > deadline:
                 raise ValueError(
-                    f"rollout.servers: {self._server.address} must be given these weights within "
-                    f"{self.timeout:g} s (rollout.timeout); it has {held}"
+                    f"rollout.servers: {self._server.address} must receive this run's weights within "
+                    f"{self.timeout:g} s; its weight_version is still {held} (set a longer rollout.timeout)"
                 )
             else:
                 time.sleep(_PAUSE / 10)

@@ -123,7 +123,7 @@ def settings(
 
 
 def check_read(prefix: Prefix, read: Sequence[int]) -> None:
-    """Assert that vLLM has read the tokens that the training pass will read."""
+    """Assert that `read`, the prompt tokens that vLLM reports, equals the prefix of the training pass."""
     assert list(read) == prefix.token_ids.tolist(), "vLLM read other tokens than ours"
 
 

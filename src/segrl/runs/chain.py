@@ -186,8 +186,8 @@ def _keep_running(
                 running[job.name, seed] = subprocess.Popen(line, env=environment)
         if waiting and not running and not any(ready(chain, runs, job) for job, _ in waiting):
             raise ValueError(
-                f"chain: {waiting[0][0].start} must write metrics.json, because {waiting[0][0].name} "
-                f"starts from it; it has none"
+                f"chain: the run {waiting[0][0].start} must write metrics.json before {waiting[0][0].name} "
+                "starts from its checkpoint; it exited with 0 without that file (see what it printed)"
             )
         time.sleep(0.5)
 

@@ -59,8 +59,8 @@ def checkpoints(cfg: DictConfig) -> None:
             )
         if saved.get("init_from") != cfg.init_from:
             raise ValueError(
-                f"init_from: must be {saved.get('init_from')}, from which {cfg.ckpt_path} started, "
-                f"because it is the reference; got {cfg.init_from}"
+                f"init_from: must be {saved.get('init_from')}, as in the run that wrote {cfg.ckpt_path}, "
+                f"because the reference is made with it; got {cfg.init_from}"
             )
 
 

@@ -60,11 +60,11 @@ class Evaluation:
 
     @classmethod
     def build(cls, cfg: DictConfig) -> Evaluation:
-        """Instantiate policy, mask head and test sets.
+        """Return the evaluation with its parts instantiated; no folder is created.
 
         Raises:
-            ValueError: if they do not fit each other, a file is damaged, or weights or instructions have
-                changed since a resumed evaluation began.
+            ValueError: if a part cannot be made or does not fit, a file is damaged, `objective_metric` is no
+                score, or weights or instructions have changed since a resumed evaluation began.
         """
         quiet()
         torch.manual_seed(cfg.seed)
@@ -135,7 +135,7 @@ class Evaluation:
         wanted = self.cfg.objective_metric
         if wanted is not None and wanted not in metrics:
             raise ValueError(
-                f"objective_metric: must be a score that is defined for these samples; {wanted} is not"
+                f"objective_metric: must be a number for these samples; {wanted} is NaN (choose another)"
             )
         return None if wanted is None else metrics[wanted]
 
@@ -170,7 +170,7 @@ class Evaluation:
         return logger, text, made
 
     def stopped(self, stop: signals.Stopped) -> None:
-        """Print how many samples have a line on the disk, and the command that resumes; end the logger."""
+        """Print how many samples have a line on the disk, and the command that resumes; close the logger."""
         stop.told = True
         if not RunFolder(self.folder).config.is_file():
             say(f"stopped by {stop.name} before anything was written")
@@ -250,8 +250,8 @@ class Evaluation:
             found = {row["id"]: row for row in records.lines(self.folder, name)}
             if missing := [one for one in samples.ids if one not in found]:
                 raise ValueError(
-                    f"{name}: all samples must be scored; {len(missing)} are not, first {missing[0]} "
-                    f"(resume={self.folder})"
+                    f"{name}: every sample must have a line; {len(missing)} have none, first {missing[0]} "
+                    f"(resume={self.folder} segments them)"
                 )
             rows[name] = [found[one] for one in samples.ids]
         joined = {
@@ -317,9 +317,10 @@ class Evaluation:
 
 
 def _stamps(cfg: DictConfig, grammar: Grammar) -> dict[str, list[str | int]]:
-    """Return the state of all that determines the answers; a resumed evaluation must have the same.
+    """Return the state of weights and instructions, which a resumed evaluation must find unchanged.
 
-    By path, size in bytes and modification time in ns of the files of weights; also the instructions' digest.
+    Under the path of each file of weights: size in bytes, time of modification in ns. Under "instructions":
+    their digest.
     """
     weights = Path(cfg.policy.weights)
     files = [

@@ -86,7 +86,7 @@ def parts_of(line: dict[str, Any]) -> Parts:
 
 
 def scores_of(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the sample's own scores in a line, and its `fault_rate`: 1 for a fault, else 0."""
+    """Return a line's scores by name, NaN for null, and its `fault_rate`: 1 for a fault, else 0."""
     own = {name: np.nan if value is None else float(value) for name, value in line["scores"].items()}
     return own | {"fault_rate": float(line["fault"] is not None)}
 
@@ -111,7 +111,7 @@ def lines(folder: Path, dataset: str) -> Iterator[dict[str, Any]]:
 
 
 def new_part(folder: Path, dataset: str, rank: int) -> TextIO:
-    """Create and open a file for the lines that this rank writes, one per attempt and dataset."""
+    """Create and open a file for the lines of one rank and dataset; each start or resume makes a new one."""
     home = RunFolder(folder).parts
     home.mkdir(parents=True, exist_ok=True)
     attempt = len(list(home.glob(f"*-{rank}.{escape(dataset)}.jsonl")))

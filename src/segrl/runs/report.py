@@ -170,12 +170,13 @@ def means(scores: Scores) -> dict[str, float]:
 
 
 def draw(samples: SampleSet, before: Path, after: Path, path: Path) -> Path:
-    """Draw the first samples of a test set, with answers before and after side by side, as one PNG.
+    """Draw the first `DRAWN` samples of a test set, answers before and after side by side, as one PNG.
 
     Args:
-        samples: test set.
-        before: lines of the scores before; if there is no such file, only the answers after are drawn.
-        after: lines of the scores after.
+        samples: test set, the first one that was scored.
+        before: file that `save` wrote before the training, with its masks beside it. If there is no such
+            file, only the answers after the training are drawn.
+        after: the same, after the training.
         path: file to write.
 
     Returns:

@@ -255,7 +255,10 @@ class Run:
 
     @property
     def _unseen(self) -> list[str]:
-        """Names of test sets that are read from files, if the policy is the shipped one, of drawn scenes."""
+        """Names of the test sets read from files if the policy is `policy_nano`, trained on drawn scenes.
+
+        Empty for any other policy.
+        """
         if str(self.cfg.policy.weights) != asset("policy_nano"):
             return []
         return [name for name, samples in self.data.test.items() if isinstance(samples, ItemDataset)]
@@ -301,7 +304,7 @@ class Run:
         signals.check()
 
     def stopped(self, stop: signals.Stopped) -> None:
-        """Print what is saved, as read from the disk, and the command that resumes; end the logger."""
+        """Print what is saved, as read from the disk, and the command that resumes; close the logger."""
         say(self._kept(stop))
         stop.told = True
         if self.logger is not None:

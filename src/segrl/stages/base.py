@@ -265,7 +265,7 @@ class SegStage(Stage):
         self.val_scores: dict[str, SetMeans] = {}
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
-        """Load the policy of an earlier stage; raise ValueError if its architecture is another."""
+        """Load the policy of an earlier stage. Raise ValueError if its architecture differs."""
         self.policy.load_policy(weights)
         self.keep_frozen = True  # parameters that are not trained may differ from policy.weights
 

@@ -84,7 +84,10 @@ class GRPOStage(PolicyGradientStage):
         return whole.take(chosen)
 
     def loss_mask(self, rollout: ScoredRollout) -> Tensor:
-        """Return all sampled tokens; under dynamic sampling, those of groups whose rewards differ."""
+        """Return the loss mask, bool `[N, T]`: all sampled tokens.
+
+        Under dynamic sampling it is False for groups in which all rewards are equal.
+        """
         mask = super().loss_mask(rollout)
         if self.live_samples is None:
             return mask
@@ -93,5 +96,5 @@ class GRPOStage(PolicyGradientStage):
 
 
 def _with_spread(scores: Scores) -> Tensor:
-    """Return where the rewards of a group differ, bool `[B]`."""
+    """Return a bool per group, `[B]`: True if its rewards are not all equal."""
     return scores.total.amax(1) > scores.total.amin(1)

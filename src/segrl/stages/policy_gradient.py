@@ -353,11 +353,15 @@ class PolicyGradientStage(SegStage):
                 )
 
     def tame_gradients(self) -> dict[str, Tensor]:
-        """Clip the gradients and return their norm before, to be logged."""
+        """Clip the gradients and return their norm before clipping, to be logged."""
         return {"policy/grad_norm": self.clip(p for p in self.parameters() if p.requires_grad)}
 
     def rollout_stats(self, rollout: ScoredRollout) -> dict[str, Tensor | float]:
-        """Return scalars to log about rewards, lengths and faults of a rollout."""
+        """Return scalars to log: mean rewards, their spread within groups, mean length, and four shares.
+
+        The shares are of faults, of answers that were cut off or repeat one character, and of groups whose
+        rewards are equal.
+        """
         answers, scores, total = rollout.answers, rollout.scores, rollout.scores.total
         return {
             "reward/total": total.mean(),

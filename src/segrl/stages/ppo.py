@@ -196,7 +196,7 @@ class PPOStage(PolicyGradientStage):
         return norms
 
     def credit_stats(self, experience: Experience) -> dict[str, Tensor | float]:
-        """Return the critic's explained variance and mean value."""
+        """Return the critic's explained variance and mean value over all sampled tokens."""
         assert experience.values is not None and experience.returns is not None
         mask = experience.completions.mask
         known = explained_variance(experience.values, experience.returns, mask)

@@ -102,7 +102,7 @@ class ZeRO(DDPStrategy):
     def optimizer_step(
         self, optimizer: torch.optim.Optimizer, closure: Callable[[], object], *_: object, **__: object
     ) -> object:
-        """Step the engine, which holds the optimizer's shards."""
+        """Call the closure, then step the engine, which has the optimizer's shards; return the closure's value."""
         value = closure()
         self.engine.step()
         return value

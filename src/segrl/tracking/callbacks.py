@@ -37,7 +37,7 @@ class Progress(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
     ) -> None:
-        """Print the line, if it is due."""
+        """Print the line every `every_seconds` and at the last update, on the first rank."""
         if not isinstance(pl_module, Stage):
             return
         now, step, total = time.monotonic(), trainer.global_step, pl_module.total_updates
@@ -125,7 +125,7 @@ class SampleSheets(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
     ) -> None:
-        """Draw the last rollout, if a sheet is due."""
+        """Draw the last rollout every `every_n_steps` updates, on the first rank."""
         if not isinstance(pl_module, PolicyGradientStage) or pl_module.last_rollout is None:
             return
         if not trainer.is_global_zero:

@@ -181,13 +181,13 @@ class EveryNSteps(lightning.Callback):
         self.loops: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Note the loaded update, which needs no new checkpoint."""
+        """Note the update from which the training starts: it is not saved again."""
         self.saved_at = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
     ) -> None:
-        """Save if it is due, except at an epoch's last batch."""
+        """Save every `every_n_steps` updates; at an epoch's last batch, leave it to `on_train_epoch_end`."""
         self.due = trainer.global_step // self.every_n_steps > self.saved_at // self.every_n_steps
         # At an epoch's last batch Lightning has not ended the epoch: a run resumed there would repeat it.
         if self.due and not trainer.is_last_batch:

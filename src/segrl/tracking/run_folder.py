@@ -75,17 +75,17 @@ class RunFolder:
 
     @property
     def before(self) -> Path:
-        """Lines of the test samples before a training; see `runs.records`."""
+        """File with a line per test sample, scored before the training; see `runs.records`."""
         return self.path / "evaluation" / "before.jsonl"
 
     @property
     def after(self) -> Path:
-        """Lines of the test samples after a training."""
+        """File with a line per test sample, scored after the training."""
         return self.path / "evaluation" / "after.jsonl"
 
     @property
     def per_sample(self) -> Path:
-        """Lines of an evaluation's samples."""
+        """File with a line per sample of an evaluation."""
         return self.path / "per_sample.jsonl"
 
     @property
@@ -95,7 +95,7 @@ class RunFolder:
 
     @property
     def stamps(self) -> Path:
-        """State of the weights that an evaluation was begun with."""
+        """State of the weights and instructions with which an evaluation began."""
         return self.path / "weights.json"
 
     @property

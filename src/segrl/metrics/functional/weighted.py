@@ -96,7 +96,13 @@ def _missed(error: UInt8[np.ndarray, "H W"], truth: Bool[np.ndarray, "H W"]) -> 
 
 
 def _fill(error: UInt8[np.ndarray, "H W"], inside: Bool[np.ndarray, "H W"], places: np.ndarray) -> None:
-    """Set the errors at these places (flat indices) to that of the nearest object pixel, in place."""
+    """Copy to each place the error of its nearest object pixel, in place.
+
+    Args:
+        error: errors; those at `places` are replaced.
+        inside: object pixels.
+        places: flat indices, at least `_REACH` from each edge. One with no object pixel in `_NEAR` is kept.
+    """
     values, objects, width = error.reshape(-1), inside.reshape(-1), error.shape[1]
     for _, dx, dy in _NEAR:
         if not len(places):
