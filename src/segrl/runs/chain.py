@@ -74,7 +74,8 @@ def read(path: Path) -> Chain:
     for job in chain.jobs:
         if job.start is not None and job.start not in known:
             raise ValueError(
-                f"{path}: {job.name}.start: must be an earlier run ({', '.join(known) or 'there is none'}); got {job.start}"
+                f"{path}: {job.name}.start: must be an earlier run ({', '.join(known) or 'there is none'}); "
+                f"got {job.start}"
             )
         known.append(job.name)
     return chain
