@@ -53,7 +53,7 @@ def leave_one_out(rewards: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
         ValueError: if G < 2.
     """
     group = rewards.shape[1]
-    return group_centred(rewards) * group / max(group - 1, 1)
+    return group_centred(rewards) * group / (group - 1)
 
 
 def batch_normalised(rewards: Float[Tensor, "B G"], floor: float) -> Float[Tensor, "B G"]:

@@ -16,13 +16,11 @@ from segrl.metrics.functional.bootstrap import paired_bootstrap
 from segrl.metrics.saliency import NAMES
 from segrl.protocols import SampleSet
 from segrl.runs.records import clusters, scores_of
-from segrl.runs.scoring import Rows
+from segrl.runs.scoring import DRAWN, Rows
 from segrl.runs.tables import Comparison, Table, comparison_text, tell
 from segrl.tracking.figures import Cell, sheet
 from segrl.tracking.run_folder import RunFolder
 from segrl.types import MaskPrompt, Sample
-
-DRAWN = 8  # samples of the first test set that the picture shows
 
 Scores = dict[str, dict[str, dict[str, float]]]
 """dataset -> sample id -> metric -> score."""

@@ -102,7 +102,7 @@ class ZeRO(DDPStrategy):
     def optimizer_step(
         self, optimizer: torch.optim.Optimizer, closure: Callable[[], object], *_: object, **__: object
     ) -> object:
-        """Call the closure, then step the engine, which shards the optimizer; return the closure's value."""
+        """Step the engine with the optimizer's shards, after the closure; return the closure's value."""
         value = closure()
         self.engine.step()
         return value
