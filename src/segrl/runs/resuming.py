@@ -21,6 +21,7 @@ _MOVED = {
     "segrl.stages.tower.TowerStage": "segrl.nano.tower.TowerStage",
     "segrl.stages.mask_head.MaskHeadStage": "segrl.nano.mask_head.MaskHeadStage",
     "segrl.data.listed.Listed": "segrl.data.jsonl.JsonlDataset",
+    "segrl.data.jsonl.Listed": "segrl.data.jsonl.JsonlDataset",
     "segrl.data.traces.Annotator": "segrl.data.annotator.Annotator",
 }
 
