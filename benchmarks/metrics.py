@@ -53,12 +53,12 @@ def pairs(binary: bool) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def ours() -> dict[str, Callable[[np.ndarray, np.ndarray], list[float]]]:
     """Return segrl's side of each claim, by name."""
-    from segrl.metrics.functional.tally import enhanced, f_measure, mean_absolute_error, structure, tally
+    from segrl.metrics.functional.tally import e_measure, f_measure, mean_absolute_error, structure, tally
     from segrl.metrics.functional.weighted import weighted_f
 
     def four(saliency: np.ndarray, truth: np.ndarray) -> list[float]:
         t = tally(saliency, truth)
-        (adaptive_e, e), (adaptive_f, f) = enhanced(t), f_measure(t)
+        (adaptive_e, e), (adaptive_f, f) = e_measure(t), f_measure(t)
         scores = [
             mean_absolute_error(t),
             structure(t),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from segrl.metrics.functional.bootstrap import paired_bootstrap
-from segrl.metrics.parts import SetMeans, scores
+from segrl.metrics.parts import RunningMeans, scores
 from segrl.metrics.referring import Referring
 from segrl.metrics.saliency import METRICS, Saliency
 
@@ -135,8 +135,8 @@ def rows_of(values: np.ndarray) -> list[dict[str, np.ndarray]]:
     return [{"curve": row[1:], "one": row[:1]} for row in values]
 
 
-def filled(rows: list[dict[str, np.ndarray]]) -> SetMeans:
-    metric = SetMeans({"one": 1, "curve": 3})
+def filled(rows: list[dict[str, np.ndarray]]) -> RunningMeans:
+    metric = RunningMeans({"one": 1, "curve": 3})
     for row in rows:
         metric.update(row)
     return metric
@@ -145,7 +145,7 @@ def filled(rows: list[dict[str, np.ndarray]]) -> SetMeans:
 def test_means_of_two_unequal_shares_merge_to_the_mean_of_all_samples() -> None:
     values = np.random.default_rng(1).random((11, 4))
     whole, shares = filled(rows_of(values)), [filled(rows_of(values[:2])), filled(rows_of(values[2:]))]
-    merged = SetMeans({"one": 1, "curve": 3})
+    merged = RunningMeans({"one": 1, "curve": 3})
     for name, reduce in merged._reductions.items():
         setattr(merged, name, reduce(torch.stack([getattr(share, name) for share in shares])))
     merged._update_count = 1

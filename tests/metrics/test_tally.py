@@ -16,7 +16,7 @@ from segrl.metrics.functional import structure as of_masks
 from segrl.metrics.functional.tally import (
     Tally,
     above_half,
-    enhanced,
+    e_measure,
     f_measure,
     mean_absolute_error,
     structure,
@@ -36,7 +36,7 @@ PAIRS = SHAPES.flatmap(
 
 def scores(t: Tally) -> dict[str, float]:
     """Return the scores under their names in pysod_expected.json."""
-    (adaptive_e, e), (adaptive_f, f) = enhanced(t), f_measure(t)
+    (adaptive_e, e), (adaptive_f, f) = e_measure(t), f_measure(t)
     return {
         "mae": mean_absolute_error(t), "sm": structure(t),
         "adp_e": adaptive_e, "mean_e": e.mean(), "max_e": e.max(),
@@ -84,7 +84,7 @@ def test_f_measure_by_hand() -> None:
 def test_e_measure_by_hand() -> None:
     # One hit: map mean 1/4, truth mean 1/2. The hit gives 2 * 3/8 / (9/16 + 1/4) = 12/13, the missed pixel
     # -4/5, right background 2 * 1/8 / (1/16 + 1/4) = 4/5.
-    adaptive, curve = enhanced(tally(FOUR, LOWER))
+    adaptive, curve = e_measure(tally(FOUR, LOWER))
     hit, missed, left = (((x + 1) ** 2 / 4) for x in (12 / 13, -4 / 5, 4 / 5))
     assert adaptive == pytest.approx((hit + missed + 2 * left) / 3, abs=1e-12)
     assert curve[0] == adaptive
@@ -124,7 +124,7 @@ def test_small_maps_score_as_pysodmetrics_says(small: dict, small_maps: ModuleTy
     for name, pair in small.items():
         t, expected = tally(pair.saliency, pair.truth), pair.expected
         assert mean_absolute_error(t) == pytest.approx(expected["mae"], abs=1e-9), name
-        for kind, (adaptive, curve) in (("em", enhanced(t)), ("fm", f_measure(t))):
+        for kind, (adaptive, curve) in (("em", e_measure(t)), ("fm", f_measure(t))):
             assert adaptive == pytest.approx(expected[kind]["adaptive"], abs=1e-9), name
             assert curve[list(small_maps.THRESHOLDS)] == pytest.approx(expected[kind]["curve"], abs=1e-9), (
                 name
@@ -167,7 +167,7 @@ def test_every_real_map_scores_as_pysodmetrics_says(published: dict) -> None:
         for stem, pair in group.pairs.items():
             t = tally(pair.saliency, pair.truth)
             found.append(scores(t))
-            curves["e"].append(enhanced(t)[1])
+            curves["e"].append(e_measure(t)[1])
             curves["f"].append(f_measure(t)[1])
             for kind, value in found[-1].items():
                 assert value == pytest.approx(pair.expected[kind], abs=1e-9), (name, stem, kind)
@@ -183,8 +183,8 @@ def test_every_real_map_scores_as_pysodmetrics_says(published: dict) -> None:
 def test_matlab_agrees_on_three_camouflaged_fish(published: dict, realdata: Path) -> None:
     matlab = json.loads((realdata / "cod10k_maskpred" / "matlab_oracle.json").read_text())
     tallies = [tally(pair.saliency, pair.truth) for pair in published["cod10k3/SINet"].pairs.values()]
-    e, f = (np.mean([score(t)[1] for t in tallies], 0) for score in (enhanced, f_measure))
-    adaptive = [np.mean([score(t)[0] for t in tallies]) for score in (enhanced, f_measure)]
+    e, f = (np.mean([score(t)[1] for t in tallies], 0) for score in (e_measure, f_measure))
+    adaptive = [np.mean([score(t)[0] for t in tallies]) for score in (e_measure, f_measure)]
     assert np.mean([structure(t) for t in tallies]) == pytest.approx(matlab["Sm"], abs=1e-12)
     assert np.mean([mean_absolute_error(t) for t in tallies]) == pytest.approx(matlab["mae"], abs=1e-11)
     assert adaptive == pytest.approx([matlab["adpEm"], matlab["adpFm"]], abs=1e-9)
@@ -208,7 +208,7 @@ def stretched(saliency: np.ndarray) -> np.ndarray:
 def test_curves_are_those_of_a_loop_over_thresholds(pair: tuple[np.ndarray, np.ndarray]) -> None:
     saliency, truth = pair
     grey = (stretched(saliency) * 255).astype(np.uint8)
-    e, f = enhanced(tally(saliency, truth))[1], f_measure(tally(saliency, truth))[1]
+    e, f = e_measure(tally(saliency, truth))[1], f_measure(tally(saliency, truth))[1]
     for place in (0, 1, 100, 128, 254, 255):
         mask = grey >= 255 - place
         assert e[place] == pytest.approx(of_e(mask, truth), rel=1e-9)
@@ -238,7 +238,11 @@ def test_scores_stay_in_their_ranges(pair: tuple[np.ndarray, np.ndarray]) -> Non
     most, pixels = 1 + 1e-12, pair[1].size
     assert 0 <= mean_absolute_error(t) <= 1
     assert 0 <= structure(t) <= most
-    for (adaptive, curve), bound in ((enhanced(t), pixels / (pixels - 1 + EPS) + 1e-9), (f_measure(t), most)):
+    bounds = ((e_measure(t), pixels / (pixels - 1 + EPS) + 1e-9), (f_measure(t), most))
+    for (adaptive, curve), bound in bounds:
+        (e_measure(t), pixels / (pixels - 1 + EPS) + 1e-9),
+        (f_measure(t), most),
+    ):
         assert math.isfinite(adaptive)
         assert np.isfinite(curve).all()
         assert min(adaptive, curve.min()) >= 0
@@ -254,7 +258,7 @@ def test_error_e_measure_and_f_measure_do_not_depend_on_the_order_of_pixels(
     moved = [a.ravel()[order].reshape(a.shape) for a in pair]
     one, other = tally(*pair), tally(*moved)
     assert mean_absolute_error(one) == mean_absolute_error(other)
-    for score in (enhanced, f_measure):
+    for score in (e_measure, f_measure):
         (adaptive, curve), (moved_adaptive, moved_curve) = score(one), score(other)
         assert adaptive == moved_adaptive
         assert (curve == moved_curve).all()
@@ -285,4 +289,4 @@ def test_a_binary_map_scores_as_its_mask(pair: tuple[np.ndarray, np.ndarray]) ->
     assert f_measure(t)[1][:255] == pytest.approx(of_f(mask, truth), abs=1e-12)
     if mask.any():  # an empty mask counts as all object at the adaptive threshold
         assert f_measure(t)[0] == f_measure(t)[1][0]
-        assert enhanced(t)[0] == enhanced(t)[1][0]
+        assert e_measure(t)[0] == e_measure(t)[1][0]

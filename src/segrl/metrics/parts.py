@@ -25,7 +25,7 @@ _DRAWS_AT_ONCE = 100
 
 
 @runtime_checkable
-class Family(Protocol):
+class ScoreFamily(Protocol):
     """A way of scoring masks."""
 
     @property
@@ -61,7 +61,7 @@ class Family(Protocol):
         ...
 
 
-class SetMeans(Metric):
+class RunningMeans(Metric):
     """Means of parts over a set, from float64 sums and an int64 count that ranks add up.
 
     The result does not depend on how samples are spread over ranks, up to float64 rounding.
@@ -94,7 +94,7 @@ class SetMeans(Metric):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
+class ScoreWithInterval:
     """One score of a set, with its 95 % percentile bootstrap interval over clusters."""
 
     value: float
@@ -107,8 +107,8 @@ class Score:
 
 
 def scores(
-    family: Family, rows: Sequence[Parts], draws: int, seed: int, clusters: np.ndarray | None = None
-) -> dict[str, Score]:
+    family: ScoreFamily, rows: Sequence[Parts], draws: int, seed: int, clusters: np.ndarray | None = None
+) -> dict[str, ScoreWithInterval]:
     """Return the scores of a set by name.
 
     Args:
@@ -133,5 +133,5 @@ def scores(
         if draws and not np.isnan(value):
             low, high = np.nanquantile(np.concatenate(drawn[name]), [0.025, 0.975])
             interval = (float(low), float(high))
-        table[name] = Score(value=float(value), interval=interval)
+        table[name] = ScoreWithInterval(value=float(value), interval=interval)
     return table

@@ -51,7 +51,7 @@ class Referring:
 
     @property
     def convention(self) -> str:
-        """See `Family`."""
+        """See `ScoreFamily`."""
         return (
             f"truth and mask empty: {self.empty}; ignored pixels: {self.ignore}; "
             "a parse fault counts as an empty mask with IoU 0"
@@ -64,14 +64,14 @@ class Referring:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """See `Family`."""
+        """See `ScoreFamily`."""
         absent = ("n_acc", "t_acc") if self.no_target else ()
         return ("giou", "ciou", *map(_name, _PRECISIONS), *absent)
 
     def parts(
         self, saliency: np.ndarray, truth: np.ndarray, ignore: np.ndarray | None, faulty: bool = False
     ) -> Parts:
-        """See `Family`."""
+        """See `ScoreFamily`."""
         mask = saliency >= 128
         if ignore is not None and self.ignore == "target":
             truth = truth | ignore
@@ -91,7 +91,7 @@ class Referring:
         return "target" if self.no_target else "counted"
 
     def summary(self, means: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """See `Family`."""
+        """See `ScoreFamily`."""
         value = {name: mean[..., 0] for name, mean in means.items()}
         table = {
             "giou": ratio(value["iou"], value["counted"]),

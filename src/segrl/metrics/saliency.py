@@ -50,7 +50,7 @@ class Saliency:
 
     @property
     def convention(self) -> str:
-        """See `Family`."""
+        """See `ScoreFamily`."""
         return (
             "pysodmetrics 1.6.2's definitions; adp_e and adp_f score an empty mask as a full one; "
             "truth and mask empty: IoU 1, after a parse fault 0"
@@ -63,13 +63,13 @@ class Saliency:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """See `Family`."""
+        """See `ScoreFamily`."""
         return self.metrics
 
     def parts(
         self, saliency: np.ndarray, truth: np.ndarray, ignore: np.ndarray | None, faulty: bool = False
     ) -> Parts:
-        """See `Family`. Raise ValueError if there are ignored pixels, which these scores do not support."""
+        """See `ScoreFamily`. Raise ValueError for ignored pixels, which these scores do not support."""
         if ignore is not None and ignore.any():
             raise ValueError(
                 "scores: must be a family that supports ignored pixels, which these samples have "
@@ -83,7 +83,7 @@ class Saliency:
             counted = of.tally(saliency, truth)
             found["sm"], found["mae"] = of.structure(counted), of.mean_absolute_error(counted)
             if wanted & {"adp_e", "mean_e", "max_e"}:
-                found["adp_e"], found["e_curve"] = of.enhanced(counted)
+                found["adp_e"], found["e_curve"] = of.e_measure(counted)
             if wanted & {"adp_f", "mean_f", "max_f"}:
                 found["adp_f"], found["f_curve"] = of.f_measure(counted)
         if "wfm" in wanted:
@@ -102,7 +102,7 @@ class Saliency:
         return {name: np.atleast_1d(np.asarray(value, np.float64)) for name, value in found.items()}
 
     def summary(self, means: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """See `Family`."""
+        """See `ScoreFamily`."""
         values = {name: mean[..., 0] for name, mean in means.items() if not name.endswith("_curve")}
         for letter in ("e", "f"):
             if (curve := means.get(f"{letter}_curve")) is not None:

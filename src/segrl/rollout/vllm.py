@@ -152,7 +152,7 @@ def _request(policy: ServedPolicy, prefix: Prefix) -> Any:  # noqa: ANN401 - vll
     return mm_input(prefix.token_ids.tolist(), items, {"image": [image.name]}, {"image": [place]})
 
 
-def _said(one: Any) -> wire.Said:  # noqa: ANN401 - vllm's own type
+def _said(one: Any) -> wire.VLLMCompletion:  # noqa: ANN401 - vllm's own type
     """Return one completion from an output of vLLM."""
     logprobs = [place[token].logprob for token, place in zip(one.token_ids, one.logprobs, strict=True)]
-    return wire.Said(list(one.token_ids), logprobs, one.finish_reason == "stop")
+    return wire.VLLMCompletion(list(one.token_ids), logprobs, one.finish_reason == "stop")

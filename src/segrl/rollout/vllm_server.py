@@ -183,7 +183,7 @@ class VLLMServer(wire.Engine):
                     ) from None
                 time.sleep(_PAUSE)
 
-    def _ask(self, weights: str, prefix: Prefix, asked: dict[str, Any]) -> list[wire.Said]:
+    def _ask(self, weights: str, prefix: Prefix, asked: dict[str, Any]) -> list[wire.VLLMCompletion]:
         """Return one group's completions.
 
         Raises:
@@ -325,7 +325,7 @@ def _request(policy: ServedPolicy, prefix: Prefix, settings: dict[str, Any]) -> 
     }  # fmt: skip
 
 
-def _said(one: dict[str, Any]) -> wire.Said:
+def _said(one: dict[str, Any]) -> wire.VLLMCompletion:
     """Return one completion from a choice of the server's answer."""
     logprobs = [place["logprob"] for place in one["logprobs"]["content"]]
-    return wire.Said(one["token_ids"], logprobs, one["finish_reason"] == "stop")
+    return wire.VLLMCompletion(one["token_ids"], logprobs, one["finish_reason"] == "stop")

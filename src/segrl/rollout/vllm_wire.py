@@ -24,7 +24,7 @@ from segrl.types import Completions, Prefix, PrefixState
 WHOLE_PREFIXES = {"enable_chunked_prefill": False, "max_num_batched_tokens": 32768}
 
 
-class Picture(NamedTuple):
+class ImageFeatures(NamedTuple):
     """An image for vLLM: features and grid, a key for its caches, first place and number of its tokens."""
 
     item: Any
@@ -33,7 +33,7 @@ class Picture(NamedTuple):
     length: int
 
 
-class Said(NamedTuple):
+class VLLMCompletion(NamedTuple):
     """One completion: its tokens, their log-probabilities, and whether it ends with a stop token."""
 
     tokens: list[int]
@@ -94,7 +94,7 @@ def check_lengths(prefixes: Sequence[Prefix], most: int) -> None:
         )
 
 
-def picture(policy: ServedPolicy, prefix: Prefix) -> Picture:
+def picture(policy: ServedPolicy, prefix: Prefix) -> ImageFeatures:
     """Encode the image of a prefix by the policy's tower, so that vLLM's own processor is not used."""
     from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 
@@ -108,7 +108,7 @@ def picture(policy: ServedPolicy, prefix: Prefix) -> Picture:
     )
     name = hashlib.blake2b(features.float().numpy().tobytes(), digest_size=16).hexdigest()
     first = prefix.token_ids.tolist().index(policy.image_token_id)
-    return Picture(items["image"][0], name, first, len(features))
+    return ImageFeatures(items["image"][0], name, first, len(features))
 
 
 def settings(
@@ -127,7 +127,7 @@ def check_read(prefix: Prefix, read: Sequence[int]) -> None:
     assert list(read) == prefix.token_ids.tolist(), "vLLM read other tokens than ours"
 
 
-def completions(policy: ServedPolicy, said: Sequence[Said]) -> Completions:
+def completions(policy: ServedPolicy, said: Sequence[VLLMCompletion]) -> Completions:
     """Return N completions, groups contiguous, with the log-probabilities that vLLM reported."""
     tokens, mask = pad_right([torch.tensor(row.tokens) for row in said], policy.pad_id)
     drawn: Tensor = pad_right([torch.tensor(row.logprobs) for row in said], 0)[0].float()

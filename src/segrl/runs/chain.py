@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from segrl.host import signals
 from segrl.host.files import own, release
@@ -55,19 +55,18 @@ def read(path: Path) -> Chain:
     """
     import yaml
 
+    from segrl.data.boundary import validated
     from segrl.metrics.saliency import NAMES
 
     if not path.is_file():
         raise ValueError(f"chain: must be a YAML file; there is no file {path}")
     try:
-        chain = Chain.model_validate(yaml.safe_load(path.read_bytes()))
+        loaded = yaml.safe_load(path.read_bytes())
     except yaml.YAMLError as error:
         raise ValueError(
             f"{path}: must be YAML; it cannot be read ({' '.join(str(error).split())})"
         ) from None
-    except ValidationError as error:
-        found = error.errors()[0]
-        raise ValueError(f"{path}: {'.'.join(map(str, found['loc']))}: {found['msg'].lower()}") from None
+    chain = validated(Chain, loaded, f"{path}: ")
     if chain.metric not in NAMES:
         raise ValueError(f"{path}: metric: must be one of {', '.join(NAMES)}; got {chain.metric}")
     known: list[str] = []

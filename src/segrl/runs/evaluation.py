@@ -26,7 +26,7 @@ from segrl.data.collate import Collate, EvalShard
 from segrl.data.datamodule import begin_worker
 from segrl.host import signals
 from segrl.host.files import write_whole
-from segrl.metrics.parts import Family, scores
+from segrl.metrics.parts import ScoreFamily, scores
 from segrl.prompts import instructions
 from segrl.protocols import Grammar, SampleSet
 from segrl.runs import records
@@ -52,7 +52,7 @@ class Evaluation:
     cfg: DictConfig
     folder: Path
     segmenter: Segmenter
-    family: Family
+    family: ScoreFamily
     sets: dict[str, SampleSet]
     fabric: Fabric
     logger: Any = None
@@ -70,7 +70,7 @@ class Evaluation:
         torch.manual_seed(cfg.seed)
         folder = run_folder(cfg)
         cfg.paths.run = str(folder)
-        family: Family = instantiate(cfg.scores)
+        family: ScoreFamily = instantiate(cfg.scores)
         sets = _test_sets(cfg, family)
         grammar = instantiate(cfg.grammar)
         _check_objective(cfg, family, list(sets))
@@ -334,7 +334,7 @@ def _stamps(cfg: DictConfig, grammar: Grammar) -> dict[str, list[str | int]]:
     return stamps
 
 
-def _test_sets(cfg: DictConfig, family: Family) -> dict[str, SampleSet]:
+def _test_sets(cfg: DictConfig, family: ScoreFamily) -> dict[str, SampleSet]:
     """Return the test sets in `testsets` or, if there are none, those of `data`, by name.
 
     Raises:
@@ -365,7 +365,7 @@ def _test_sets(cfg: DictConfig, family: Family) -> dict[str, SampleSet]:
     return sets
 
 
-def _check_objective(cfg: DictConfig, family: Family, sets: Sequence[str]) -> None:
+def _check_objective(cfg: DictConfig, family: ScoreFamily, sets: Sequence[str]) -> None:
     """Raise ValueError if `objective_metric` is set and names no score of this evaluation."""
     wanted = cfg.objective_metric
     names = [

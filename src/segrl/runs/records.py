@@ -13,7 +13,7 @@ import numpy as np
 
 from segrl.host.files import write_whole
 from segrl.metrics.functional.bootstrap import numbered
-from segrl.metrics.parts import Family, Parts
+from segrl.metrics.parts import Parts, ScoreFamily
 from segrl.tracking.run_folder import RunFolder
 from segrl.types import Answer, Sample
 
@@ -21,7 +21,7 @@ _NEEDED = {"dataset", "id", "fault", "scores", "parts"}
 
 
 def row(
-    dataset: str, sample: Sample, answer: Answer, parts: Parts, family: Family, seconds: float | None
+    dataset: str, sample: Sample, answer: Answer, parts: Parts, family: ScoreFamily, seconds: float | None
 ) -> dict[str, Any]:
     """Return the line of one sample: query, answer, areas in pixels, own scores, and parts.
 
@@ -77,7 +77,7 @@ def _packed(value: np.ndarray) -> float | list[float]:
 
 
 def parts_of(line: dict[str, Any]) -> Parts:
-    """Return the parts in a line, as `Family.parts` computed them."""
+    """Return the parts in a line, as `ScoreFamily.parts` computed them."""
     parts = {}
     for name, value in line["parts"].items():
         listed = value if isinstance(value, list) else [value]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from segrl.metrics.parts import Score
+from segrl.metrics.parts import ScoreWithInterval
 
 _TITLES = {"iou": "IoU", "sm": "S-measure", "mae": "MAE", "fault_rate": "unparsable"}
 
@@ -64,7 +64,7 @@ def tell(text: str, path: Path) -> None:
 
 
 def scores_text(
-    tables: dict[str, dict[str, Score]],
+    tables: dict[str, dict[str, ScoreWithInterval]],
     counts: dict[str, int],
     faults: dict[str, float] | None = None,
     images: Mapping[str, int] | None = None,
@@ -95,7 +95,7 @@ def scores_text(
     return "\n".join(told)
 
 
-def _cell(score: Score) -> str:
+def _cell(score: ScoreWithInterval) -> str:
     """Return a score as text, such as `0.7090 [0.6840, 0.7326]`."""
     digits = 2 if abs(score.value) >= 10 else 4
     if score.interval is None:

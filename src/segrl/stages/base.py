@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from segrl.data.collate import Collate, Trace
 from segrl.data.datamodule import SegDataModule
-from segrl.metrics.parts import SetMeans
+from segrl.metrics.parts import RunningMeans
 from segrl.metrics.saliency import NAMES, brief
 from segrl.protocols import Grammar, Sharding, TrainablePolicy
 from segrl.segmenter import Segmenter
@@ -262,7 +262,7 @@ class SegStage(Stage):
         self.grammar, self.engine = segmenter.grammar, segmenter.engine
         self.collate = Collate(self.policy.encoder, self.grammar, trace, also)
         self.eval_collate = Collate(self.policy.encoder, self.grammar)
-        self.val_scores: dict[str, SetMeans] = {}
+        self.val_scores: dict[str, RunningMeans] = {}
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Load the policy of an earlier stage. Raise ValueError if its architecture differs."""
@@ -282,7 +282,7 @@ class SegStage(Stage):
     def on_validation_epoch_start(self) -> None:
         """Reset the totals."""
         self.val_scores = {
-            name: SetMeans(dict.fromkeys(NAMES, 1)).to(self.device) for name in self.datamodule.val
+            name: RunningMeans(dict.fromkeys(NAMES, 1)).to(self.device) for name in self.datamodule.val
         }
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -41,7 +41,7 @@ def _square(pixels: np.ndarray, resample: Image.Resampling) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize((_CELL, _CELL), resample))
 
 
-def _grown(mask: np.ndarray) -> np.ndarray:
+def _resized_mask(mask: np.ndarray) -> np.ndarray:
     return _square(mask.astype(np.uint8) * 255, Image.Resampling.NEAREST) > 127
 
 
@@ -49,10 +49,10 @@ def draw(cell: Cell) -> Image.Image:
     """Draw image, tinted mask, outlined truth, boxes, points, and the caption below."""
     pixels = _square(cell.image, Image.Resampling.BILINEAR).astype(np.float32)
     if cell.mask is not None:
-        tinted = _grown(cell.mask)
+        tinted = _resized_mask(cell.mask)
         pixels[tinted] = 0.55 * pixels[tinted] + 0.45 * _PREDICTED
     if cell.truth is not None:
-        pixels[_outline(_grown(cell.truth))] = _TRUTH
+        pixels[_outline(_resized_mask(cell.truth))] = _TRUTH
     canvas = Image.new("RGB", (_CELL, _CELL + _CAPTION), "white")
     canvas.paste(Image.fromarray(pixels.astype(np.uint8)), (0, 0))
     pen = ImageDraw.Draw(canvas)

@@ -65,7 +65,7 @@ def structure(t: Tally, alpha: float = 0.5) -> float:
     return structure_of_cells([(Cell(*a), Cell(*b)) for a, b in sums.tolist()], scale, alpha)
 
 
-def enhanced(t: Tally) -> tuple[float, Float64[np.ndarray, "256"]]:
+def e_measure(t: Tally) -> tuple[float, Float64[np.ndarray, "256"]]:
     """Return the E-measure at the adaptive threshold, and at every threshold from 255 down to 0.
 
     Source: Fan et al., IJCAI 2018. The sum over n pixels is divided by n - 1, as in the authors' MATLAB code:
