@@ -240,9 +240,6 @@ def test_scores_stay_in_their_ranges(pair: tuple[np.ndarray, np.ndarray]) -> Non
     assert 0 <= structure(t) <= most
     bounds = ((e_measure(t), pixels / (pixels - 1 + EPS) + 1e-9), (f_measure(t), most))
     for (adaptive, curve), bound in bounds:
-        (e_measure(t), pixels / (pixels - 1 + EPS) + 1e-9),
-        (f_measure(t), most),
-    ):
         assert math.isfinite(adaptive)
         assert np.isfinite(curve).all()
         assert min(adaptive, curve.min()) >= 0
