@@ -17,6 +17,16 @@ RUN = (
     "stage.schedule=null",
 )  # fmt: skip
 REFERENCE = ("reference=frozen_copy", "stage.kl_weight=0.01")
+# Names of logged scalars are API: a rename breaks dashboards and sweeps, and is a line in CHANGELOG.md.
+LOGGED = {
+    "step", "reward/total", "reward/iou", "reward/structure", "reward/format", "reward/spread",
+    "rollout/length", "rollout/fault_rate", "rollout/cut_off", "rollout/repeated", "rollout/dead_groups",
+    "policy/loss", "policy/ratio", "policy/clip_low", "policy/clip_high", "policy/entropy", "policy/drift",
+    "policy/kl", "policy/grad_norm",
+}  # fmt: skip
+BY_A_CRITIC = {
+    "critic/explained_variance", "critic/value", "critic/value_loss", "critic/value_clip", "critic/grad_norm",
+}  # fmt: skip
 OWN = {"dapo": ("stage.live_samples=2",), "rloo": ("stage.kl_weight=0.0", "stage.kl_reward=0.05")}
 STAGES = sorted(
     p.stem
@@ -54,7 +64,9 @@ def test_every_algorithm_starts_at_ratio_one_and_moves_the_policy(cli, tmp_path,
     drifts = [abs(stats["policy/drift"]) > 1e-6 for stats in seen]
     assert not any(drifts[::updates])  # the first minibatch is the policy's own, the others no longer
     assert updates == 1 or any(drifts)
-    assert len((tmp_path / "run/history.jsonl").read_text().splitlines()) == 4 // updates
+    lines = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 // updates
+    assert {name for line in lines for name in line} == LOGGED | (BY_A_CRITIC if warm else set())
 
 
 def test_the_warm_up_moves_the_critic_alone(cli, tmp_path):
