@@ -70,6 +70,7 @@ TRAP = {"_target_": "os.system", "command": "touch trapped"}
         ("policy.weights", "${hydra:runtime.cwd}"),
         ("policy._args_", [1]), ("policy._recursive_", False), ("policy._convert_", "all"),
         ("stage.policy", TRAP),
+        ("grammar.instructions", {"a": {"b": "${reward}"}}), ("grammar.instructions", {"a": "${policy}"}),
         ("stage.surrogate._target_", "segrl.stages.grpo.GRPOStage"), ("stage.critic", TRAP), ("hydra", TRAP),
     ],
     ids=str,

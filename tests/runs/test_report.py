@@ -90,3 +90,14 @@ def test_the_name_of_a_test_set_is_not_read_as_a_pattern(tmp_path):
         with records.new_part(tmp_path, "mine[1]", 0) as file:
             file.write(json.dumps(dict.fromkeys(records._NEEDED) | {"dataset": "mine[1]", "id": one}) + "\n")
     assert [line["id"] for line in records.lines(tmp_path, "mine[1]")] == ["a", "b"]
+
+
+def test_lines_of_an_older_training_are_compared_with_those_of_today(tmp_path, capsys):
+    def old(i, iou):
+        own = {"dataset": "set", "id": f"s{i}", "text": "same"}
+        return own | {"iou": iou, "sm": iou, "mae": 1 - iou, "fault_rate": 0.0}
+
+    run = run_of(tmp_path / "run", [old(i, 0.2) for i in range(9)], [line(i, 0.5) for i in range(9)])
+    table = report.conclude(run, 1, 400, 1.5e-4, [])["set"]
+    assert (table["iou"].before, table["iou"].after) == (pytest.approx(0.2), 0.5)
+    assert table["fault_rate"].gain == 0 and "+0.300" in capsys.readouterr().out

@@ -86,7 +86,12 @@ def parts_of(line: dict[str, Any]) -> Parts:
 
 
 def scores_of(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return a line's scores by name, NaN for null, and its `fault_rate`: 1 for a fault, else 0."""
+    """Return a line's scores by name, NaN for null, and its `fault_rate`: 1 for a fault, else 0.
+
+    Trainings of segrl 0.1 wrote the scores beside the other keys of a line, `fault_rate` among them.
+    """
+    if "scores" not in line:
+        return {name: float(value) for name, value in line.items() if isinstance(value, int | float)}
     own = {name: np.nan if value is None else float(value) for name, value in line["scores"].items()}
     return own | {"fault_rate": float(line["fault"] is not None)}
 

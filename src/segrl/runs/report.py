@@ -188,7 +188,7 @@ def draw(samples: SampleSet, before: Path, after: Path, path: Path) -> Path:
         sample = samples[i]
         said = {name: lines[name][sample.id] for name, _ in columns}
         cells.append([
-            _cell(sample, f"{name}: IoU {said[name]['scores']['iou']:.2f}", said[name], masks[name][str(i)])
+            _cell(sample, f"{name}: IoU {scores_of(said[name])['iou']:.2f}", said[name], masks[name][str(i)])
             for name, _ in columns
         ])  # fmt: skip
     pairs = [sum(cells[i : i + 2], []) for i in range(0, len(cells), 2)]

@@ -26,7 +26,7 @@ class Row:
     line: dict[str, Any]
     """Its line of JSON; see `records.row`."""
     mask: np.ndarray | None
-    """bool `[H, W]` for the first samples, which the picture shows; None for the others."""
+    """bool `[H, W]` for the first samples of the first set, which the picture shows; else None."""
 
 
 Rows = dict[str, list[Row]]
@@ -61,13 +61,15 @@ class Scoring(lightning.Callback):
     def _row(self, name: str, sample: Sample, answer: Answer) -> Row:
         parts = {part: value for part, value in brief(answer, sample).items() if part != "fault_rate"}
         line = row(name, sample, answer, parts, BRIEF, None)
-        return Row(line=line, mask=answer.mask if len(self.rows[name]) < DRAWN else None)
+        shown = name == next(iter(self.rows)) and len(self.rows[name]) < DRAWN
+        return Row(line=line, mask=answer.mask if shown else None)
 
     def everywhere(self, sets: Mapping[str, SampleSet]) -> Rows:
-        """Return the rows of all ranks in the order of the datasets, on every rank."""
+        """Return the rows of all ranks in the order of the datasets, on every rank, and forget them here."""
         shares = [self.rows]
         if torch.distributed.is_initialized():
             shares = [{} for _ in range(torch.distributed.get_world_size())]
             torch.distributed.all_gather_object(shares, self.rows)
-        found = {name: {row.line["id"]: row for share in shares for row in share[name]} for name in self.rows}
+        self.rows = {}
+        found = {name: {row.line["id"]: row for share in shares for row in share[name]} for name in sets}
         return {name: [found[name][one] for one in samples.ids] for name, samples in sets.items()}

@@ -356,7 +356,7 @@ class Run:
             return None
         curves(read_history(folder.history), _CURVES, folder.curve)
         if stage is not None:
-            if folder.before.is_file():
+            if report.readable(folder.before) is not None:
                 table = report.conclude(
                     folder.path, self.cfg.seed, self.step, self.cfg.stage.optimizer.lr, self._unseen
                 )

@@ -160,13 +160,13 @@ class PolicyGradientStage(SegStage):
         self.remember({**self.rollout_stats(rollout), **self.credit_stats(experience), **_means(stats)})
 
     def on_fit_start(self) -> None:
-        """Raise ValueError for split groups under ZeRO-3.
+        """Raise ValueError for split groups under a strategy that shards weights.
 
-        Their prefix is read outside the module's call, in which ZeRO-3 gathers the weights.
+        Their prefix is read outside the module's call, in which such a strategy gathers the weights.
         """
         if self.loop.completions_per_pass is not None and not self.sharding.split_groups:
             raise ValueError(
-                f"stage.completions_per_pass: must be null under ZeRO-3; "
+                f"stage.completions_per_pass: must be null where the strategy shards weights (ZeRO-3); "
                 f"got {self.loop.completions_per_pass} (or trainer=deepspeed_zero2, or "
                 "policy.gradient_checkpointing=true)"
             )

@@ -101,7 +101,7 @@ class PPOStage(PolicyGradientStage):
         super().on_fit_start()
         if self.learning.critic_warmup > 0 and not self.sharding.partial_updates:
             raise ValueError(
-                f"stage.critic_warmup: must be 0 under ZeRO, which steps all weights; "
+                f"stage.critic_warmup: must be 0 where the strategy steps all weights (ZeRO); "
                 f"got {self.learning.critic_warmup} (or trainer=ddp)"
             )
 

@@ -101,6 +101,7 @@ class PrepareCheck(Part):
     threads: int = Field(ge=1, le=1024)
     sources: Sources
     policy: Annotated[Any, slot("policy")]
+    policy_precision: PRECISIONS | None = None
     grammar: Annotated[Any, slot("grammar")]
     data: Annotated[Any, slot("data")] | None = None
     testsets: Annotated[Any, slot("testset", "dict")]
@@ -117,6 +118,7 @@ class PrepareTraces(Part):
     least_iou: Share
     sources: Sources
     policy: Annotated[Any, slot("policy")]
+    policy_precision: PRECISIONS | None = None
     head: Annotated[Any, slot("head")]
     grammar: Annotated[Any, slot("grammar")]
     data: Annotated[Any, slot("data")]

@@ -167,6 +167,12 @@ class Walk:
                 source, f"must be {'names with nodes' if many == 'dict' else 'a list'}; got {shown(found)}"
             )
 
+    def _included(self, path: str) -> str:
+        """Return where the keys of a test set stand that a data group includes, as a way out; else ""."""
+        name = path.removeprefix("data.module.test.")
+        included = self.raw.get("data", {}).get("testsets", {}) if name != path else {}
+        return f" (keys of this test set stand at data.testsets.{name}.samples)" if name in included else ""
+
     def _piece(self, path: str, ref: str) -> Iterator[Typed | Fault]:
         """Yield a key whose value is interpolated into a longer string."""
         try:
@@ -195,10 +201,8 @@ class Walk:
         elif place in SHAPES:
             yield from self._fields(path, node, SHAPES[place])
         elif not isinstance(target := node.get("_target_"), str):
-            yield Fault(
-                f"{path}._target_",
-                f"must name a part; {'it is not set' if target is None else f'got {shown(target)}'}",
-            )
+            said = "it is not set" if target is None else f"got {shown(target)}"
+            yield Fault(f"{path}._target_", f"must name a part; {said}{self._included(path)}")
         elif (model := known(target, place)) is not None:
             partial = place in PARTIAL or (place == "fn" and not target.endswith(".Quantile"))
             if node.get("_partial_", False) is not partial:
@@ -253,7 +257,7 @@ def _own(path: str, node: dict[str, Any], target: str, place: str) -> Iterator[F
         parameters = inspect.signature(made).parameters
     except ValueError:  # some builtins have no signature
         return
-    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+    if place != "stage" and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
     taken = [*parameters, *(keys(made) if place == "stage" else ())]
     for key in node:
@@ -318,6 +322,8 @@ def _misfit(cfg: DictConfig, raw: dict[str, Any], one: Typed) -> str | None:
             f"must be {needed(one.schema)}; got {shown(lookup(raw, one.key))}, "
             f"which cannot be resolved ({reason})"
         )
+    if isinstance(value, dict | list) and next(_nodes(value), None) is not None:
+        return "must hold plain values; a part, with _target_, is referred to in it"
     return fault(one.model, one.field, value)
 
 
