@@ -57,6 +57,7 @@ class TinyPolicy(nn.Module):
         self.weights_version = 0
 
     device = property(lambda self: self.table.device)
+    hidden_size, output_layer = len(LETTERS), None
     stop_ids = property(lambda self: torch.tensor([len(LETTERS) - 1]))
 
     def prefill(self, prefixes):

@@ -273,6 +273,33 @@ class TrainablePolicy(Policy, Protocol):
         """Count a change of the weights."""
         ...
 
+    @property
+    def hidden_size(self) -> int:
+        """The width D of the hidden states that `read` returns."""
+        ...
+
+    @property
+    def output_layer(self) -> nn.Module | None:
+        """The layer that gives the logits, always in float32; None if the policy has no such layer."""
+        ...
+
+
+@runtime_checkable
+class AdaptablePolicy(TrainablePolicy, Protocol):
+    """A policy with a low-rank adapter: what `reference=adapter_off` and a critic's own adapter need."""
+
+    def add_adapter(self, name: str, lora: Any) -> None:  # noqa: ANN401 - models.hf_vlm.Lora
+        """Add an adapter; it starts as the identity."""
+        ...
+
+    def adapter_active(self, adapter: str | None) -> AbstractContextManager[None]:
+        """Return a context in which this adapter is active, or none; afterwards the policy's own is."""
+        ...
+
+    def activate_policy_adapter(self) -> None:
+        """Activate the policy's adapter; the parameters of all adapters are trained."""
+        ...
+
 
 class RolloutEngine(Protocol):
     """An engine that samples completions.

@@ -175,7 +175,9 @@ class HFPolicy(nn.Module):
             self.model.requires_grad_(False)
             self.add_adapter("policy", lora)
         tokenizer, config = self.encoder.processor.tokenizer, self.model.config
-        self.pad_id = int(tokenizer.pad_token_id)
+        self.pad_id, self.image_token_id = int(tokenizer.pad_token_id), int(config.image_token_id)
+        text = config.get_text_config()
+        self.hidden_size, self.most_positions = int(text.hidden_size), int(text.max_position_embeddings)
         self.never_sampled: Tensor
         self.stop_ids: Tensor
         # The generation configuration may list more stop tokens than the tokenizer, e.g. <|endoftext|>.
@@ -198,14 +200,9 @@ class HFPolicy(nn.Module):
         return cast("torch.device", self.stop_ids.device)
 
     @property
-    def most_positions(self) -> int:
-        """The number of positions of the language model."""
-        return int(self.model.config.get_text_config().max_position_embeddings)
-
-    @property
-    def image_token_id(self) -> int:
-        """The id of the placeholder that stands for one image token."""
-        return int(self.model.config.image_token_id)
+    def output_layer(self) -> nn.Module:
+        """The layer whose product gives the logits; always in float32."""
+        return cast("nn.Module", self.model.lm_head)
 
     @property
     def pass_dtype(self) -> torch.dtype:

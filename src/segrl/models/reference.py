@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from segrl.models.hf_vlm import HFPolicy
+from segrl.protocols import AdaptablePolicy, TrainablePolicy
 from segrl.types import Completions, Prefix
 
 
@@ -33,29 +34,30 @@ class FrozenCopy(Reference):
     """A second copy of the weights.
 
     Args:
-        policy: is copied at construction, before any checkpoint is loaded.
+        policy: a module, copied at construction, before any checkpoint is loaded.
     """
 
-    def __init__(self, policy: HFPolicy) -> None:
+    def __init__(self, policy: TrainablePolicy) -> None:
         super().__init__()
-        self.policy = copy.deepcopy(policy).requires_grad_(False).eval()
+        copied: Any = copy.deepcopy(policy)
+        self.policy = copied.requires_grad_(False).eval()
 
     @property
     def weights(self) -> nn.Module:
         """The copied policy."""
-        return self.policy
+        return cast("nn.Module", self.policy)
 
     def made_for(self, passes: torch.dtype) -> None:
         """Cast linear layers' weights once; autocast would cast them in every pass, to the same values."""
-        head = self.policy.model.lm_head  # stays as it is, because log-probabilities use it in float32
-        for layer in self.policy.model.modules():
+        head = self.policy.output_layer  # stays as it is, because log-probabilities use it in float32
+        for layer in self.policy.modules():
             if isinstance(layer, nn.Linear) and layer is not head:
                 layer.weight = nn.Parameter(layer.weight.to(passes), requires_grad=False)
 
     @torch.no_grad()
     def logprobs(self, prefixes: Sequence[Prefix], completions: Completions) -> Tensor:
         """Return the log-probability of each completion token, float32 `[N, T]`, without gradient."""
-        return self.policy.logprobs(prefixes, completions)
+        return cast("Tensor", self.policy.logprobs(prefixes, completions))
 
 
 class AdapterOff(Reference):
@@ -68,7 +70,7 @@ class AdapterOff(Reference):
         ValueError: if it has no adapter, because then it would be its own reference.
     """
 
-    def __init__(self, policy: HFPolicy) -> None:
+    def __init__(self, policy: AdaptablePolicy) -> None:
         super().__init__()
         if policy.lora is None:
             raise ValueError(
@@ -80,7 +82,7 @@ class AdapterOff(Reference):
     @property
     def weights(self) -> nn.Module:
         """The policy being trained."""
-        return self.shared[0]
+        return cast("nn.Module", self.shared[0])
 
     @torch.no_grad()
     def logprobs(self, prefixes: Sequence[Prefix], completions: Completions) -> Tensor:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from segrl.models.hf_vlm import HFPolicy, Lora
+from segrl.models.hf_vlm import Lora
+from segrl.protocols import AdaptablePolicy, TrainablePolicy
 from segrl.types import Completions, Prefix
 
 
@@ -47,9 +48,9 @@ class Critic(nn.Module):
         prior: see `ValueHead`.
     """
 
-    def __init__(self, policy: HFPolicy, insight: int, prior: float) -> None:
+    def __init__(self, policy: TrainablePolicy, insight: int, prior: float) -> None:
         super().__init__()
-        self.head = ValueHead(policy.model.config.get_text_config().hidden_size, insight, prior)
+        self.head = ValueHead(policy.hidden_size, insight, prior)
         self.insight = insight
 
     @abstractmethod
@@ -104,7 +105,7 @@ class AdapterCritic(Critic):
             if it uses gradient checkpointing.
     """
 
-    def __init__(self, policy: HFPolicy, insight: int, prior: float, lora: Lora) -> None:
+    def __init__(self, policy: AdaptablePolicy, insight: int, prior: float, lora: Lora) -> None:
         if policy.lora is None:
             raise ValueError(
                 "policy.lora: must be set for a critic with its own adapter; got null (or set stage.critic)"

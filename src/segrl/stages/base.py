@@ -257,8 +257,13 @@ class SegStage(Stage):
         also: Sequence[Grammar] = (),
     ) -> None:
         super().__init__(optimization=optimization, seed=seed)
+        if not isinstance(segmenter.policy, TrainablePolicy):
+            raise ValueError(
+                f"policy: must satisfy segrl.protocols.TrainablePolicy; "
+                f"{type(segmenter.policy).__name__} does not"
+            )
         self.segmenter = segmenter
-        self.policy, self.head = cast("TrainablePolicy", segmenter.policy), segmenter.head
+        self.policy, self.head = segmenter.policy, segmenter.head
         self.grammar, self.engine = segmenter.grammar, segmenter.engine
         self.collate = Collate(self.policy.encoder, self.grammar, trace, also)
         self.eval_collate = Collate(self.policy.encoder, self.grammar)
