@@ -249,12 +249,12 @@ def test_the_shards_of_fcot_are_checked_as_downloaded(cli, tmp_path: Path) -> No
     [
         ((), "data=NAME"),
         (("data=synthetic",), "SyntheticScenes"),
-        (("data=duts",), "data.root: must be a file or folder; datasets/DUTS does not exist (its owners publish it at"),
+        (("data=duts",), "data.root: must be a file or folder with content; datasets/DUTS does not exist; its owners publish it at"),
         (("testset=nc4k",), "testsets.nc4k.root: must be a file or folder; datasets/NC4K does not exist (its owners publish it at"),
         (("testset=nc4",), "did you mean nc4k?"),
         (("data=image_mask",), "data.root: must be given"),
         (("data=image_mask", "data.root=.", "data.objects=[1]", "data.background=[0]"), "folders[0].background"),
-        (("data=image_mask", "data.root=.", "out=report.txt"), "out: a .json file"),
+        (("data=image_mask", "data.root=.", "out=report.txt"), "out: must be a .json file"),
         (("data=image_mask", "data.root=.", "data.rot=x"), "data.root"),
         (("data.root=.",), "data=NAME, or data=image_mask for folders"),
     ],
@@ -281,11 +281,11 @@ def test_a_folder_of_any_name_is_checked(cli, tmp_path: Path, name: str) -> None
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("out=t.jsonl",), "head.checkpoint: there is no weights/sam2.1_hiera_large.pt"),
+        (("out=t.jsonl",), "head.checkpoint: must be a file or folder with content; weights/sam2.1_hiera_large.pt does not exist"),
         (("out=t.jsonl",), "head=sam2_nano, which ships with segrl"),
         (("out=old.jsonl",), "out: must be a new .jsonl file; old.jsonl exists (overwrite=true"),
         (("out=old.jsonl", "overwrite=true"), "head.checkpoint"), (("out=t.jsonl", "overwrite=3"), "overwrite: must be true or false"),
-        (("out=t.txt",), "out: a .jsonl file"), (("out=3",), "out: a .jsonl file"),
+        (("out=t.txt",), "out: must be a .jsonl file"), (("out=3",), "out: must be a .jsonl file"),
         (("out=t.jsonl", "least_iou=nan"), "least_iou"), (("out=t.jsonl", "least_iou=true"), "least_iou"),
     ],
 )  # fmt: skip
