@@ -159,7 +159,7 @@ def test_the_folder_is_asked_as_the_policy_was_trained_wherever_the_file_went(cl
     [
         (None, "there is no file"),
         ("seg_r1_tags: {refer: x}", "{query}"),
-        ("sam_r1_json: {}", "a section seg_r1_tags"),
+        ("sam_r1_json: {}", "must have the section seg_r1_tags"),
     ],
 )
 def test_instructions_that_cannot_be_are_refused_before_anything_is_made(cli, tmp_path, content, words):

@@ -5,6 +5,7 @@ Each check raises ValueError naming the key that is wrong.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from hydra.utils import instantiate
@@ -62,6 +63,14 @@ def checkpoints(cfg: DictConfig) -> None:
                 f"init_from: must be {saved.get('init_from')}, as in the run that wrote {cfg.ckpt_path}, "
                 f"because the reference is made with it; got {cfg.init_from}"
             )
+
+
+def ids(data: SegDataModule) -> None:
+    """Raise ValueError if two samples of a test set share an id, by which their scores are kept."""
+    for name, samples in data.test.items():
+        twice = [one for one, count in Counter(samples.ids).items() if count > 1]
+        if twice:
+            raise ValueError(f"data.module.test.{name}: ids must be unique; {twice[0]} is there twice")
 
 
 def metrics(cfg: DictConfig, data: SegDataModule) -> None:

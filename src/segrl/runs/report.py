@@ -19,7 +19,7 @@ from segrl.runs.records import clusters, scores_of
 from segrl.runs.scoring import DRAWN, Rows
 from segrl.runs.tables import Comparison, Table, comparison_text, tell
 from segrl.tracking.figures import Cell, sheet
-from segrl.tracking.run_folder import RunFolder
+from segrl.tracking.run_folder import RunFolder, masks_beside
 from segrl.types import MaskPrompt, Sample
 
 Scores = dict[str, dict[str, dict[str, float]]]
@@ -31,7 +31,7 @@ def save(found: Rows, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     first = next(iter(found.values()), [])[:DRAWN]
     np.savez_compressed(
-        path.with_suffix(".npz"),
+        masks_beside(path),
         **{str(i): row.mask for i, row in enumerate(first)},  # type: ignore[arg-type]
     )
     # The lines are written last: if they exist, the masks do.
@@ -56,7 +56,7 @@ def readable(path: Path) -> Scores | None:
     """Return the scores in a file that `save` wrote, or None if it or its .npz is missing or damaged."""
     try:
         scored = scores(read_lines(path))
-        with np.load(path.with_suffix(".npz"), allow_pickle=False) as masks:
+        with np.load(masks_beside(path), allow_pickle=False) as masks:
             drawn = [masks[name].ndim for name in masks.files]
     except (
         OSError,
@@ -182,7 +182,7 @@ def draw(samples: SampleSet, before: Path, after: Path, path: Path) -> Path:
     """
     columns = [("after", after)] if not before.is_file() else [("before", before), ("after", after)]
     lines = {name: {x["id"]: x for x in read_lines(file)} for name, file in columns}
-    masks = {name: np.load(file.with_suffix(".npz"), allow_pickle=False) for name, file in columns}
+    masks = {name: np.load(masks_beside(file), allow_pickle=False) for name, file in columns}
     cells = []
     for i in range(min(DRAWN, len(samples))):
         sample = samples[i]

@@ -152,6 +152,7 @@ class Run:
         stage: Stage = stage_of(cfg.stage)
         data.connect(stage.collate, stage.eval_collate, stage.updates_per_batch)
         checks.metrics(cfg, data)
+        checks.ids(data)
         scored = report.readable(RunFolder(folder).before)
         if scored is not None:
             report.check_same_samples(scored, {name: s.ids for name, s in data.test.items()})

@@ -152,8 +152,8 @@ class RunFolder:
         folders = [self.before.parent, self.checkpoints, self.sheets, self.parts, self.masks, self.overlays]
         files = [
             self.config, self.provenance, self.history, self.validation, self.metrics, self.mlflow_run_id,
-            self.path / "metrics.csv", self.stamps, self.per_sample, self.last, self.best,
-            *(lines.with_suffix(end) for lines in (self.before, self.after) for end in (".jsonl", ".npz")),
+            self.path / "metrics.csv", self.stamps, self.per_sample, self.last, self.best, self.before,
+            self.after, masks_beside(self.before), masks_beside(self.after),
         ]  # fmt: skip
         for path in files:
             if path.exists() and not path.is_file():
@@ -161,6 +161,11 @@ class RunFolder:
         for path in folders:
             if path.exists() and not path.is_dir():
                 raise ValueError(f"{key}: {path} must be a folder; it is a file")
+
+
+def masks_beside(lines: Path) -> Path:
+    """Return the file of the masks of the first samples in a training's `before` or `after`."""
+    return lines.with_suffix(".npz")
 
 
 def create(wanted: Path, alone: bool) -> Path:
