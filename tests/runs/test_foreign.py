@@ -116,7 +116,7 @@ def test_an_export_is_made_of_segrls_parts_and_describes_the_others(tmp_path, co
     assert made.policy == cfg.policy and made.max_tokens == 7
     cfg.policy._target_ = "nobodys.Policy"
     with pytest.raises(
-        ValueError, match=r"^ckpt: .*policy\._target_: must be a part of segrl .* got nobodys\.Policy$"
+        ValueError, match=r"^ckpt: .*policy\._target_: must be a part of segrl.* got nobodys\.Policy$"
     ):
         _own(cfg, own)
 

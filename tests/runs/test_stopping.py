@@ -200,7 +200,7 @@ def test_traces_go_on_where_they_were_stopped(cli, tmp_path, monkeypatch, four_s
     monkeypatch.setattr(traces, "iou", lambda *_: kept[(len(judged) - 1) % 4])
     out, partial = tmp_path / "set/t.jsonl", tmp_path / "set/t.jsonl.partial"
     command = ("data=image_mask", f"data.root={tmp_path}/set", "head=sam2_nano")
-    ended = "3 traces in {}; left out: 1 below IoU 0.6 as head=sam2_nano draws them, 0 without an object\n"
+    ended = "3 traces in {}; left out: 1 below IoU 0.6 with head=sam2_nano, 0 without an object\n"
     whole = tmp_path / "set/whole.jsonl"
     stops.clear()
     assert cli("traces", *command, f"out={whole}", module="prepare", runs=None) == (

@@ -197,4 +197,4 @@ def test_a_schedule_that_puts_one_peak_on_all_groups_is_refused(cli, tmp_path):
         *RUN[:-1], "~stage.schedule", "stage=ppo", *REFERENCE, "stage.critic_lr=1e-2", f"+{one_peak}"
     )
     assert code == 2
-    assert "stage.schedule: it must peak at stage.optimizer.lr" in err and "0.01" in err
+    assert "stage.schedule: must peak at stage.optimizer.lr" in err and "0.01" in err

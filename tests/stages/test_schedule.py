@@ -57,5 +57,5 @@ def test_a_schedule_that_the_run_is_too_short_for_is_refused_in_one_line(cli):
         "trainer.accelerator=cpu", "trainer.max_steps=20", "~stage.schedule", f"+stage.schedule={schedule}",
     )  # fmt: skip
     assert code == 2
-    assert "stage.schedule: it cannot be laid over the run's 20 updates" in error
+    assert "stage.schedule: must fit the run's 20 updates" in error
     assert "Traceback" not in error

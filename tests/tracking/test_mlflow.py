@@ -144,7 +144,7 @@ def test_a_configuration_that_was_refused_is_brought_in_at_the_end(place, empty,
     logger = logger_of(place, empty)
     two_updates(logger, held.close)
     logger.conclude([], {"objective": 0.5})
-    assert "has the configuration and all scalars" in capsys.readouterr().out
+    assert "the configuration and all scalars were added" in capsys.readouterr().out
     assert steps(place) == [1, 2] and only_run(place).data.params == {"stage/group_size": "2", "seed": "1"}
 
 
