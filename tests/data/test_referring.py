@@ -312,7 +312,9 @@ class Mute(SegR1Tags):
 def test_a_trace_that_its_grammar_cannot_write_is_refused_with_its_row(tmp_path):
     traces(tmp_path, GOOD)
     found = ChatTraces(str(tmp_path / "t.jsonl"), Mute(16, 64), None)
-    with pytest.raises(ValueError, match=r"t\.jsonl, line 1: must be a trace .* a mask prompt that can be written"):
+    with pytest.raises(
+        ValueError, match=r"t\.jsonl, line 1: must be a trace .* a mask prompt that can be written"
+    ):
         found[0]
 
 
