@@ -56,12 +56,12 @@ class TimedStage(GRPOStage):
             self.findings.say(
                 name="out of memory",
                 kind=self.plan[batch_idx],
-                groups_in_a_pass=self.micro_batch_size,
+                groups_in_a_pass=self.loop.micro_batch_size,
                 error=reason,
             )
-            if self.micro_batch_size == 1:
+            if self.loop.micro_batch_size == 1:
                 raise MemoryError("a pass of one group must fit the memory of the GPU, and does not")
-            self.micro_batch_size //= 2
+            self.loop = replace(self.loop, micro_batch_size=self.loop.micro_batch_size // 2)
 
     def forward(self, part: Any, weights: Any) -> Any:
         """Time it."""
@@ -141,7 +141,7 @@ class Turns(lightning.Callback):
         line = {
             "kind": kind, "first_of_its_kind": batch_idx == 0 or self.plan[batch_idx - 1] != kind,
             "step_s": round(whole, 4), "waited_s": round(self.began - self.ended, 4) if batch_idx else 0.0,
-            "parts_s": parts, "groups_in_a_pass": stage.micro_batch_size,
+            "parts_s": parts, "groups_in_a_pass": stage.loop.micro_batch_size,
             "recorded": [round(s, 4) for s in self.recorded], "loss": stage.latest.get("policy/loss"),
             "grad_norm": stage.latest.get("policy/grad_norm"),
         }  # fmt: skip
