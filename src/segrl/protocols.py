@@ -293,7 +293,7 @@ class AdaptablePolicy(TrainablePolicy, Protocol):
         ...
 
     def adapter_active(self, adapter: str | None) -> AbstractContextManager[None]:
-        """Return a context in which this adapter is active, or none; afterwards the policy's own is."""
+        """Return a context with `adapter` active; if None, with all off. It restores the policy's own."""
         ...
 
     def activate_policy_adapter(self) -> None:

@@ -19,7 +19,7 @@ def family_of(folder: str) -> str:
     """Return the folder's family, one of `FAMILIES`.
 
     Raises:
-        ValueError: if the folder holds another model, or none.
+        ValueError: if the folder holds no model, or one of another architecture.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():

@@ -74,7 +74,7 @@ class AdapterOff(Reference):
         super().__init__()
         if policy.lora is None:
             raise ValueError(
-                "reference: must be frozen_copy or none without policy.lora; got adapter_off, "
+                "reference: must be frozen_copy, or reference=none, without policy.lora; got adapter_off, "
                 "which turns an adapter off"
             )
         self.shared = (policy,)  # in a tuple, so that its weights are not registered here a second time

@@ -27,7 +27,7 @@ class MakeSurrogate(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyGradient:
-    """What a policy gradient minimises: a surrogate plus the divergence from a reference.
+    """The terms of a policy gradient's loss: a surrogate and the divergence from a reference.
 
     Attributes:
         surrogate: loss of each token; see `objectives.clipped`.
@@ -59,7 +59,7 @@ class PolicyGradient:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the divergence has a weight."""
+        """True if `kl_weight` or `kl_reward` is positive, so that a reference must be loaded."""
         return self.kl_weight + self.kl_reward > 0
 
 

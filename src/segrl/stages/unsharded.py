@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class _Unsharded:
-    """What torch does without a strategy that shards."""
+    """The answers of a strategy that shards nothing; torch's own functions do the work."""
 
     early_graphs = split_groups = partial_updates = True
 

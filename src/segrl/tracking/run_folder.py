@@ -105,7 +105,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has written its scores."""
+        """True if `metrics.json` exists, which a run writes last."""
         return self.metrics.is_file()
 
     @property
