@@ -376,7 +376,7 @@ class HFPolicy(nn.Module):
 
     @contextmanager
     def adapter_active(self, adapter: str | None) -> Iterator[None]:
-        """Activate `adapter` inside the context; if None, turn all off. Restore the policy's own afterwards."""
+        """Activate `adapter` in the context; if None, turn all off. Restore the policy's own afterwards."""
         assert self.lora is not None, "without adapters there is nothing to change"
         if adapter is None:
             self.model.disable_adapters()
